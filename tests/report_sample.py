@@ -66,11 +66,21 @@ def write_sample(folder: Path) -> None:
     recs = reconstructions(original)
     clip = encode_clip([original], {name: [rec] for name, rec in recs.items()}, FPS)
     lines = {name: curves(original, rec) for name, rec in recs.items()}
-    names = {"panorama": "panorama.mp4", **HOSTILE, "damaged": "damaged.mp4", "missing": "missing.mp4", "two": "two.mp4"}
+    names = {
+        "panorama": "panorama.mp4",
+        **HOSTILE,
+        "damaged": "damaged.mp4",
+        "missing": "missing.mp4",
+        "two": "two.mp4",
+    }
     videos = []
     for index, (id, name) in enumerate(names.items()):
         scores = {
-            rec: {"psnr": 20 + index + 3 * number, "lpips": 0.5 / (index + 1) - 0.05 * number, "seam_ratio": 0.8 + index / 10}
+            rec: {
+                "psnr": 20 + index + 3 * number,
+                "lpips": 0.5 / (index + 1) - 0.05 * number,
+                "seam_ratio": 0.8 + index / 10,
+            }
             for number, rec in enumerate(recs)
         }
         write_clip(folder, id, clip, lines)
@@ -102,9 +112,22 @@ def write_sample(folder: Path) -> None:
                 ["base", "fine"],
                 {"psnr": METRICS["psnr"]},
                 [Video("photo", "photo.png", {"base": {"psnr": 30.0}, "fine": {"psnr": 31.0}})],
-                tables=[Table("Set", ["", "FVD", "rFID"], [["base", "12.1", "3.2"], ["fine", "9.8", "2.9"]], "Lower is better.")],
+                tables=[
+                    Table(
+                        "Set",
+                        ["", "FVD", "rFID"],
+                        [["base", "12.1", "3.2"], ["fine", "9.8", "2.9"]],
+                        "Lower is better.",
+                    )
+                ],
                 charts=[
-                    Chart("Loss", "step", {"base": [(s, 1 / s) for s in range(1, 60)], "fine": [(s, 0.8 / s) for s in range(1, 60, 3)]}, "loss", log=True)
+                    Chart(
+                        "Loss",
+                        "step",
+                        {"base": [(s, 1 / s) for s in range(1, 60)], "fine": [(s, 0.8 / s) for s in range(1, 60, 3)]},
+                        "loss",
+                        log=True,
+                    )
                 ],
                 pictures=[Picture("Codes", Markup(square), "A picture.")],
                 commands="vae3d infer ckpt=model.pt",

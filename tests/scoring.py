@@ -42,9 +42,9 @@ def one_pair(
 
 
 def evaluate(ori: Path, rec: Path, *more: str) -> int:
-    """Exit status. Without report.html, which is slow, unless asked for."""
-    words = [w for w in more if w != "--html"]
-    quick = [] if "--html" in more else ["--no_html"]
+    """Exit status. Without index.html, which takes time, unless asked for."""
+    words = [w for w in more if w != "--page"]
+    quick = [] if "--page" in more else ["--no_page"]
     return tiny.status("eval", "--ref", ori, "--rec", rec, "--device", "cpu", *quick, *words)
 
 

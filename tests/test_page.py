@@ -224,7 +224,7 @@ def test_small_clips_are_moved_into_the_page_and_come_out_again(tmp_path, clip, 
     report = written(tmp_path, clip, ["a", "b"])
     script = (tmp_path / "videos/a.js").read_text()
     entry = json.loads(script.removeprefix("vae3dClip(").removesuffix(");\n"))
-    assert entry["curves"] == {"rec": {"psnr": [1.2346, None]}}
+    assert entry["curves"] == {"rec": {"psnr": [1.23457, None]}}
     assert base64.b64decode(entry["media"].removeprefix("data:image/png;base64,")) == clip.media
     write_page(tmp_path, report)
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
@@ -268,10 +268,10 @@ def test_a_full_disk_names_the_file(tmp_path, clip, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["videos"]
 
 
-def test_json_keeps_five_digits_and_refuses_what_is_no_data():
+def test_json_keeps_six_digits_and_refuses_what_is_no_data():
     assert (
         to_json([1 / 3, 1234567.0, np.float32(2.5), np.int64(3), True, None])
-        == "[0.33333, 1234600.0, 2.5, 3, true, null]"
+        == "[0.333333, 1234570.0, 2.5, 3, true, null]"
     )
     assert to_json({"a": (float("nan"), -float("inf"))}) == '{"a": [null, null]}'
     with pytest.raises(TypeError, match="object"):

@@ -20,6 +20,7 @@ from vae3d.errors import UserError
 RANGES = {"uint8": (0.0, 255.0), "unit": (0.0, 1.0), "signed": (-1.0, 1.0)}
 TOLERANCE = 1e-3  # relative to the width of a range; interpolation and bf16 rounding exceed the range by less
 MAX_SIGNED = 10.0  # normalised noise stays below it, a video in 0 to 255 does not
+SQUARE, CHECKERBOARD = 8, (102, 153)  # pixels of a side, and the two greys, behind transparent pixels in pictures
 _check_values = True
 
 
@@ -215,3 +216,21 @@ def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:
 def as_unit(frames: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """[T, H, W, C] uint8 -> [T, C, H, W] float in [0, 1], for metrics."""
     return torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255.0
+
+
+def displayable(frames: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W, C] uint8 as [T, H, W, 3]: RGBA over a checkerboard, one channel as grey, of more than four the
+    first three. Raises ValueError for two."""
+    channels = frames.shape[3]
+    if channels == 3:
+        return frames
+    if channels == 2:
+        raise ValueError("frames of 2 channels have no colours to show")
+    if channels == 1:
+        return frames.repeat(3, 3)
+    if channels != 4:
+        return frames[..., :3]
+    rows, columns = (np.arange(side) // SQUARE for side in frames.shape[1:3])
+    board = np.where((rows[:, None] + columns) % 2, *CHECKERBOARD)[None, ..., None]
+    alpha = frames[..., 3:].astype(np.float32) / 255
+    return np.rint(frames[..., :3] * alpha + board * (1 - alpha)).astype(np.uint8)

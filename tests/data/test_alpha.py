@@ -227,7 +227,7 @@ def test_infer_and_eval_keep_and_score_alpha(model, files, tmp_path, capsys):
     assert expected["psnr"][0] == pytest.approx(by_hand.mean(), rel=1e-6)
     found = vae3d.score(tmp_path / "out_ori/000001_a.mkv", tmp_path / "out_rec/000001_a.mkv", wanted)
     assert found["alpha_ssim"] == pytest.approx(expected["alpha_ssim"][0], rel=1e-9)
-    assert evaluation.main(["--base", str(tmp_path / "out"), "--metric", "psnr", "--device", "cpu", "--no_html"]) == 0
+    assert evaluation.main(["--base", str(tmp_path / "out"), "--metric", "psnr", "--device", "cpu", "--no_page"]) == 0
     assert "--metric alpha_psnr" in capsys.readouterr().err
 
 

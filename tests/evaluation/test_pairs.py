@@ -155,8 +155,8 @@ def test_an_index_that_infer_did_not_write_is_one_message(content, tmp_path, cap
 )
 def test_enlarging_before_scoring_is_warned_of(options, scored, tmp_path, capsys):
     ori, rec = make_pairs(tmp_path, 2)  # 40x48
-    assert evaluate(ori, rec, *PSNR, *options, "--html") == 0
-    told, page = report(rec), (rec.with_name("x_rec_eval") / "report.html").read_text()
+    assert evaluate(ori, rec, *PSNR, *options, "--page", "--page_videos", "1") == 0
+    told, page = report(rec), (rec.with_name("x_rec_eval") / "index.html").read_text()
     warned = [f"2 of 2 pairs are upscaled before scoring (v0: 40x48, scored at {scored})"] if scored else []
     assert told["upscaled_input"] == bool(scored)
     for text in ("\n".join(told["warnings"]), page, capsys.readouterr().err):

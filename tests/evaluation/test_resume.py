@@ -143,7 +143,7 @@ def test_features_survive_for_distances_between_sets(all_weights, scored, tmp_pa
 
 def launch(ori: Path, rec: Path, output: Path) -> tuple[list[int], str]:
     """Exit codes and output of two ranks, started and stopped as torchrun does."""
-    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", "--no_html", *METRICS]
+    words = ["--ref", ori, "--rec", rec, "--output", output, "--device", "cpu", "--no_page", *METRICS]
     codes, printed = tiny.run_ranks(*tiny.script("eval/eval_common_metric.py"), *map(str, words), cwd=output.parent)
     return codes, "".join(printed)
 

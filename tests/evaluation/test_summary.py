@@ -65,7 +65,7 @@ def test_differences_are_paired_by_video():
 
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
-    from vae3d.evaluation.html import _shown_frames, _worst_and_best
+    from vae3d.evaluation.page import Row, page_metrics, ranking
     from vae3d.training.checkpointer import BestExport
 
     def ratio(name: str, *frames: float) -> VideoScore:
@@ -78,9 +78,10 @@ def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoi
         {"x": [below, above], "y": [ratio("a", 1.2), ratio("c", 0.3)]}, {"seam_ratio": columns["seam_ratio"]}
     )
     assert row["better_on"] == 2
-    by, order = _worst_and_best([near, above, below], {"seam_ratio": columns["seam_ratio"]})
-    assert (by, [v.name for v in order]) == ("seam_ratio", ["c", "a", "b"])
-    assert 0 in _shown_frames(below, "seam_ratio", columns)
+    rows = [Row(v.name, v.name, scores={"rec": v}) for v in (near, above, below)]
+    by, order = ranking(rows, {"seam_ratio": columns["seam_ratio"]})
+    assert (by, [row.name for row in order]) == ("seam_ratio", ["c", "a", "b"])
+    assert page_metrics(columns)["seam_ratio"].better == 1.0
     figures = {"seam_ratio": {"mean": 1.0, **direction(columns["seam_ratio"])}}
     assert figures["seam_ratio"] | {"mean": 0} == {"mean": 0, "higher_is_better": None, "best_at": 1.0}
     _, rows = metric_table({"metrics": figures, "videos": 3, "preset": {"average": "videos"}})

@@ -14,6 +14,7 @@ from torch import nn
 
 import vae3d
 from tests import tiny
+from tests.evaluation.test_eval_page import content as shown
 from tests.inference.test_infer import read, run
 from tests.inference.test_wan_infer import write
 from vae3d.checkpoints.export import write_export
@@ -22,10 +23,9 @@ from vae3d.commands import compare as compare_command
 from vae3d.config.issues import ConfigError
 from vae3d.config.validate import check_comparison
 from vae3d.errors import UserError
-from vae3d.inference.comparison import constant_frame_psnr
+from vae3d.inference.comparison import Comparer, constant_frame_psnr
 from vae3d.inference.comparison_report import degenerate_pairs
 from vae3d.inference.folder import FolderError
-from vae3d.inference.pictures import contact_sheet, error_map, side_by_side
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
 from vae3d.models.interface import convert_latents
@@ -140,7 +140,7 @@ def test_frames_of_long_files_are_bounded(student, teacher, tmp_path):
     tiny.write_video(tmp_path / "long.mp4", tiny.frames(40))
     told = compare(student, tmp_path / "long.mp4", tmp_path / "out", teacher)
     assert told["files"][0]["frames"] == 33
-    assert len(read(tmp_path / "out_compare/000001_long.mp4")) == 33
+    assert shown(tmp_path / "out_compare")[1]["000001_long"]["frames"] == 33
     told = compare(student, tmp_path / "long.mp4", tmp_path / "more", teacher, "num_frames=37")
     assert told["files"][0]["frames"] == 37
     assert told["notes"] == []
@@ -182,7 +182,6 @@ def test_networks_of_another_latent_space_are_refused_before_anything_is_deleted
         (["teacher.pth=x"], r"teacher.pth.*teacher.path"),
         (["tile=16"], r"tile=16.*whole frames"),
         (["sample=true"], r"(?i)sample=true.*mode of the latents"),
-        (["strip=0"], r"strip=0.* 1"),
         (["teacher.path=???"], r"teacher.path.* required"),
     ],
 )
@@ -237,7 +236,7 @@ def test_a_teacher_in_half_precision_and_a_still_image(student, teacher, videos,
     told = compare(student, videos.parent / "image0.png", tmp_path / "out", teacher, "teacher.precision=bf16")
     full = compare(student, videos.parent / "image0.png", tmp_path / "full", teacher)
     assert told["teacher"]["precision"] == told["cost"]["teacher"]["precision"] == "bf16"
-    assert [path.name for path in (tmp_path / "out_compare").iterdir()] == ["000001_image0.png"]
+    assert shown(tmp_path / "out_compare")[1]["000001_image0"]["media"].startswith("data:image/png;")
     for pair in PAIRS:
         assert told["mean"]["pairs"][pair]["psnr"] == pytest.approx(full["mean"]["pairs"][pair]["psnr"], abs=0.1)
     assert told["mean"]["latents"]["mse"] != full["mean"]["latents"]["mse"]
@@ -248,22 +247,27 @@ def test_black_and_one_colour_are_the_baselines():
     assert flat == {"black": pytest.approx(-20 * math.log10(0.2)), "mean_colour": 100}
 
 
-def test_pictures_show_what_they_are_given():
-    frames = tiny.frames(9, 16, 24)
-    panels = {"original": frames, "other": 255 - frames}
-    shown = np.concatenate(list(side_by_side(panels)))
-    times = 7  # to 168 pixels
-    assert shown.shape[0] == 9
-    assert not any(side % 2 for side in shown.shape[1:3])
-    assert np.array_equal(shown[:, -16 * times :: times, : 24 * times : times], frames)
-    assert np.array_equal(shown[:, -16 * times :: times, 24 * times + 2 : -2 : times], 255 - frames)
-    picture = contact_sheet(panels, "original", 3)
-    assert picture.shape[1] == 200 + 3 * (24 * times + 2)
-    error = (
-        error_map(frames[:1, :1, 0], frames[:1, :1, 0])[0, 0],
-        error_map(*np.array([[[[0] * 3]], [[[26] * 3]]], np.uint8))[0, 0],
-    )
-    assert error[0].sum() < 10 < 500 < error[1].sum()
+def test_the_page_shows_every_pair_and_is_whole_after_a_resume(student, teacher, source, tmp_path, monkeypatch):
+    told = compare(student, source, tmp_path / "out", teacher, "num_frames=5")
+    folder = tmp_path / "out_compare"
+    report, clips = shown(folder)
+    (chapter,), clip = report["chapters"], clips["000001_clip3"]
+    assert chapter["reconstructions"] == PAIRS
+    assert {(panel["of"], panel["layer"]) for panel in clip["panels"]} >= {(pair, "error") for pair in PAIRS}
+    (video,) = chapter["videos"]
+    for pair in PAIRS:
+        assert video["scores"][pair]["psnr"] == pytest.approx(told["files"][0]["pairs"][pair]["psnr"], rel=1e-5)
+        assert np.mean(clip["curves"][pair]["psnr"]) == pytest.approx(video["scores"][pair]["psnr"], rel=1e-5)
+    assert [table["title"] for table in chapter["tables"]] == ["Means", "Latents", "Cost"]
+    assert (folder / video["links"]["original, all frames"]).samefile(tmp_path / "out_ori/000001_clip3.mp4")
+    before = (folder / "index.html").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparer, "file", lambda *_: pytest.fail("is compared again"))
+        compare(student, source, tmp_path / "out", teacher, "num_frames=5")
+    assert (folder / "index.html").read_bytes() == before
+    (folder / "index.html").unlink()  # and the clip with it: the file is compared again
+    compare(student, source, tmp_path / "out", teacher, "num_frames=5")
+    assert shown(folder)[1].keys() == clips.keys()
 
 
 def test_the_script_compares_files_and_infer_overwrites_them(student, teacher, videos, tmp_path):
@@ -272,8 +276,9 @@ def test_the_script_compares_files_and_infer_overwrites_them(student, teacher, v
     done = tiny.run(*tiny.script("scripts/compare.py"), *words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     names = ["000001_clip0", "000002_clip1"]
-    shown = sorted(path.name for path in (tmp_path / "out_compare").iterdir())
-    assert shown == [f"{name}.{kind}" for name in names for kind in ("mp4", "png")]
+    report, clips = shown(tmp_path / "out_compare")
+    assert list(clips) == names
+    assert report["commands"].startswith(f"vae3d compare checkpoint={student} source={videos} ")
     told = json.loads((tmp_path / "out_rec/comparison.json").read_text())
     assert told["student"]["variant"] == "taew2_1"
     assert [file["file"] for file in told["files"]] == names

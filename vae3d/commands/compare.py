@@ -1,14 +1,14 @@
 """Compare a student with its teacher: from configuration to files.
 
 Does what infer does with the student, and also codes the first frames of each file with every encoder and every
-decoder; writes <save_dir>_compare and <save_dir>_rec/comparison.json.
+decoder; writes the page <save_dir>_compare/index.html and <save_dir>_rec/comparison.json.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vae3d.commands.infer import build_reconstructor, reconstruct, set_precision
+from vae3d.commands.infer import build_reconstructor, command_line, reconstruct, set_precision
 from vae3d.distributed import init_inference
 from vae3d.inference.comparison import Comparer, Network
 from vae3d.layout import place
@@ -33,7 +33,6 @@ def run(config: CompareConfig) -> None:
             "teacher": Network(teacher, config.teacher.path, config.teacher.precision),
         },
         build_metrics(["psnr", "ssim", *lpips], device),
-        pictures=config.strip,
         measures=ranks.is_main_process,
     )
-    reconstruct(config, ranks, checkpoint, reconstructor, comparer)
+    reconstruct(config, ranks, checkpoint, reconstructor, command_line("compare"), comparer)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from accelerate.utils import gather_object
 
 from vae3d.commands.flags import parse_eval
 from vae3d.distributed import init_inference, process_group_scope
-from vae3d.evaluation.html import write_html
+from vae3d.evaluation.page import limit_clips, make_report, make_rows, short_names, write_clips
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
 from vae3d.evaluation.score import Job, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
@@ -25,12 +28,16 @@ from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.progress import progress
+from vae3d.report.page import PAGE, VIDEOS, remove_page, unpack_page, write_page
+
+COMPARISON = "comparison.json"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_eval(argv)
+    command = shlex.join(["vae3d", "eval", *(sys.argv[1:] if argv is None else argv)])
     with process_group_scope():
-        return evaluate(args)
+        return evaluate(args, command)
 
 
 def join_ranks(device: str) -> tuple[PartialState, torch.device]:
@@ -54,8 +61,8 @@ class Evaluation:
     failed: list[str]
 
 
-def evaluate(args: Namespace) -> int:
-    """Score every reconstruction; returns the exit status, 1 if a pair could not be scored."""
+def evaluate(args: Namespace, command: str = "") -> int:
+    """Score every reconstruction; returns the exit status, 1 if a pair could not be scored. command: for the page."""
     ranks, device = join_ranks(args.device)
     settings = {"rfid": {"stride": args.rfid_stride}, "rfvd": {"frames": args.rfvd_frames}}
     metrics = build_metrics(  # first, since it names all missing weights
@@ -71,21 +78,70 @@ def evaluate(args: Namespace) -> int:
         evaluations.append(Evaluation(name, rec, output_folder(args, rec), jobs, unmatched, failed))
     results, summaries = {}, {}
     for evaluation in evaluations:
-        folder = evaluation.output
-        folder.mkdir(parents=True, exist_ok=True)
-        in_use = PairError(f"{folder} is in use by another evaluation; choose another --output")
-        with hold_lock(folder / f".rank{ranks.process_index}.lock", in_use):
-            videos = score(evaluation, metrics, ranks, device, args)
+        with in_use(evaluation.output, ranks):
+            results[evaluation.name] = score(evaluation, metrics, ranks, device, args)
             if ranks.is_main_process:
-                results[evaluation.name] = videos
+                videos = results[evaluation.name]
                 summaries[evaluation.name] = report(evaluation, videos, metrics, protocol, args)
-    if ranks.is_main_process and len(evaluations) > 1:
+    differences = []
+    if len(evaluations) > 1:
         differences = compare(results, metrics.columns)
-        print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
-        file = evaluations[0].output / "comparison.json"
-        write_json(file, {"reconstructions": {e.name: str(e.rec) for e in evaluations}, "differences": differences})
-        print(f"wrote {os.path.relpath(file)}")
-    return 1 if any(summary["failed"] for summary in summaries.values()) else 0
+        if ranks.is_main_process:
+            print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
+            file = evaluations[0].output / COMPARISON
+            write_json(file, {"reconstructions": {e.name: str(e.rec) for e in evaluations}, "differences": differences})
+            print(f"wrote {os.path.relpath(file)}")
+    if not args.no_page:
+        with in_use(evaluations[0].output, ranks):
+            make_page(evaluations, results, summaries, differences, metrics, ranks, args, command)
+    return 1 if any(evaluation.failed for evaluation in evaluations) else 0
+
+
+def in_use(folder: Path, ranks: PartialState) -> AbstractContextManager[None]:
+    """Create a folder and hold its lock, of this rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    error = PairError(f"{folder} is in use by another evaluation; choose another --output")
+    return hold_lock(folder / f".rank{ranks.process_index}.lock", error)
+
+
+def make_page(
+    evaluations: list[Evaluation],
+    results: Mapping[str, list[VideoScore]],
+    summaries: Mapping[str, dict[str, Any]],
+    differences: list[dict[str, Any]],
+    metrics: MetricSet,
+    ranks: PartialState,
+    args: Namespace,
+    command: str,
+) -> None:
+    """Write the page of all reconstructions beside the first one's scores. The ranks share its clips."""
+    folder, main = evaluations[0].output, ranks.is_main_process
+    names = short_names(results)
+    rows = make_rows({names[e.name]: e.jobs for e in evaluations}, {names[n]: videos for n, videos in results.items()})
+    limit_clips(rows, metrics.columns, args.page_videos)
+    if main:
+        remove_unfinished(folder / VIDEOS)
+        if args.fresh:
+            remove_page(folder)
+        unpack_page(folder)
+    ranks.wait_for_everyone()
+    mine = [row for row in rows if not row.why][ranks.process_index :: ranks.num_processes]
+    shown = progress(mine, unit="video", desc="page", hidden=not main)
+    errors = dict(gather_object(write_clips(folder, shown, args.on_error)))
+    if not main:
+        return
+    for row in rows:
+        row.why = errors.get(row.id, row.why)
+    files = {}
+    for evaluation in evaluations:
+        prefix = f"{names[evaluation.name]}: " if len(evaluations) > 1 else ""
+        written = [evaluation.output / name for name in ("summary.json", "per_video.csv", "per_frame.csv")]
+        files |= {prefix + file.name: file for file in written if file.is_file()}
+    files |= {COMPARISON: folder / COMPARISON} if differences else {}
+    renamed = [row | {key: names[row[key]] for key in ("name", "against")} for row in differences]
+    by_name = {names[name]: summary for name, summary in summaries.items()}
+    write_page(folder, make_report(folder, rows, by_name, metrics, renamed, command, files))
+    print(f"wrote {os.path.relpath(folder / PAGE)}")
 
 
 def output_folder(args: Namespace, rec: Path) -> Path:
@@ -141,7 +197,5 @@ def report(
     write_per_video(folder / "per_video.csv", videos)
     if args.per_frame:
         write_per_frame(folder / "per_frame.csv", videos)
-    if not args.no_html:
-        write_html(folder / "report.html", summary, videos, evaluation.jobs, metrics.columns)
     print(f"wrote {os.path.relpath(folder)}")
     return summary

@@ -296,7 +296,13 @@ def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
     add("--output", type=Path, metavar="DIR", help="default: RECONSTRUCTIONS_eval")
     add("--fresh", action="store_true", help="discard the scores of earlier runs")
     add("--per_frame", action="store_true", help="also write per_frame.csv")
-    add("--no_html", action="store_true", help="no report.html")
+    add("--no_page", action="store_true", help="no index.html with moving pictures")
+    add(
+        "--page_videos",
+        type=positive_int,
+        metavar="N",
+        help="show N videos on the page: worst, best, between; default all",
+    )
     add("--on_error", choices=("stop", "skip"), default="stop", help="what to do with a pair that cannot be scored")
     add("--sample_fps", type=positive_float, help="ignored, as by Open-Sora's script")
     args = parser.parse_args(argv)

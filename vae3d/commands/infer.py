@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
+from hydra.core.hydra_config import HydraConfig
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.distributed import init_inference
@@ -43,7 +45,14 @@ def run(config: InferConfig) -> None:
     """Reconstruct the files of config.source, shared among the ranks."""
     ranks, device = init_inference(config.device)
     checkpoint, reconstructor = build_reconstructor(config, device)
-    reconstruct(config, ranks, checkpoint, reconstructor)
+    reconstruct(config, ranks, checkpoint, reconstructor, command_line("infer"))
+
+
+def command_line(name: str) -> str:
+    """The command as it was typed, for pages; empty if Hydra did not start it."""
+    if not HydraConfig.initialized():
+        return ""
+    return shlex.join(["vae3d", name, *(word.lstrip("+") for word in HydraConfig.get().overrides.task)])
 
 
 def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Checkpoint, Reconstructor]:
@@ -80,11 +89,13 @@ def reconstruct(
     ranks: PartialState,
     checkpoint: Checkpoint,
     reconstructor: Reconstructor,
+    command: str = "",
     comparer: Comparer | None = None,
 ) -> None:
     """Reconstruct all files; those that the same command finished before are kept.
 
-    comparer: also compare the model with a teacher. The main process holds the lock of save_dir meanwhile.
+    command: to show on pages. comparer: also compare the model with a teacher. The main process holds the lock of
+    save_dir meanwhile.
     """
     table = select_rows(config.source, config.root, config.split, config.num_samples)
     check_not_own_source(reconstructor, config.source)
@@ -106,6 +117,7 @@ def reconstruct(
             rank=ranks.process_index,
             world_size=ranks.num_processes,
             cost=cost,
+            command=command,
         )
 
 

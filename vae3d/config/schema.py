@@ -438,6 +438,9 @@ class InferConfig(FilesConfig):
         "lossless", "lossless: bit-exact, RGB in .mp4, RGBA in .mkv; h264: for viewing."
     )
     metrics: Strings = setting(list, "Computed before the codec. See docs/score.md.")
+    report: bool = setting(
+        False, "Write the page PREFIX_report/index.html: every file, moving, beside its reconstruction."
+    )
     cost: bool = setting(False, "Measure speed and memory of encoding and decoding, on the first chunk.")
     on_error: Literal["stop", "skip"] = setting("stop", "What to do with a file that cannot be read.")
     overwrite: bool = setting(False, "Replace results of an earlier command.")
@@ -456,7 +459,6 @@ class CompareConfig(InferConfig):
     """Reconstruct videos with a student and its teacher: every encoder with every decoder."""
 
     teacher: ComparedTeacher = Field(default_factory=ComparedTeacher)
-    strip: Int = setting(5, "Frames in the picture of each file.", ge=1)
 
 
 def register(name: str, schema: type) -> None:

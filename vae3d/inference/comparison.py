@@ -16,18 +16,16 @@ from vae3d.data.readers import MediaError, Size
 from vae3d.data.segments import WHOLE, Bounds
 from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
-from vae3d.inference.pictures import contact_sheet, displayable, side_by_side
 from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
-from vae3d.inference.video import VideoWriter, write_image
-from vae3d.metrics import MetricSet
+from vae3d.metrics import MetricSet, Score, VideoResult
 from vae3d.metrics.frame import decibel
 from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
-from vae3d.pixels import NotFiniteError, as_unit, to_uint8
+from vae3d.pixels import NotFiniteError, as_unit, displayable, to_uint8
 from vae3d.precision import autocast
+from vae3d.report.page import clip_id, encode_clip, has_clip, write_clip
 from vae3d.text import plural
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
-SHOWN = [("student", "student"), ("teacher", "student"), ("teacher", "teacher")]
 MAX_FRAMES = 33  # per file, unless num_frames is set: the networks code them in one piece
 SCORED_FRAMES = 16  # frames per update of the metrics
 MIN_GAIN = 1.0  # dB above frames of one colour; a reconstruction with less is degenerate
@@ -94,10 +92,10 @@ class Comparer:
     """Compares student and teacher file by file.
 
     Codes the first frames in one piece, by the mode of the latents, with every pair of encoder and decoder; scores them
-    on 8-bit pixels; writes a video and a picture of each file to <save_dir>_compare.
+    on 8-bit pixels; writes a clip of each file for the page in <save_dir>_compare.
 
-    networks: student, which is the reconstructor's model, and teacher. metrics: for one pair at a time. pictures:
-    frames in each picture. measures: whether this process measures the cost of both networks, on its first file.
+    networks: student, which is the reconstructor's model, and teacher. metrics: for one pair at a time. measures:
+    whether this process measures the cost of both networks, on its first file.
     Raises UserError if pixels differ in channels, or latents in channels or strides, or if the reconstructor's
     num_frames does not fit both networks.
     """
@@ -105,7 +103,6 @@ class Comparer:
     reconstructor: Reconstructor
     networks: dict[str, Network]
     metrics: MetricSet
-    pictures: int
     measures: bool
     costs: dict[str, Any] = field(default_factory=dict)
 
@@ -152,7 +149,11 @@ class Comparer:
         name = identifier(row, source)
         if self.measures and not self.costs:
             self.costs = {"file": name} | {whose: network.cost(video) for whose, network in self.networks.items()}
-        self._draw(name, frames, coded, fps)
+        results = {pair_name(pair): self._score(frames, rec) for pair, rec in coded.items()}
+        recs = {pair_name(pair): [displayable(rec)] for pair, rec in coded.items()}
+        curves = {pair: {c: s.frames for c, s in result.scores.items() if s.frames} for pair, result in results.items()}
+        clip = encode_clip([displayable(frames)], recs, fps)
+        write_clip(self.reconstructor.folder("compare"), clip_id(name), clip, curves)
         return {
             "file": name,
             "source": source,
@@ -160,7 +161,7 @@ class Comparer:
             "frames_reconstructed": given,
             "height": frames.shape[1],
             "width": frames.shape[2],
-            "pairs": {pair_name(pair): self._score(frames, rec) for pair, rec in coded.items()},
+            "pairs": {pair: {c: s.value for c, s in result.scores.items()} for pair, result in results.items()},
             "baseline": constant_frame_psnr(frames),
             "latents": latents,
         }
@@ -195,26 +196,20 @@ class Comparer:
         teachers = convert_latents(z["teacher"], self.networks["teacher"].model, self.networks["student"].model)
         return compare_latents(z["student"], teachers), coded
 
-    def _score(self, ref: np.ndarray, rec: np.ndarray) -> dict[str, float | None]:
+    def _score(self, ref: np.ndarray, rec: np.ndarray) -> VideoResult:
+        """The metrics', and mse."""
         self.metrics.reset()
         squares = 0.0
         for start in range(0, len(ref), SCORED_FRAMES):
             a, b = (as_unit(video[start : start + SCORED_FRAMES], self.reconstructor.device) for video in (ref, rec))
             self.metrics.update(a, b)
             squares += float((a - b).square().sum(dtype=torch.float64))
-        scores = self.metrics.result().scores
-        return {"mse": squares / ref.size} | {column: score.value for column, score in scores.items()}
+        result = self.metrics.result()
+        return VideoResult({"mse": Score(squares / ref.size), **result.scores})
 
-    def _draw(self, name: str, frames: np.ndarray, coded: dict[tuple[str, str], np.ndarray], fps: float) -> None:
-        """Write the picture and, unless the file is an image, the video: lossy, in h264, which every player shows."""
-        panels = {"original": frames} | {" > ".join(pair): coded[pair] for pair in SHOWN}
-        panels = {label: displayable(video) for label, video in panels.items()}
-        folder = self.reconstructor.folder("compare")
-        write_image(folder / f"{name}.png", contact_sheet(panels, "original", self.pictures))
-        if fps:
-            with VideoWriter(folder / f"{name}.mp4", fps, "h264") as writer:
-                for frame in side_by_side(panels):
-                    writer.write(frame)
+    def has_clip(self, name: str) -> bool:
+        """Whether the clip of a file is on disk."""
+        return has_clip(self.reconstructor.folder("compare"), clip_id(name))
 
 
 def pair_name(pair: tuple[str, str]) -> str:

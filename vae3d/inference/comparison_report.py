@@ -1,15 +1,20 @@
-"""Report of a comparison of student and teacher: <save_dir>_rec/comparison.json, and tables in the log."""
+"""Report of a comparison of student and teacher: <save_dir>_rec/comparison.json, tables in the log, a page."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vae3d import __version__
+from vae3d.evaluation.page import page_metrics, rank_column
 from vae3d.inference.comparison import MAX_FRAMES, MIN_GAIN, PAIRS, Comparer, pair_name
 from vae3d.io import write_json
 from vae3d.report import number, text_table
+from vae3d.report.page import PAGE, Chapter, Metric, Report, Table, Video, clip_id, write_page
 from vae3d.text import plural
 
 log = logging.getLogger("vae3d")
@@ -28,8 +33,8 @@ UNITS = {
 }
 
 
-def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]]) -> None:
-    """Write comparison.json and log it. files: entries of Comparer.file, from all ranks."""
+def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]], command: str = "") -> None:
+    """Write comparison.json and the page, and log the means. files: entries of Comparer.file, from all ranks."""
     if not files:
         return
     warnings, notes = degenerate_pairs(files), _partial(comparer, files)
@@ -47,7 +52,9 @@ def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]]) -> No
     write_json(path, report)
     for line in [*_lines(report), *_cost_lines(comparer.costs), *notes]:
         log.info(line)
-    log.info("%s; pictures in %s", path, comparer.reconstructor.folder("compare"))
+    folder = comparer.reconstructor.folder("compare")
+    write_page(folder, make_page(comparer, report, folder, path, command))
+    log.info("%s; %s shows it", path, folder / PAGE)
     for warning in warnings:
         log.warning(warning)
 
@@ -91,21 +98,76 @@ def _partial(comparer: Comparer, files: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
-    """Log lines: the two networks, the table of pairs, the latents."""
+def make_page(comparer: Comparer, report: dict[str, Any], folder: Path, json_file: Path, command: str) -> Report:
+    """The page of a comparison, for `folder`. report: the content of comparison.json."""
+    pairs = list(map(pair_name, PAIRS))
+    mse = Metric("mse", "lower", "Mean square error of pixels in [0, 1], over all frames and colours.")
+    metrics = {"mse": mse} | page_metrics(comparer.metrics.columns)
+    outputs = {"original": "ori", "student -> student": "rec"}
+    chapter = Chapter(
+        "Student and teacher",
+        "Every encoder with every decoder, encoder -> decoder, on the same frames.",
+        reconstructions=pairs,
+        metrics=metrics,
+        videos=[_video(comparer, file, folder, outputs) for file in report["files"]],
+        ranked_by=rank_column(comparer.metrics.columns),
+        tables=[
+            Table("Means", *_pair_table(report)),
+            Table("Latents", *_latent_table(report["mean"]["latents"]), note=UNITS["latents"]),
+            *([Table("Cost", *_cost_table(report["cost"]), note=_cost_note(report["cost"]))] if report["cost"] else []),
+        ],
+        warnings=report["warnings"],
+    )
+    return Report(
+        f"{Path(report['student']['path']).name} and its teacher {Path(report['teacher']['path']).name}",
+        [chapter],
+        facts={whose: _network(report[whose]) for whose in ("student", "teacher")}
+        | {"pixels": UNITS["pairs"], "versions": f"vae3d {__version__}"},
+        commands=command,
+        links={json_file.name: os.path.relpath(json_file, folder)},
+        warnings=report["notes"],
+    )
+
+
+def _video(comparer: Comparer, file: dict[str, Any], folder: Path, outputs: Mapping[str, str]) -> Video:
+    links = {}
+    for label, kind in outputs.items():
+        paths = (comparer.reconstructor.folder(kind) / f"{file['file']}{suffix}" for suffix in (".mp4", ".mkv", ".png"))
+        links |= {f"{label}, all frames": os.path.relpath(path, folder) for path in paths if path.is_file()}
+    latents = file["latents"]
+    facts = {"source": file["source"], "latents": f"MSE {latents['mse']:.6f}, cosine {latents['cosine']:.4f}"}
+    if file["frames"] < file["frames_reconstructed"]:
+        facts["compared"] = f"the first {file['frames']} of {file['frames_reconstructed']} frames"
+    return Video(clip_id(file["file"]), file["file"], scores=file["pairs"], facts=facts, links=links)
+
+
+def _pair_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: means of each pair, and of frames of one colour."""
     means = report["mean"]
     columns = list(next(iter(means["pairs"].values())))
-    rows: list[Sequence[str] | None] = [
+    rows = [
         [pair, *(f"{scores[c]:.6f}" if c == "mse" else number(scores[c]) for c in columns)]
         for pair, scores in means["pairs"].items()
     ]
-    rows.append(None)
     for name, label in (("black", "black frames"), ("mean_colour", "frames of the mean colour")):
         rows.append([label, *(number(means["baseline"][name]) if c == "psnr_video" else "" for c in columns)])
-    latents = means["latents"]
+    return ["encoder -> decoder", *columns], rows
+
+
+def _latent_table(latents: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: mean and standard deviation of every channel, of both encoders."""
+    head = ["channel", *(f"{key} of the {whose}" for key in ("mean", "std") for whose in ("student", "teacher"))]
+    columns = [latents[whose][key] for key in ("mean", "std") for whose in ("student", "teacher")]
+    return head, [[str(i), *map(number, values)] for i, values in enumerate(zip(*columns, strict=True))]
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    """Log lines: the two networks, the table of pairs, the latents."""
+    head, rows = _pair_table(report)
+    latents = report["mean"]["latents"]
     return [
         *(f"{whose}: {_network(report[whose])}" for whose in ("student", "teacher")),
-        f"mean over {plural(report['files_compared'], 'file')}\n" + text_table(["encoder -> decoder", *columns], rows),
+        f"mean over {plural(report['files_compared'], 'file')}\n" + text_table(head, [*rows[:-2], None, *rows[-2:]]),
         f"latents of the student against the teacher's: MSE {latents['mse']:.6f}, cosine {latents['cosine']:.4f}",
     ]
 
@@ -120,8 +182,10 @@ def _network(network: dict[str, Any]) -> str:
 
 
 def _cost_lines(costs: dict[str, Any]) -> list[str]:
-    if not costs:
-        return []
+    return [f"cost {_cost_note(costs)}\n" + text_table(*_cost_table(costs))] if costs else []
+
+
+def _cost_table(costs: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["network", "encodes frames/s", "decodes frames/s", "first frame ms", "after"]
     rows = []
     for whose in ("student", "teacher"):
@@ -129,6 +193,11 @@ def _cost_lines(costs: dict[str, Any]) -> list[str]:
         speeds = [f"{cost[f'{step}_frames_per_second']:.1f}" for step in ("encode", "decode")]
         first_frame = f"{1000 * cost['first_frame_seconds']:.1f}"
         rows.append([whose, *speeds, first_frame, cost["first_frame_from"].split(",")[0]])
+    return head, rows
+
+
+def _cost_note(costs: dict[str, Any]) -> str:
     clip = costs["student"]
-    measured = f"{plural(clip['frames'], 'frame')} of {clip['height']}x{clip['width']}, {clip['device']}"
-    return [f"cost on {costs['file']} ({measured})\n" + text_table(head, rows)]
+    return (
+        f"on {costs['file']} ({plural(clip['frames'], 'frame')} of {clip['height']}x{clip['width']}, {clip['device']})"
+    )

@@ -18,13 +18,15 @@ from vae3d.data.versions import source_version
 from vae3d.distributed import all_gather_object
 from vae3d.errors import UserError
 from vae3d.hashing import json_hash
+from vae3d.inference import page
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
-from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor, identifier
+from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor, identifier
 from vae3d.inference.results import Results
 from vae3d.io import write_json, write_text
 from vae3d.metrics import MetricError
 from vae3d.progress import progress
+from vae3d.report.page import PAGE, write_page
 from vae3d.text import plural
 
 log = logging.getLogger("vae3d")
@@ -48,7 +50,7 @@ def command_record(
     settings: Mapping[str, Any], weights: Mapping[str, str | None], table: pd.DataFrame
 ) -> dict[str, Any]:
     """What the results depend on: settings, hashes of weights, rows. A command resumes if its record is the same."""
-    free = ("save_dir", "checkpoint", "source", "root", "overwrite", "on_error", "cost", "device")
+    free = ("save_dir", "checkpoint", "source", "root", "overwrite", "on_error", "cost", "device", "report")
     fixed = {name: value for name, value in settings.items() if name not in free}
     if "teacher" in settings:
         fixed["teacher"] = {name: value for name, value in settings["teacher"].items() if name != "path"}
@@ -60,16 +62,25 @@ def command_record(
 
 def check_not_own_source(reconstructor: Reconstructor, source: str) -> None:
     """Raises UserError if the results would be written into the source folder."""
-    if any(reconstructor.folder(kind).resolve().is_relative_to(Path(source).resolve()) for kind in KINDS):
+    folders = [reconstructor.folder(kind) for kind in (*KINDS, *PAGES)]
+    if any(folder.resolve().is_relative_to(Path(source).resolve()) for folder in folders):
         raise UserError(f"save_dir={reconstructor.config.save_dir} is inside source={source}; choose another save_dir")
 
 
 def reconstruct_files(
-    results: Results, table: pd.DataFrame, *, skip_errors: bool, rank: int, world_size: int, cost: dict[str, Any] | None
+    results: Results,
+    table: pd.DataFrame,
+    *,
+    skip_errors: bool,
+    rank: int,
+    world_size: int,
+    cost: dict[str, Any] | None,
+    command: str = "",
 ) -> None:
     """Reconstruct this rank's share of the table, and compare it if there is a teacher; rank 0 reports on all.
 
-    Files that a killed run of the same command finished are kept. cost: of measure_cost, for the report.
+    Files that a killed run of the same command finished are kept. cost: of measure_cost, for the report. command: to
+    show on pages.
     Raises MediaError at the first file that cannot be read or scored; with skip_errors UserError at the end,
     which lists them all.
     """
@@ -104,13 +115,22 @@ def reconstruct_files(
             failed.append(str(error))
     ranks = all_gather_object((done, failed, kept))
     failed = [error for _, errors, _ in ranks for error in errors]
+    items = sorted((item for done, _, _ in ranks for item in done), key=lambda item: item[0].id)
+    files = [file for file, _ in items]
     if rank == 0:
         if kept := sum(kept for _, _, kept in ranks):
             log.info("%d of %d files were already finished", kept, len(table))
-        done = sorted((item for items, _, _ in ranks for item in items), key=lambda item: item[0].id)
-        report(reconstructor, [file for file, _ in done], cost)
+        means = report(reconstructor, files, cost)
         if comparer is not None:
-            report_comparison(comparer, [comparison for _, comparison in done if comparison is not None])
+            report_comparison(comparer, [comparison for _, comparison in items if comparison is not None], command)
+    if reconstructor.config.report and files:
+        mine = files[rank::world_size]
+        page.write_clips(reconstructor, progress(mine, unit="file", desc="page", hidden=rank != 0))
+        all_gather_object(None)  # wait for the clips of all ranks
+        if rank == 0:
+            folder = reconstructor.folder("report")
+            write_page(folder, page.make_report(results, files, means, cost, failed, command))
+            log.info("%s shows them", folder / PAGE)
     if failed:
         reasons = "\n".join(f"  {reason}" for reason in failed)
         raise UserError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{reasons}")
@@ -125,8 +145,12 @@ def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dic
     return measure_cost(reconstructor.model, chunk, reconstructor.config.precision)
 
 
-def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[str, Any] | None) -> None:
-    """Write <save_dir>_rec/index.csv, and <save_dir>_rec/metrics.json if there are scores or costs; log the results."""
+def report(
+    reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[str, Any] | None
+) -> dict[str, float | None]:
+    """Write <save_dir>_rec/index.csv, and <save_dir>_rec/metrics.json if there are scores or costs; log the results.
+
+    Returns the means of the metrics."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
@@ -154,3 +178,4 @@ def report(reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[
         summary = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
         summary |= {} if tiles is None else {"tiles": str(tiles)}
         write_json(folder / "metrics.json", summary)
+    return scores

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from vae3d.data.clips import to_video
-from vae3d.pixels import as_rgb, to_uint8
+from vae3d.pixels import as_rgb, displayable, to_uint8
 
 LINE, TEXT = 20, 12  # pixels of a line of text, and of its font
 GAP = 2  # pixels between panels, and between pictures of a grid
@@ -25,7 +25,6 @@ ERROR_NOTE = (
     "pixels on"
 )
 COLOURS = "inferno"
-SQUARE, CHECKERBOARD = 8, (102, 153)  # pixels of a side, and the two greys, behind transparent pixels
 Panels = Mapping[str, np.ndarray]  # label -> [T, H, W, 3] uint8
 
 
@@ -101,24 +100,6 @@ def enlarged(frames: np.ndarray) -> np.ndarray:
 def scorable(frames: np.ndarray) -> np.ndarray:
     """Frames [T, H, W, C] uint8 as metrics take them: RGB and RGBA as they are, of others pixels.as_rgb."""
     return frames if frames.shape[3] in (3, 4) else to_uint8(as_rgb(to_video(frames))[0])
-
-
-def displayable(frames: np.ndarray) -> np.ndarray:
-    """Frames [T, H, W, C] uint8 as [T, H, W, 3]: RGBA over a checkerboard, one channel as grey, of more than four the
-    first three. Raises ValueError for two."""
-    channels = frames.shape[3]
-    if channels == 3:
-        return frames
-    if channels == 2:
-        raise ValueError("frames of 2 channels have no colours to show")
-    if channels == 1:
-        return frames.repeat(3, 3)
-    if channels != 4:
-        return frames[..., :3]
-    rows, columns = (np.arange(side) // SQUARE for side in frames.shape[1:3])
-    board = np.where((rows[:, None] + columns) % 2, *CHECKERBOARD)[None, ..., None]
-    alpha = frames[..., 3:].astype(np.float32) / 255
-    return np.rint(frames[..., :3] * alpha + board * (1 - alpha)).astype(np.uint8)
 
 
 def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:

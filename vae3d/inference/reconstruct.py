@@ -31,7 +31,8 @@ from vae3d.text import plural
 if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
 
-KINDS = ("ori", "rec", "spatial", "compare")  # folders <save_dir>_<kind>; compare: see inference.comparison
+KINDS = ("ori", "rec", "spatial")  # folders <save_dir>_<kind> of outputs
+PAGES = ("report", "compare")  # folders <save_dir>_<kind> of pages; see inference.page and inference.comparison
 Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3 or 4] uint8, of which the first so many are coded now; see Stream
 
 

@@ -18,9 +18,10 @@ from vae3d.data.versions import source_version
 from vae3d.evaluation.store import read_features, write_features
 from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
-from vae3d.inference.reconstruct import KINDS, FileResult, Reconstructor
+from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor
 from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
 from vae3d.metrics import Score, VideoResult
+from vae3d.report.page import VIDEOS, remove_page, unpack_page
 
 DONE = ".done"
 SUFFIXES = (".mp4", ".mkv", ".png")  # of outputs
@@ -42,18 +43,21 @@ class Results:
     def locked(self) -> Iterator[None]:
         """Hold the lock of save_dir. Raises FolderError if another process holds it."""
         with folders.locked(self.folder("rec"), self.setting):
-            for kind in KINDS:
+            for kind in (*KINDS, *PAGES):
                 remove_unfinished(self.folder(kind))
+                remove_unfinished(self.folder(kind) / VIDEOS)
             remove_unfinished(self.records)
             yield
 
     def begin(self, command: Mapping[str, Any], overwrite: bool) -> None:
         """Prepare the folders for a command. Raises FolderError if they hold another's results, unless `overwrite`."""
-        full = [folder for kind in KINDS if folders.has_results(folder := self.folder(kind))]
+        full = [folder for kind in (*KINDS, *PAGES) if folders.has_results(folder := self.folder(kind))]
         if overwrite:
             self.clear()
         elif full:
             if folders.resumes(self.folder("rec"), command, self.setting):
+                for kind in PAGES:
+                    unpack_page(self.folder(kind))
                 return
             raise folders.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
         folders.begin(self.folder("rec"), command)
@@ -65,10 +69,13 @@ class Results:
             for file in folder.iterdir() if folder.is_dir() else ():
                 if re.fullmatch(f"{OUTPUT}|{REPORTS}", file.name):
                     file.unlink()
+        for kind in PAGES:
+            remove_page(self.folder(kind))
         remove(self.records)
 
     def read(self, name: str, source: str) -> tuple[FileResult, dict[str, Any] | None] | None:
-        """A finished file and its comparison; None if it is not finished, or its outputs or source have changed.
+        """A finished file and its comparison; None if it is not finished, or its outputs, its clip of the comparison's
+        page or its source have changed.
 
         Raises FileError if its .done/*.json is damaged.
         """
@@ -87,6 +94,8 @@ class Results:
             features = {metric: read_features(self._features(name, metric)) for metric in record["features"]}
             file = FileResult(**record["file"], result=VideoResult(scores, features, record["counts"]))
             comparison = record["comparison"]
+            if self.comparer is not None and not self.comparer.has_clip(name):
+                return None
             if self.comparer is not None and comparison["cost"]:
                 self.comparer.costs = comparison["cost"]
             return file, comparison and comparison["file"]

@@ -33,13 +33,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from vae3d.io import atomic_write, naming, remove, write_text
+from vae3d.io import atomic_write, naming, remove, remove_empty, write_text
 from vae3d.report.clip import Clip, Panel
 from vae3d.report.clip import encode_clip as encode_clip
 
 PAGE, VIDEOS = "index.html", "videos"
 SINGLE_FILE_BYTES = 24_000_000  # of all clips and thumbnails
 MAX_ID = 60  # characters
+DIGITS = 6  # of floats: SSIM near 1 needs them
 CALL = "vae3dClip("  # the start of a clip's script
 REPORT_TAG = '<script type="application/json" id="report">'
 CLIP_TAG = '<script type="application/json" class="clip" data-id="([^"]+)">'
@@ -229,10 +230,8 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
         source=lambda path: Markup((FOLDER / path).read_text()),
     )
     write_text(folder / PAGE, page)
-    if single:
-        remove(folder / VIDEOS)
-    else:
-        _remove_others(folder / VIDEOS, {file.name for files in shown.values() for file in files})
+    _remove_others(folder / VIDEOS, set() if single else {file.name for files in shown.values() for file in files})
+    remove_empty(folder / VIDEOS)
 
 
 def unpack_page(folder: Path) -> None:
@@ -256,12 +255,12 @@ def unpack_page(folder: Path) -> None:
 
 
 def clip_ids(names: Iterable[str]) -> dict[str, str]:
-    """Name -> id: letters, digits, dots and dashes of the name, and a number if two would be the same."""
+    """Name -> id, see clip_id; with a number at its end if two would be the same."""
     ids: dict[str, str] = {}
     taken: set[str] = set()
     for name in names:
-        base = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[-MAX_ID:].lstrip("._-") or "video"
-        id, count = base, 1
+        base = id = clip_id(name)
+        count = 1
         while id.lower() in taken:  # some disks do not distinguish capitals
             count += 1
             id = f"{base}-{count}"
@@ -270,8 +269,24 @@ def clip_ids(names: Iterable[str]) -> dict[str, str]:
     return ids
 
 
+def clip_id(name: str) -> str:
+    """Letters, digits, dots and dashes of a name's first MAX_ID characters, which make a safe name of a file."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[:MAX_ID] or "video"
+
+
+def has_clip(folder: Path, id: str) -> bool:
+    return all(file.is_file() for file in _clip_files(folder, id))
+
+
+def remove_page(folder: Path) -> None:
+    """Delete index.html and its clips, and nothing else."""
+    remove(folder / PAGE)
+    _remove_others(folder / VIDEOS, set())
+    remove_empty(folder / VIDEOS)
+
+
 def to_json(value: Any) -> str:
-    """JSON that can stand in a script of a page: ASCII without `<`, floats of 5 digits, null for NaN and infinity."""
+    """JSON that can stand in a script of a page: ASCII without `<`, floats of DIGITS digits, null for NaN."""
     return json.dumps(_plain(value), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -282,7 +297,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):
-        return float(f"{value:.5g}") if math.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     if is_dataclass(value):
         entries = {item.name: getattr(value, item.name) for item in fields(value)}
         return {k: str(escape(v)) if (type(value), k) in HTML else _plain(v) for k, v in entries.items()}
