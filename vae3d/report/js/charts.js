@@ -261,6 +261,7 @@ function differencesOf(chapter, onmetric) {
           interval(one, reach, verdict(metric, one)),
           el("span", { class: "numbers" }, differenceText(one)),
           el("span", { class: `verdict ${verdict(metric, one)}` }, verdictText(metric, one)),
+          el("span", { class: "wins" }, one.better_on === null ? "" : `better on ${one.better_on} of ${one.videos}`),
         ),
       );
     }
@@ -268,18 +269,17 @@ function differencesOf(chapter, onmetric) {
   return root;
 }
 
-// "better", "worse", or "open" if the interval holds zero or the metric has no direction.
+// "better", "worse", or "undecided" if the interval holds zero or the metric has no direction.
 function verdict(metric, one) {
-  if (one.low === null || one.high === null || (one.low <= 0 && one.high >= 0)) return "open";
-  if (metric.better !== "higher" && metric.better !== "lower") return "open";
+  if (one.low === null || one.high === null || (one.low <= 0 && one.high >= 0)) return "undecided";
+  if (metric.better !== "higher" && metric.better !== "lower") return "undecided";
   return one.difference > 0 === (metric.better === "higher") ? "better" : "worse";
 }
 
 function verdictText(metric, one) {
-  const word = { better: "better", worse: "worse", open: "undecided" }[verdict(metric, one)];
+  const word = verdict(metric, one);
   const apart = one.low !== null && one.high !== null && (one.low > 0 || one.high < 0);
-  const text = word === "undecided" && apart ? "different" : word;
-  return one.better_on === null ? text : `${text}, better on ${one.better_on} of ${one.videos}`;
+  return word === "undecided" && apart ? "different" : word;
 }
 
 function differenceText(one) {

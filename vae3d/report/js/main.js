@@ -38,7 +38,8 @@ function replaceReport(next) {
 function showReport(report, { play = false } = {}) {
   page.chapters.forEach(({ player }) => player?.close());
   document.title = report.title;
-  const body = el("main", {}, el("h1", {}, report.title));
+  const heading = el("h1", {}, report.title);
+  const body = el("main", {}, heading);
   if (report.text) body.append(html("div", { class: "text" }, report.text));
   body.append(...warnings(report.warnings));
   if (Object.keys(report.links).length) body.append(el("p", { class: "files" }, links(report.links)));
@@ -57,7 +58,10 @@ function showReport(report, { play = false } = {}) {
   const navigation = el("details", { class: "contents", open: wide.matches }, el("summary", {}, "Contents"), el("nav", { "aria-label": "Contents" }, contents));
   wide.addEventListener("change", () => (navigation.open = wide.matches));
   document.querySelectorAll("body > header, body > .layout").forEach((old) => old.remove());
-  document.body.prepend(buildHeader(report), el("div", { class: "layout" }, navigation, body));
+  const header = buildHeader(report);
+  document.body.prepend(header, el("div", { class: "layout" }, navigation, body));
+  // The title stands in the header while the heading is out of view.
+  new IntersectionObserver(([{ isIntersecting }]) => header.classList.toggle("titled", !isIntersecting)).observe(heading);
   for (const built of page.chapters.filter(({ table }) => table)) {
     built.table.setCurrent(null); // rows need the height of the box
     offer(built);
@@ -91,7 +95,7 @@ function buildChapter(chapter, id, titled) {
   if (chapter.text) root.append(html("div", { class: "text" }, chapter.text));
   root.append(...warnings(chapter.warnings));
   const built = { chapter, root, player: null, table: null };
-  if (chapter.videos.length) buildVideos(built, add);
+  if (chapter.videos.length) buildVideos(built, add, parts);
   if (chapter.differences.length) {
     const note = el("p", { class: "note" }, "Mean difference over videos, with its 95 % interval. Each score has its own scale. A click shows its videos, worst first.");
     add("Differences", "differences", note, differencesOf(chapter, (metric, name) => built.table?.showDifference(metric, name)));
@@ -104,8 +108,8 @@ function buildChapter(chapter, id, titled) {
   return built;
 }
 
-function buildVideos(built, add) {
-  const { chapter } = built;
+function buildVideos(built, add, parts) {
+  const { chapter, root } = built;
   const ranks = rankVideos(chapter);
   built.ranks = ranks;
   built.table = new VideoTable(chapter, ranks, (video) => openVideo(built, video, { play: !calm() }));
@@ -120,7 +124,9 @@ function buildVideos(built, add) {
     const tip = `The ${rank} video by ${metric.label}`;
     return el("button", { type: "button", "data-tip": tip, onclick: () => openVideo(built, video, { play: !calm() }) }, `Open the ${rank}`);
   });
-  add("Player", "player", built.player.root);
+  built.player.root.id = `${root.id}-player`;
+  root.append(built.player.root);
+  parts.push(entry("Player", built.player.root.id));
   add("Videos", "videos", rankButtons.length ? el("div", { class: "rank-buttons" }, rankButtons) : null, built.table.root);
   const distributions = histograms(chapter, (metric, low, high) => built.table.showRange(metric, low, high));
   if (distributions.children.length) {

@@ -478,7 +478,7 @@ class Player {
 
   #slot(name, side) {
     const canvas = el("canvas", { class: "frame", "data-of": name, role: "img", "aria-label": name });
-    const lens = el("canvas", { class: "lens", "aria-hidden": "true", hidden: true });
+    const lens = el("div", { class: "lens", "aria-hidden": "true", hidden: true }, el("canvas"));
     const sheet = el("div", { class: `sheet ${side}` }, canvas, lens);
     const curves = this.clip.curves?.[name] ?? {};
     const outputs = Object.entries(curves).map(([metric, values]) => {
@@ -538,12 +538,13 @@ class Player {
     lens.hidden = !look.lens || look.view === "panorama";
     if (lens.hidden) return;
     const box = this.#box();
-    const size = Math.round(clamp(box.width * 0.4, 90, 220));
+    const size = Math.round(clamp(box.width * 0.36, 90, 220));
     const pixels = Math.round(size * devicePixelRatio);
-    if (lens.width !== pixels) lens.width = lens.height = pixels;
+    const glass = lens.firstChild;
+    if (glass.width !== pixels) glass.width = glass.height = pixels;
     const shown = size / ((box.width / canvas.width) * look.zoom.k * LENS_FACTOR); // pixels of the picture, per side
     const { x, y } = look.lensAt;
-    const context = lens.getContext("2d");
+    const context = glass.getContext("2d");
     context.imageSmoothingEnabled = false;
     context.fillRect(0, 0, pixels, pixels);
     context.drawImage(canvas, x * canvas.width - shown / 2, y * canvas.height - shown / 2, shown, shown, 0, 0, pixels, pixels);
@@ -765,7 +766,7 @@ class Player {
       const parts = read.flatMap((one, index) => {
         if (one.name !== name) return [];
         const [r, g, b] = data.slice(4 * index, 4 * index + 3);
-        return one.layer === "picture" ? [`${r} ${g} ${b}`] : [`error ${format(((r + g + b) / 3 / 255) * this.clip.scale)}`];
+        return one.layer === "picture" ? [`${r} ${g} ${b}`] : [`error ${(((r + g + b) / 3 / 255) * this.clip.scale).toFixed(3)}`];
       });
       this.pixel.append(el("span", {}, swatch(this.chapter, name), parts.join(" · ")));
     });

@@ -73,7 +73,8 @@ class VideoTable {
       difference: true,
       name,
       metric: metricOf(chapter, mode.metric),
-      label: `${name} − ${base}`,
+      label: `Δ ${name}`,
+      note: `${name} − ${base}. `,
       value: (video) => {
         const [left, right] = [scoreOf(video, name, mode.metric), scoreOf(video, base, mode.metric)];
         return left === null || right === null ? null : left - right;
@@ -165,7 +166,7 @@ class VideoTable {
     const sortable = (key, label, metric, cell) => {
       const { column, down } = this.sort;
       const state = column === key ? (down ? "descending" : "ascending") : "none";
-      const note = cell?.difference ? "Difference of the scores. " : "";
+      const note = cell?.note ?? "";
       const content = [cell && this.mode.metric !== undefined ? swatch(this.chapter, cell.name) : null, el("span", { class: "label" }, label)];
       const direction = metric ? el("span", { class: "arrow" }, arrow(metric)) : null;
       const mark = el("span", { class: "sorted", "aria-hidden": "true" }, state === "none" ? "" : down ? "▾" : "▴");

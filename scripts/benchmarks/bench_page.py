@@ -1,0 +1,113 @@
+"""Time until a page of many videos can be used, and the memory of the browser's process that shows it.
+
+    python scripts/benchmarks/bench_page.py --videos 1000
+
+Needs playwright and a Chromium of the system. Makes a few clips and gives them to all videos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from vae3d.report.page import Chapter, Metric, Report, Video, encode_clip, write_clip, write_page
+
+METRICS = {
+    name: Metric(name.upper(), "higher" if name in ("psnr", "ssim") else "lower", f"Meaning of {name}.")
+    for name in ("psnr", "ssim", "lpips", "dists", "flicker", "temporal", "ghosting", "sharpness")
+}
+SECONDS, MEGABYTES = 2.0, 300.0  # more than this is too much
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=1000)
+    parser.add_argument("--reconstructions", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3)
+    return parser.parse_args()
+
+
+def write(folder: Path, videos: int, reconstructions: int) -> None:
+    rng = np.random.default_rng(0)
+    names = [f"rec{index}" for index in range(reconstructions)]
+    ramp = np.linspace(0, 255, 192).astype(np.uint8)
+    original = np.stack([np.roll(np.broadcast_to(ramp[None, :, None], (108, 192, 3)), 8 * t, 1) for t in range(24)])
+    curves = {name: {metric: [*rng.random(24)] for metric in METRICS} for name in names}
+    clip = encode_clip([original], {name: [255 - original] for name in names}, 24)
+    rows = []
+    for index in range(videos):
+        id = f"video{index:05d}"
+        write_clip(folder, id, clip, curves)
+        scores = {name: dict(zip(METRICS, map(float, rng.random(len(METRICS))), strict=True)) for name in names}
+        rows.append(Video(id, f"some/folder/{id}.mp4", scores, {"codec": "h264"}, {"original": f"ori/{id}.mp4"}))
+    write_page(folder, Report("Many videos", [Chapter("Videos", "", names, METRICS, rows, "psnr")]))
+
+
+def measure(page_file: Path, runs: int) -> tuple[list[float], list[float], list[float]]:
+    """Seconds until the first picture stands and the page answers, and megabytes of the renderer, at first and after
+    the table was scrolled and ten videos were opened."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        sys.exit("no chromium on the PATH")
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    seconds, first, later = [], [], []
+    with sync_playwright() as playwright:
+        for _ in range(runs):
+            browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+            page = browser.new_page(viewport={"width": 1400, "height": 900})
+            page.goto(page_file.as_uri(), wait_until="commit")
+            page.wait_for_selector(".player:not(.loading) .frame")
+            # The frame after the main thread is free again: the page answers.
+            ready = "new Promise((done) => requestAnimationFrame(() => setTimeout(() => done(performance.now()))))"
+            seconds.append(page.evaluate(ready) / 1000)
+            page.wait_for_timeout(1000)
+            first.append(renderer_megabytes(chromium))
+            for _ in range(10):
+                page.keyboard.press("n")
+                page.wait_for_timeout(150)
+            page.evaluate("(async () => { const box = document.querySelector('.videos-box'); for (let y = 0; y < box.scrollHeight; y += 400) { box.scrollTop = y; await new Promise(requestAnimationFrame); } })()")  # fmt: skip
+            page.wait_for_timeout(1000)
+            later.append(renderer_megabytes(chromium))
+            browser.close()
+    return seconds, first, later
+
+
+def renderer_megabytes(chromium: str) -> float:
+    """USS of the largest renderer that this process started."""
+    sizes = [0]
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "--type=renderer" in " ".join(process.cmdline()):
+                sizes.append(process.memory_full_info().uss)
+        except psutil.Error:  # it ended
+            continue
+    if max(sizes) == 0:
+        raise RuntimeError(f"no renderer of {chromium} was found")
+    return max(sizes) / 1e6
+
+
+def main() -> int:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), args.videos, args.reconstructions)
+        index = Path(folder) / "index.html"
+        seconds, first, later = measure(index, args.runs)
+        size = index.stat().st_size / 1e6
+    print(f"{args.videos} videos, {args.reconstructions} reconstructions, index.html {size:.1f} MB, {args.runs} runs")
+    print(f"until it can be used: {statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})")
+    print(f"memory of the page's process: {max(first):.0f} MB, {max(later):.0f} MB after ten videos and all rows")
+    return int(statistics.median(seconds) > SECONDS or max(later) > MEGABYTES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
