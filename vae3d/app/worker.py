@@ -32,18 +32,16 @@ from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.readers import VIDEO_SUFFIXES, open_media
 from vae3d.errors import UserError
-from vae3d.inference.pictures import displayable
+from vae3d.evaluation.page import page_metrics
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.io import is_disk_error
-from vae3d.metric_names import SUMMARIES
 from vae3d.metrics import MetricSet, VideoResult, build_metrics
-from vae3d.metrics.base import Nearest
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.pixels import as_unit, to_uint8
+from vae3d.pixels import as_unit, displayable, to_uint8
 from vae3d.precision import as_device
 from vae3d.report.clip import ORIGINAL
-from vae3d.report.page import PAGE, Chapter, Metric, Report, Video, encode_clip, write_clip, write_page
+from vae3d.report.page import PAGE, Chapter, Report, Video, encode_clip, write_clip, write_page
 from vae3d.seeding import generator_of, randn_like
 from vae3d.text import plural
 from vae3d.training.memory import first_line, free_cache, is_out_of_memory
@@ -226,10 +224,16 @@ class Runner:
         fps = clip.info.fps
         self.progress("writing", 0.82, "scoring")
         results = {label: self._score(clip.frames, frames) for label, frames in panels.items()}
-        metrics = describe_metrics(self.metrics, next(iter(results.values())))
+        present = {
+            key for result in results.values() for key, score in result.scores.items() if score.value is not None
+        }
+        metrics = page_metrics({key: better for key, better in self.metrics.columns.items() if key in present})
+        curves = {
+            rec: {key: s.frames for key, s in result.scores.items() if s.frames} for rec, result in results.items()
+        }
         self.progress("writing", 0.9, "writing the page")
         shown = {label: [displayable(frames)] for label, frames in panels.items()}
-        write_clip(out, "video", encode_clip([displayable(clip.frames)], shown, fps), curves(results, len(clip.frames)))
+        write_clip(out, "video", encode_clip([displayable(clip.frames)], shown, fps), curves)
         exact = {ORIGINAL: clip.frames, **panels}
         stems = unique_names([file_stem(label) for label in exact], "-{}")
         files = {
@@ -391,29 +395,6 @@ def latent_of_frame(model: VideoAutoencoder, frame: int, frames: int) -> int:
     if isinstance(model, OpenSoraVAE):
         return model.latent_frames(frames) - model.latent_frames(frames - frame)
     return model.latent_frames(frame + 1) - 1
-
-
-def describe_metrics(metrics: MetricSet, result: VideoResult) -> dict[str, Metric]:
-    """The columns that have a value; those of motion have none for an image."""
-    names = {True: "higher", False: "lower", None: None}
-    found = {}
-    for metric in metrics:
-        for column, better in metric.columns.items():
-            if column in result.scores and result.scores[column].value is not None:
-                direction = better.target if isinstance(better, Nearest) else names[better]
-                found[column] = Metric(column, direction, SUMMARIES.get(metric.name, ""))
-    return found
-
-
-def curves(results: Mapping[str, VideoResult], frames: int) -> dict[str, dict[str, list[float | None]]]:
-    """Scores of each frame. Those of pairs of frames stand at the second frame."""
-    found: dict[str, dict[str, list[float | None]]] = {}
-    for label, result in results.items():
-        found[label] = {}
-        for column, score in result.scores.items():
-            if len(score.frames) > 1:
-                found[label][column] = [None] * (frames - len(score.frames)) + score.frames
-    return found
 
 
 def reduced_size(info: MediaInfo, height: int) -> tuple[int, int]:
