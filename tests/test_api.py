@@ -381,7 +381,8 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
     assert "psnr" in output.out
     assert "fetch-weights --metrics lpips_alex" in output.err  # no weights in tests
     page = (tmp_path / "out/index.html").read_text()
-    assert "image/webp" in page
+    assert page.count('class="clip" data-id="video"') == 1
+    assert '"psnr": [' in page
     assert "the first 9 of 21 frames of 32 x 24" in page
     assert vae3d.read_video(tmp_path / "out/reconstruction.mp4").frames.shape == (1, 3, 9, 24, 32)
     assert vae3d.read_video(tmp_path / "out/side_by_side.mp4").frames.shape[2] == 9

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests import tiny
+from tests.evaluation.test_eval_page import content
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import probe_latents
@@ -89,9 +90,11 @@ def test_images_two_strides_side_by_side(exports, photos, tmp_path, capsys, trun
     printed = capsys.readouterr()
     assert re.search(r"D\(z \+ 0\.3 noise\), dB +\d", printed.out)
     assert any("instead of 0 and 1" in line for line in printed.err.splitlines())
-    page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 + 2 * 7  # plots; pictures of two models
-    assert "http" not in re.sub(r"base64,[^\"]+", "", page)
+    page, _ = content(out)
+    assert [len(chapter["pictures"]) for chapter in page["chapters"]] == [0, 3, 7, 7]  # plots; of two models
+    assert page["chapters"][2]["pictures"][0]["html"].startswith('<img src="data:image/png;base64,')
+    assert page["facts"]["settings.count"] == "6"
+    assert page["commands"].startswith("vae3d probe-latents f2=")
 
 
 def test_videos_and_tiles(exports, video, tmp_path, capsys):

@@ -211,7 +211,7 @@ def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
             --per_file 8 --tile 256 --tile_overlap 64 --out probes
 
     A model is a path for vae3d.load; NAME= before it distinguishes two of the same file name. Prints a table; writes
-    OUT/probes.json and OUT/report.html, which explain each number.
+    OUT/probes.json and OUT/index.html, which explain each number.
     """
     parser = _parser(parse_probe_latents)
     parser.add_argument("models", nargs="+", metavar="[NAME=]PATH")

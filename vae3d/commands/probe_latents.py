@@ -5,6 +5,7 @@ Flags: vae3d.commands.flags.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from argparse import Namespace
 from dataclasses import asdict, fields
@@ -26,17 +27,19 @@ from vae3d.metrics.frame import Lpips
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightsMissing
+from vae3d.report.page import PAGE
 from vae3d.text import plural
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_probe_latents(argv)
     report, pictures = probe(args)
-    write_report(args.out, report, pictures)
+    command = shlex.join(["vae3d", "probe-latents", *(sys.argv[1:] if argv is None else argv)])
+    write_report(args.out, report, pictures, command)
     print(console_table(report))
     for line in report["warnings"] + report["notes"]:
         print(line, file=sys.stderr)
-    print(f"{args.out / 'report.html'}, {args.out / 'probes.json'}")
+    print(f"{args.out / PAGE}, {args.out / 'probes.json'}")
 
 
 def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:

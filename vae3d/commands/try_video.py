@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -19,27 +19,33 @@ from PIL import Image
 from vae3d import api
 from vae3d.commands.fetch_weights import provide
 from vae3d.commands.flags import parse_try
-from vae3d.data.clips import to_video
 from vae3d.data.media import MediaInfo
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
-from vae3d.inference.pictures import ERROR_LABEL, ERROR_NOTE, contact_sheet, displayable, error_maps, side_by_side
+from vae3d.evaluation.page import page_metrics
+from vae3d.inference.pictures import ERROR_LABEL, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
-from vae3d.io import FileError, atomic_write, naming, write_text
-from vae3d.metrics import build_metrics
+from vae3d.io import FileError, atomic_write, naming
+from vae3d.metrics import Score, build_metrics
+from vae3d.metrics.base import Better
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.pixels import to_uint8
+from vae3d.pixels import as_unit, displayable, to_uint8
 from vae3d.precision import as_device
 from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES
 from vae3d.report import number, text_table
-from vae3d.report.html import html_table, img, render
+from vae3d.report.page import Chapter, Report, Video, encode_clip, write_clip, write_page
 from vae3d.text import plural
 
 DEFAULT = ("taef2_encoder.pth", "taef2_decoder.pth")
 METRICS = ("psnr", "ssim", "lpips", "flicker")
 ARROWS = {True: " ↑", False: " ↓"}
-PAGE = Path(__file__).with_name("try_video.html")
+SCORED_FRAMES = 16  # per update of the metrics
+CLIP = "video"  # its id on the page
+HINTS = (
+    "psnr: below 25 dB a video looks blurred, above 35 the difference is hard to see. ssim: 1 if equal. lpips: 0 if "
+    "equal, below 0.05 is good. flicker: the excess is what the autoencoder adds."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,18 +64,19 @@ def main(argv: list[str] | None = None) -> int:
     speed = video.shape[2] / (time.perf_counter() - start)
     facts["speed"] = f"{speed:.1f} frames per second, encoding and decoding ({device})"
     original, result = to_uint8(video[0]), to_uint8(rec[0])
-    rows, skipped = score(original, result, device)
+    scores, columns, skipped = score(original, result, device)
 
-    write_page(
-        out,
-        f"{Path(args.video).name} through {args.checkpoint or 'TAEF2'}",
-        original,
-        result,
-        info,
-        facts,
-        rows,
-        skipped,
-    )
+    write_files(out, original, result, info.fps)
+    command = shlex.join(["vae3d", "try", *(sys.argv[1:] if argv is None else argv)])
+    title = f"{Path(args.video).name} through {args.checkpoint or 'TAEF2'}"
+    clip = encode_clip([displayable(original)], {"reconstruction": [displayable(result)]}, info.fps)
+    write_clip(out, CLIP, clip, {"reconstruction": {c: s.frames for c, s in scores.items() if s.frames}})
+    write_page(out, make_report(out, title, Path(args.video), scores, columns, facts, skipped, command))
+    rows = [
+        [f"{name}{ARROWS.get(columns[name], '')}", number(score.value)]
+        for name, score in scores.items()
+        if score.value is not None  # changes between frames, of an image
+    ]
     print(f"speed: {facts['speed']}\n\n{text_table(['score', 'mean'], rows)}")
     for name, reason in skipped.items():
         print(f"without {name}: {reason}", file=sys.stderr)
@@ -127,24 +134,22 @@ def no_weights(folder: Path, error: Exception) -> str:
     return "\n".join(lines)
 
 
-def score(original: np.ndarray, result: np.ndarray, device: torch.device) -> tuple[list[list[str]], dict[str, str]]:
-    """Rows of scores of [T, H, W, 3] uint8, with arrows to the better values; and why some metrics are left out."""
+def score(
+    original: np.ndarray, result: np.ndarray, device: torch.device
+) -> tuple[dict[str, Score], dict[str, Better], dict[str, str]]:
+    """Scores of [T, H, W, 3] uint8, their columns, and why some metrics are left out."""
     metrics = build_metrics(METRICS, device, on_missing="skip")
     unsupported = {m.name: reason for m in metrics if (reason := m.why_unsupported(*original.shape[:3])) is not None}
     chosen = metrics.subset([m.name for m in metrics if m.name not in unsupported])
-    scores = api.score(to_video(original), to_video(result), chosen, device=device)
-    rows = [
-        [f"{name}{ARROWS.get(chosen.columns[name], '')}", number(value)]
-        for name, value in scores.items()
-        if value is not None  # changes between frames, of an image
-    ]
+    for start in range(0, len(original), SCORED_FRAMES):
+        chosen.update(*(as_unit(video[start : start + SCORED_FRAMES], device) for video in (original, result)))
     missing = {
         name: f"{reason.partition(' (')[0]} is not on this machine: vae3d fetch-weights --metrics {name} gets it"
         if reason.endswith("is not on this machine")
         else reason
         for name, reason in metrics.skipped.items()
     }
-    return rows, missing | unsupported
+    return chosen.result().scores, chosen.columns, missing | unsupported
 
 
 def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> dict[str, str]:
@@ -164,56 +169,53 @@ def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> d
     }
 
 
-def write_page(
-    out: Path,
-    title: str,
-    original: np.ndarray,
-    result: np.ndarray,
-    info: MediaInfo,
-    facts: Mapping[str, str],
-    rows: list[list[str]],
-    skipped: Mapping[str, str],
-) -> None:
-    """Write the page, and reconstruction and comparison as files: of an image as .png, of a video as .mp4 and .webp.
+def write_files(out: Path, original: np.ndarray, result: np.ndarray, fps: float) -> None:
+    """Write reconstruction and comparison: of an image as .png, of a video as .mp4 and .webp.
 
     Pictures show RGBA over a checkerboard; the reconstruction of a video keeps it, as .mkv.
     """
     stored = result
     original, result = displayable(original), displayable(result)
-    errors = error_maps(original, result)
-    panels = {"original": original, "reconstruction": result, ERROR_LABEL: errors}
+    panels = {"original": original, "reconstruction": result, ERROR_LABEL: error_maps(original, result)}
     beside = np.concatenate(list(side_by_side(panels)))
-    moving = webp(beside, info.fps)
-    if info.fps:
+    if fps:
         if stored.shape[-1] == 4:
-            write_video(out / "reconstruction.mkv", stored, info.fps)
+            write_video(out / "reconstruction.mkv", stored, fps)
         else:
-            write_video(out / "reconstruction.mp4", stored, info.fps, "h264")
-        write_video(out / "side_by_side.mp4", beside, info.fps, "h264")
+            write_video(out / "reconstruction.mp4", stored, fps, "h264")
+        write_video(out / "side_by_side.mp4", beside, fps, "h264")
         with naming(out), atomic_write(out / "side_by_side.webp") as stream:
-            stream.write(moving)
+            stream.write(webp(beside, fps))
     else:
         write_image(out / "reconstruction.png", stored[0])
         write_image(out / "side_by_side.png", beside[0])
-    sheet = contact_sheet({name: panels[name] for name in ("original", "reconstruction")}, "original", 4)
-    page = render(
-        PAGE.read_text(),
-        title=title,
-        animation=base64.b64encode(moving).decode(),
-        sheet=img(Image.fromarray(sheet), format="JPEG", quality=90),
-        scores=html_table(["score", "mean"], rows),
-        error_note=ERROR_NOTE,
-        facts=html_table(["", ""], facts.items()),
-        skipped=skipped,
-    )
-    write_text(out / "index.html", page)
+
+
+def make_report(
+    out: Path,
+    title: str,
+    source: Path,
+    scores: Mapping[str, Score],
+    columns: Mapping[str, Better],
+    facts: Mapping[str, str],
+    skipped: Mapping[str, str],
+    command: str,
+) -> Report:
+    """The page for the folder `out`. skipped: metrics that were left out, and why."""
+    values = {column: score.value for column, score in scores.items() if score.value is not None}
+    files = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith((".", "index")))
+    links = {"original": os.path.relpath(source, out)} if source.is_file() else {}  # numbered images have no one file
+    video = Video(CLIP, source.name, {"reconstruction": values}, links=links)
+    metrics = page_metrics({column: columns[column] for column in values})
+    chapter = Chapter("Video", HINTS, ["reconstruction"], metrics, [video])
+    warnings = [f"without {name}: {reason}" for name, reason in skipped.items()]
+    return Report(title, [chapter], facts=facts, commands=command, links={n: n for n in files}, warnings=warnings)
 
 
 def webp(frames: np.ndarray, fps: float) -> bytes:
-    """[T, H, W, 3] uint8 as a WebP image that moves, or stands if there is one frame."""
+    """[T, H, W, 3] uint8 as a WebP image that moves."""
     first, *others = map(Image.fromarray, frames)
-    duration = round(1000 / fps) if fps else 1000
-    moving = {"save_all": True, "append_images": others, "duration": duration, "loop": 0} if others else {}
     file = io.BytesIO()
+    moving = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
     first.save(file, "WEBP", quality=80, method=4, **moving)
     return file.getvalue()

@@ -1,25 +1,25 @@
-"""Reports of latent probes, models side by side: text table, probes.json, HTML page with plots and pictures."""
+"""Reports of latent probes, models side by side: text table, probes.json, page with plots and pictures."""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
 from vae3d.arguments import flatten
-from vae3d.io import write_json, write_text
+from vae3d.io import write_json
 from vae3d.latents import probes
 from vae3d.latents.probes import TRANSFORMS
 from vae3d.pixels import to_uint8
-from vae3d.report import text_table
-from vae3d.report.html import html_table, img, png, render, resize_to_width, subplots
+from vae3d.report import page, text_table
+from vae3d.report.html import img, png, resize_to_width, subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,29 +33,41 @@ OCTAVES = [2.0**-octave for octave in range(8, -1, -1)]  # in units of the Nyqui
 STYLE = {"axes.titlesize": 10, "axes.labelsize": 8, "legend.fontsize": 8}
 WIDTH = 192  # pixels of a picture in the page
 
-PAGE = Path(__file__).with_name("probe_report.html")
 ROWS = Path(__file__).with_name("probe_rows.csv")  # of the table; key: of the results, flat
 
 
-def write_report(folder: Path, report: Report, pictures: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write probes.json and report.html into the folder. pictures: model -> label -> [3, H, W] in [-1, 1]."""
+def write_report(folder: Path, report: Report, pictures: Mapping[str, Mapping[str, Tensor]], command: str = "") -> None:
+    """Write probes.json and the page into the folder. pictures: model -> label -> [3, H, W] in [-1, 1]."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "probes.json", report)
     head, rows = _table(report)
     settings = report["settings"]
-    page = render(
-        PAGE.read_text(),
-        title="Latent probes",
-        report=report,
-        size=f"{settings['frames']} x {settings['height']} x {settings['width']}",
-        table=html_table([*head, "meaning"], rows),
-        plots={title: png(figure) for title, figure in figures(report).items()},
-        pictures={
-            name: {label: _picture(frame) for label, frame in frames.items()} for name, frames in pictures.items()
-        },
-        details=json.dumps({k: v for k, v in report.items() if k not in ("models", "pixels")}, indent=2),
+    size = f"{settings['frames']} x {settings['height']} x {settings['width']}"
+    shared = {key: value for key, value in report.items() if key not in ("models", "pixels", "warnings", "notes")}
+    chapters = [
+        page.Chapter("Results", tables=[page.Table("Probes", [*head, "meaning"], rows)]),
+        page.Chapter("Plots", pictures=[page.Picture(title, png(figure)) for title, figure in figures(report).items()]),
+        *(
+            page.Chapter(
+                f"Decoded by {name}",
+                "Noise, and the midpoint of two clips.",
+                pictures=[page.Picture(label, _picture(frame)) for label, frame in frames.items()],
+            )
+            for name, frames in pictures.items()
+        ),
+    ]
+    page.write_page(
+        folder,
+        page.Report(
+            "Latent probes",
+            chapters,
+            f"{report['pixels']['clips']} clips of {size} (frames, height, width) from {report['source']}",
+            facts={name: str(value) for name, value in flatten(shared).items() if value is not None},
+            commands=command,
+            links={"probes.json": "probes.json"},
+            warnings=[*report["warnings"], *report["notes"]],
+        ),
     )
-    write_text(folder / "report.html", page)
 
 
 def console_table(report: Report) -> str:
@@ -192,5 +204,5 @@ def _legend(figure: Figure) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False)
 
 
-def _picture(frame: Tensor) -> str:
+def _picture(frame: Tensor) -> Markup:
     return img(resize_to_width(Image.fromarray(to_uint8(frame[:, None])[0]), WIDTH))
