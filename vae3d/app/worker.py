@@ -26,7 +26,7 @@ from torch import Tensor
 from vae3d import api
 from vae3d.app.process import READING
 from vae3d.app.settings import Limits, Settings, check_pixels
-from vae3d.commands.try_video import METRICS, default_checkpoint
+from vae3d.commands.try_video import default_checkpoint
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import MediaError, MediaInfo
@@ -35,10 +35,10 @@ from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.io import is_disk_error
-from vae3d.metrics import MetricSet, VideoResult, build_metrics
+from vae3d.metrics import MetricSet
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.pixels import as_unit, displayable, to_uint8
+from vae3d.pixels import displayable, to_uint8
 from vae3d.precision import as_device
 from vae3d.report.clip import ORIGINAL
 from vae3d.report.page import PAGE, Chapter, Report, Video, encode_clip, write_clip, write_page
@@ -47,7 +47,6 @@ from vae3d.text import plural
 from vae3d.training.memory import first_line, free_cache, is_out_of_memory
 
 CHUNK = 8  # frames that are read at once
-SCORED = 16  # frames that are scored at once
 LATENT_HEIGHT = 144  # pixels of a picture of a channel, about
 SPREAD = 3.0  # standard deviations of a channel from its mean to black or white
 DIVERGING = "coolwarm"
@@ -221,16 +220,18 @@ class Runner:
         latents: Mapping[str, tuple[VideoAutoencoder, Tensor]],
         facts: Mapping[str, str],
     ) -> dict[str, Any]:
-        fps = clip.info.fps
+        fps, device = clip.info.fps, self.device()
         self.progress("writing", 0.82, "scoring")
-        results = {label: self._score(clip.frames, frames) for label, frames in panels.items()}
-        present = {
-            key for result in results.values() for key, score in result.scores.items() if score.value is not None
-        }
-        metrics = page_metrics({key: better for key, better in self.metrics.columns.items() if key in present})
+        self.metrics = self.metrics or default_metrics(device)
+        results = {label: score(self.metrics, clip.frames, frames, device) for label, frames in panels.items()}
+        scored, columns, left_out = next(iter(results.values()))
+        metrics = page_metrics({key: columns[key] for key, one in scored.items() if one.value is not None})
         curves = {
-            rec: {key: s.frames for key, s in result.scores.items() if s.frames} for rec, result in results.items()
+            label: {key: one.frames for key, one in found.items() if one.frames}
+            for label, (found, *_) in results.items()
         }
+        scores = {label: {key: found[key].value for key in metrics} for label, (found, *_) in results.items()}
+
         self.progress("writing", 0.9, "writing the page")
         shown = {label: [displayable(frames)] for label, frames in panels.items()}
         write_clip(out, "video", encode_clip([displayable(clip.frames)], shown, fps), curves)
@@ -240,30 +241,19 @@ class Runner:
             label: write_exact(out, stem, frames, fps)
             for stem, (label, frames) in zip(stems, exact.items(), strict=True)
         }
-        scores = {label: {key: result.scores[key].value for key in metrics} for label, result in results.items()}
-        rows = [
-            Video("video", name, scores=scores, facts=clip.facts(), links={f"{k}, exact": v for k, v in files.items()})
-        ]
+        links = {f"{label}, exact": file for label, file in files.items()}
+        rows = [Video("video", name, scores, clip.facts(), links)]
         if settings.latents != "none":
             self.progress("writing", 0.95, "writing the latents")
             rows += self._latents(out, settings, clip, latents)
-        chapter = Chapter("", reconstructions=list(panels), metrics=metrics, videos=rows, warnings=self._left_out(clip))
+        warnings = [f"without {metric}: {reason}" for metric, reason in left_out.items()]
+        chapter = Chapter("", HINTS, list(panels), metrics, rows, warnings=warnings)
         if settings.noise:
             facts = {"noise": f"{settings.noise:g} standard deviations of the latents", **facts}
         title = f"{name} through {', '.join(latents)}"
-        page = Report(title, [chapter], facts={**clip.facts(), **facts, "device": str(self.device())})
+        page = Report(title, [chapter], facts={**clip.facts(), **facts, "device": str(device)})
         write_page(out, page, single=True)
         return {"title": title, "page": PAGE, "files": files, "facts": facts, "scores": scores}
-
-    def _score(self, original: np.ndarray, rec: np.ndarray) -> VideoResult:
-        device = self.device()
-        if self.metrics is None:
-            self.metrics = build_metrics(METRICS, device, on_missing="skip")
-        names = [m.name for m in self.metrics if m.why_unsupported(*original.shape[:3]) is None]
-        chosen = self.metrics.subset(names)
-        for start in range(0, len(original), SCORED):
-            chosen.update(*(as_unit(frames[start : start + SCORED], device) for frames in (original, rec)))
-        return chosen.result()
 
     def _latents(
         self, out: Path, settings: Settings, clip: Clip, latents: Mapping[str, tuple[VideoAutoencoder, Tensor]]
@@ -284,14 +274,6 @@ class Runner:
             facts = {"latents": f"{shape} (channels, frames, height, width)", "colours": scale}
             rows.append(Video(f"latents-{number}", f"latents of {name}", facts=facts))
         return rows
-
-    def _left_out(self, clip: Clip) -> list[str]:
-        """Why some scores are missing."""
-        reasons = dict(self.metrics.skipped)
-        for metric in self.metrics:
-            if (reason := metric.why_unsupported(*clip.frames.shape[:3])) is not None and clip.info.fps:
-                reasons[metric.name] = reason
-        return [f"without {name}: {reason}" for name, reason in reasons.items()]
 
 
 class Clip:
