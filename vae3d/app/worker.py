@@ -26,7 +26,7 @@ from torch import Tensor
 from vae3d import api
 from vae3d.app.process import READING
 from vae3d.app.settings import Limits, Settings, check_pixels
-from vae3d.commands.try_video import default_checkpoint
+from vae3d.commands.try_video import HINTS, default_checkpoint, default_metrics, score
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import MediaError, MediaInfo
@@ -68,8 +68,8 @@ def serve(
         while True:
             request = json.loads(connection.recv_bytes())
             answer, error = _answer(worker, request)
-            if error == MEMORY:
-                free_cache()
+            if error is not None:
+                free_cache()  # not while the error is handled, whose traceback holds tensors
             send(**({"answer": answer} if error is None else {"error": error}))
     except (EOFError, ConnectionError):
         shutil.rmtree(folder, ignore_errors=True)
@@ -226,11 +226,9 @@ class Runner:
         results = {label: score(self.metrics, clip.frames, frames, device) for label, frames in panels.items()}
         scored, columns, left_out = next(iter(results.values()))
         metrics = page_metrics({key: columns[key] for key, one in scored.items() if one.value is not None})
-        curves = {
-            label: {key: one.frames for key, one in found.items() if one.frames}
-            for label, (found, *_) in results.items()
-        }
-        scores = {label: {key: found[key].value for key in metrics} for label, (found, *_) in results.items()}
+        found = {label: one for label, (one, *_) in results.items()}
+        curves = {label: {key: s.frames for key, s in one.items() if s.frames} for label, one in found.items()}
+        scores = {label: {key: one[key].value for key in metrics} for label, one in found.items()}
 
         self.progress("writing", 0.9, "writing the page")
         shown = {label: [displayable(frames)] for label, frames in panels.items()}
