@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import logging
 import secrets
 import signal
 import socket
@@ -56,12 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             port, token = server_socket.getsockname()[1], secrets.token_urlsafe(24)
             hosts = [*args.allow_host, *names_of(args.host)]
             app = build_app(jobs, facts, token, hosts, cookie=f"vae3d-{port}")
-            for checkpoint in facts["checkpoints"]:
-                print(f"{checkpoint['name']}: {checkpoint['facts']}")
-            print(f"\nOpen {address(args.host, port)}/?token={token}\nCtrl-C ends it.", flush=True)
-            logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno >= logging.WARNING)
             config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=2)
             try:
+                for checkpoint in facts["checkpoints"]:
+                    print(f"{checkpoint['name']}: {checkpoint['facts']}")
+                print(f"\nOpen {address(args.host, port)}/?token={token}\nCtrl-C ends it.", flush=True)
                 uvicorn.Server(config).run(sockets=[server_socket])
             except KeyboardInterrupt:
                 print("ended", file=sys.stderr)
