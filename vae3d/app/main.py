@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import secrets
 import signal
 import socket
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, exit_by_signal)  # so that what follows cleans up
     jobs = None
     with listen(args.host, args.port) as server_socket, tempfile.TemporaryDirectory(prefix="vae3d-app-") as folder:
+        os.environ["TMPDIR"] = folder  # of the worker, whose libraries make folders, too
         worker = Worker(tuple(args.checkpoints), args.device, Path(folder), limits)
         try:
             names = ", ".join(args.checkpoints) or "TAEF2"
@@ -56,11 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             hosts = [*args.allow_host, *names_of(args.host)]
             app = build_app(jobs, facts, token, hosts, cookie=f"vae3d-{port}")
             config = uvicorn.Config(app, access_log=False, log_level="warning", timeout_graceful_shutdown=2)
+
+            class Server(uvicorn.Server):
+                async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                    await super().startup(sockets)
+                    for checkpoint in facts["checkpoints"]:
+                        print(f"{checkpoint['name']}: {checkpoint['facts']}")
+                    print(f"\nOpen {address(args.host, port)}/?token={token}\nCtrl-C ends it.", flush=True)
+
             try:
-                for checkpoint in facts["checkpoints"]:
-                    print(f"{checkpoint['name']}: {checkpoint['facts']}")
-                print(f"\nOpen {address(args.host, port)}/?token={token}\nCtrl-C ends it.", flush=True)
-                uvicorn.Server(config).run(sockets=[server_socket])
+                Server(config).run(sockets=[server_socket])
             except KeyboardInterrupt:
                 print("ended", file=sys.stderr)
         finally:

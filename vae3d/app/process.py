@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +31,18 @@ def _run(connection: Connection, *arguments: Any) -> None:
     from vae3d.app import worker
 
     worker.serve(connection, *arguments)
+
+
+def start_forkserver(context: Any) -> None:
+    """Let the process that others are forked from import torch, if it does not run yet."""
+    if threading.current_thread() is not threading.main_thread():  # it runs, since the models were described
+        return
+    context.set_forkserver_preload(["vae3d.app.worker"])
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it inherits: Ctrl-C is for the server alone
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 class Stopped(Exception):
@@ -54,8 +68,6 @@ class Worker:
         self.limits = limits
         self._arguments = checkpoints, device, str(folder), asdict(limits)
         self._context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            self._context.set_forkserver_preload(["vae3d.app.worker"])
         self._process: Any = None
         self._connection: Any = None
 
@@ -102,10 +114,13 @@ class Worker:
         if self._process is not None and not self._process.is_alive():
             self.close()
         if self._process is None:
-            self._connection, theirs = self._context.Pipe()
-            self._process = self._context.Process(target=_run, args=(theirs, *self._arguments), daemon=True)
-            self._process.start()
+            if self._context.get_start_method() == "forkserver":
+                start_forkserver(self._context)
+            connection, theirs = self._context.Pipe()
+            process = self._context.Process(target=_run, args=(theirs, *self._arguments), daemon=True)
+            process.start()
             theirs.close()
+            self._connection, self._process = connection, process
 
     def _why_ended(self) -> str:
         self._process.join()
