@@ -205,7 +205,7 @@ class Jobs:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def expire(self) -> None:
-        """Delete uploads and results that nobody asked for within limits.keep seconds."""
+        """Delete uploads and results that were not used for limits.keep seconds."""
         with self._lock:
             oldest = time.monotonic() - self.limits.keep
             for job in [*self.jobs.values()]:

@@ -1,7 +1,7 @@
 """The process that opens files and runs the models, seen from the server, which does neither.
 
-Files of strangers are decoded there: a decoder that crashes or never ends costs the job, not the server. The same goes
-for memory: where the system kills the process for want of it, the next job starts another.
+Files of strangers are decoded there: a decoder that crashes or never ends costs the job, not the server. If the
+system kills it because memory ran out, the next job starts another.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from vae3d.app.settings import Limits
+from vae3d.app.settings import READING, Limits
 from vae3d.errors import UserError
 
 POLL = 0.1  # seconds
-READING = "reading"  # the stage in which a file is decoded
 Progress = Callable[[float, str], None]  # fraction in [0, 1], what is done
 
 

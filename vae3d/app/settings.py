@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from vae3d.errors import UserError
 from vae3d.text import plural
 
+READING = "reading"  # the stage of a job in which its file is decoded
 LATENTS = ("none", "grey", "colours")  # how latents are shown
 MAX_NOISE = 3.0  # standard deviations of the latents
 
@@ -14,8 +15,8 @@ MAX_NOISE = 3.0  # standard deviations of the latents
 @dataclass(frozen=True)
 class Limits:
     """upload: bytes of a file. frames, height: of what is reconstructed. pixels: of all its frames together. wait:
-    seconds without progress after which reading a file is given up. keep: seconds for which uploads and results that
-    nobody looks at are kept."""
+    seconds without progress after which reading a file is given up. keep: seconds for which unused uploads and results
+    are kept."""
 
     upload: int = 500_000_000
     frames: int = 129

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from vae3d import api
-from vae3d.app.process import READING
-from vae3d.app.settings import Limits, Settings, check_pixels
+from vae3d.app.settings import READING, Limits, Settings, check_pixels
 from vae3d.commands.try_video import HINTS, default_checkpoint, default_metrics, score
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.images import IMAGE_SUFFIXES
