@@ -75,7 +75,9 @@ def make_report(
     if means:
         tables.append(Table("Means", ["metric", "mean"], [[name, number(mean)] for name, mean in means.items()]))
     if cost is not None:
-        tables.append(Table("Cost", ["", ""], [[name, str(value)] for name, value in cost.items()]))
+        tables.append(
+            Table("Cost, on the first chunk", ["", ""], [[k.replace("_", " "), _shown(v)] for k, v in cost.items()])
+        )
     scored = {c: better for c, better in columns.items() if any(c in file.result.scores for file in files)}
     chapter = Chapter(
         "Videos",
@@ -91,7 +93,7 @@ def make_report(
         f"Reconstructions: {Path(reconstructor.config.save_dir).name}",
         [chapter],
         facts={"checkpoint": reconstructor.config.checkpoint, "source": reconstructor.config.source}
-        | {name: str(value) for name, value in settings.items() if value is not None}
+        | {name: _shown(value) for name, value in settings.items() if value not in (None, False, [], {})}
         | {"version": f"vae3d {__version__}"},
         commands=command,
         links={path.name: os.path.relpath(path, folder) for path in written if path.is_file()},
@@ -115,3 +117,10 @@ def _video(reconstructor: Reconstructor, file: FileResult, folder: Path, panoram
         panorama=panoramas and file.width == 2 * file.height,
         warnings=["the source is smaller and was enlarged, which smooths errors"] if file.enlarged else [],
     )
+
+
+def _shown(value: Any) -> str:
+    """A setting or a number of measure_cost."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

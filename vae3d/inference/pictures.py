@@ -1,4 +1,4 @@
-"""Images to look at: side by side, in a grid, contact sheets with error maps, latents as colours."""
+"""Images to look at: side by side, in tables and grids, error maps, latents as colours."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vae3d.pixels import as_rgb, displayable, to_uint8
 
 LINE, TEXT = 20, 12  # pixels of a line of text, and of its font
 GAP = 2  # pixels between panels, and between pictures of a grid
-MIN_WIDTH, MAX_WIDTH = 160, 512  # of a panel: room for its label, and for several panels in a contact sheet
-MARGIN = 200  # pixels on the left of a contact sheet, for the names of its rows
+MIN_WIDTH = 160  # of a panel: room for its label
+MARGIN = 200  # pixels on the left of a table, for the names of its rows
 MAX_ERROR = 0.1  # of pixels in [0, 1]: the end of the colour scale
 ERROR_LABEL = f"|error| x {1 / MAX_ERROR:g}"  # of error_maps
 ERROR_NOTE = (
@@ -44,29 +44,6 @@ def side_by_side(panels: Panels, title: str = "") -> Iterator[np.ndarray]:
     for t in range(len(first)):
         row = [np.pad(enlarged(video[t]), ((0, 0), (0, GAP), (0, 0))) for video in panels.values()]
         yield np.concatenate([labels, np.concatenate(row, 1)])[None]
-
-
-def contact_sheet(panels: Panels, original: str, count: int) -> np.ndarray:
-    """[H', W', 3] uint8: `count` evenly spread frames of every video, and error maps of all but `original`.
-
-    The maps show |error|, the mean over R, G and B, on a fixed colour scale, which is drawn at the bottom.
-    """
-    frames = len(panels[original])
-    chosen = np.linspace(0, frames - 1, min(count, frames)).round().astype(int).tolist()
-    rows = {label: [_fit_width(video[t]) for t in chosen] for label, video in panels.items()}
-    for label, video in panels.items():
-        if label != original:
-            rows[f"|error| {label}"] = [_fit_width(error_map(panels[original][t], video[t])) for t in chosen]
-    frames_of_all = table(rows, [f"frame {t}" for t in chosen])
-    legend = len(frames_of_all)  # the first row of pixels below the frames
-    sheet = Image.new("RGB", (frames_of_all.shape[1], legend + 2 * LINE))
-    sheet.paste(Image.fromarray(frames_of_all))
-    colours = _colourise(np.linspace(0, 1, MIN_WIDTH))[None].repeat(LINE - 6, 0)
-    sheet.paste(Image.fromarray(colours), (MARGIN, legend + 4))
-    _write(sheet, 4, legend, "|error|, mean of R, G, B")
-    for left, text in (4, "of pixels in [0, 1]"), (MARGIN, "0"), (MARGIN + MIN_WIDTH - 68, f"{MAX_ERROR:g} or more"):
-        _write(sheet, left, legend + LINE, text)
-    return np.array(sheet)
 
 
 def table(rows: Mapping[str, Sequence[np.ndarray]], columns: Sequence[str]) -> np.ndarray:
@@ -167,12 +144,3 @@ def _shortened(text: str, width: int) -> str:
         kept -= 1
         short = f"{text[: (kept + 1) // 2]}...{text[len(text) - kept // 2 :]}"
     return short
-
-
-def _fit_width(frame: np.ndarray) -> np.ndarray:
-    """Resize to a width from MIN_WIDTH to MAX_WIDTH."""
-    height, width = frame.shape[:2]
-    if width <= MAX_WIDTH:
-        return enlarged(frame)
-    size = MAX_WIDTH, max(1, round(height * MAX_WIDTH / width))
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))

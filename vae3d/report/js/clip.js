@@ -39,7 +39,9 @@ function loadClip(id) {
 function blobOf(dataUrl) {
   const comma = dataUrl.indexOf(",");
   const type = dataUrl.slice(5, dataUrl.indexOf(";"));
-  const bytes = Uint8Array.from(atob(dataUrl.slice(comma + 1)), (character) => character.charCodeAt(0));
+  const text = atob(dataUrl.slice(comma + 1));
+  const bytes = new Uint8Array(text.length);
+  for (let index = 0; index < bytes.length; index++) bytes[index] = text.charCodeAt(index);
   return new Blob([bytes], { type });
 }
 
@@ -54,6 +56,7 @@ class Media {
     this.onplay = onplay;
     this.moving = clip.media.startsWith("data:video/") && clip.frames > 1;
     const blob = blobOf(clip.media); // a blob of this page: its pixels may be read
+    clip.media = null; // it is as large, once more
     this.url = URL.createObjectURL(blob);
     this.element = el(blob.type.startsWith("video/") ? "video" : "img", { alt: "" });
   }

@@ -159,13 +159,12 @@ class Player {
   close() {
     this.token = null;
     clearInterval(this.timer);
-    this.#closePanoramas();
+    this.#closeSlots();
     this.media?.close();
     this.chart?.destroy();
     this.curves.style.minHeight = `${this.curves.offsetHeight}px`; // nothing jumps while the next one loads
     this.curves.replaceChildren();
     this.media = this.clip = this.chart = this.video = null;
-    this.slots = [];
   }
 
   #ready(frame, play) {
@@ -183,7 +182,7 @@ class Player {
     this.scrubber.max = this.number.max = Math.max(clip.frames - 1, 0);
     this.total.textContent = `/ ${clip.frames - 1}`;
     this.worst = worstFrames(this.chapter, clip.curves ?? {});
-    this.marks.replaceChildren(...this.worst.map((one) => this.#mark(one)));
+    this.marks.replaceChildren(...this.worst.map((one, index) => this.#mark(one, this.worst.slice(0, index).filter(({ frame: other }) => other === one.frame).length)));
     this.chart = curvesOf(this.chapter, clip.curves ?? {}, clip.frames, (at) => this.goTo(at));
     this.curves.replaceChildren(this.chart);
     this.curves.style.removeProperty("min-height");
@@ -199,7 +198,7 @@ class Player {
     const picture = this.clip.panels[0];
     const facts = { Size: `${source[1]}×${source[0]}` };
     if (picture.width !== source[1]) facts.Shown = `${picture.width}×${picture.height}, reduced`;
-    if (frames > 1) facts.Length = `${frames} frames, ${format(frames / fps)} s at ${Number(fps.toFixed(3))} fps`;
+    if (frames > 1) facts.Length = `${frames} frames, ${Number((frames / fps).toFixed(2))} s at ${Number(fps.toFixed(3))} fps`;
     return facts;
   }
 
@@ -285,14 +284,15 @@ class Player {
     ));
   }
 
-  #mark({ name, metric, frame, value }) {
+  // nth: how many marks stand at this frame already.
+  #mark({ name, metric, frame, value }, nth) {
     const at = this.clip.frames > 1 ? frame / (this.clip.frames - 1) : 0;
     const label = `Worst frame of ${name}: ${frame}, ${metric.label} ${format(value)}`;
     return el("button", {
       type: "button",
       "aria-label": label,
       "data-tip": `${label} (m)`,
-      style: `--at:${at}; color:${colourVariable(this.chapter, name)}`,
+      style: `--at:${at}; --nth:${nth}; color:${colourVariable(this.chapter, name)}`,
       onclick: () => this.goTo(frame),
     });
   }
@@ -444,8 +444,7 @@ class Player {
   // Builds the stage for the view that is chosen.
   build() {
     clearInterval(this.timer);
-    this.#closePanoramas();
-    this.slots = [];
+    this.#closeSlots();
     const paired = look.view === "wipe" || look.view === "blink";
     const groups = paired ? [[look.a, look.b]] : this.#names().map((name) => [name]);
     this.figures = groups.map((names) => this.#figure(names));
@@ -718,8 +717,13 @@ class Player {
     slot.canvas.height = panel.height;
   }
 
-  #closePanoramas() {
-    this.slots.forEach((slot) => slot.panorama?.close());
+  // Browsers keep canvases that nothing refers to any more for long: their pixels are freed here.
+  #closeSlots() {
+    for (const { panorama, canvas, lens } of this.slots) {
+      panorama?.close();
+      canvas.width = lens.firstChild.width = 0;
+    }
+    this.slots = [];
   }
 
   // ---- Numbers
