@@ -176,6 +176,20 @@ def test_the_latent_of_a_frame_follows_how_a_model_extends_clips():
         assert model.latent_frames(frames) == latents[-1] + 1
 
 
+@pytest.mark.parametrize("name", ["temporal_vae", "spatial", "wan"])
+def test_latents_without_noise_decode_to_the_reconstruction(tmp_path, name):
+    overrides = ["model.micro_frames=5"] if name == "temporal_vae" else []
+    model = tiny.model(name, *overrides)
+    clip = worker.Clip((), tiny.frames(9, *SIZE), None)
+    done: list[int] = []
+    with torch.inference_mode():
+        coded = worker.code(model, clip, done.append)
+        assert done[0] == 0
+        assert done[-1] == 9
+        decoded = worker.decode(model, coded.z, clip, done.append)
+    assert np.abs(decoded.astype(int) - coded.frames).max() <= 1  # rounding of other sizes of batches
+
+
 def test_pictures_of_channels_show_each_latent_where_its_frames_are():
     model = tiny.model("temporal_vae")
     z = torch.zeros(1, 4, 3, 8, 12)

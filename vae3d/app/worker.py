@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from vae3d import api
 from vae3d.app.settings import READING, Limits, Settings, check_pixels
-from vae3d.commands.try_video import HINTS, default_checkpoint, default_metrics, score
+from vae3d.commands.try_video import default_checkpoint, default_metrics, score
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import MediaError, MediaInfo
@@ -37,6 +38,7 @@ from vae3d.io import is_disk_error
 from vae3d.metrics import MetricSet
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
+from vae3d.models.streaming import IndependentChunks
 from vae3d.pixels import displayable, to_uint8
 from vae3d.precision import as_device
 from vae3d.report.clip import ORIGINAL
@@ -104,7 +106,7 @@ class Runner:
     ) -> None:
         self.checkpoints, self.limits, self.progress = checkpoints, limits, progress
         self.device_name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.names = unique_names([Path(name.rstrip("/")).name for name in checkpoints] or ["TAEF2"], taken=[ORIGINAL])
+        self.names = unique_names([short_name(name) for name in checkpoints] or ["TAEF2"], taken=[ORIGINAL])
         self.models: dict[int, VideoAutoencoder] = {}
         self.metrics: MetricSet | None = None
         self.forget()
@@ -159,14 +161,22 @@ class Runner:
         facts: dict[str, str] = {}
         for place, (index, model) in enumerate(models.items()):
             span = 0.2 + 0.6 * place / len(models), 0.6 / len(models)
-            coded = self._coded(index, clip, span)
-            label, z = self.names[index], coded.z
+            label = self.names[index]
+
+            def report(doing: str, done: int, label: str = label, span: tuple[float, float] = span) -> None:
+                text = f"{doing} with {label}: frame {done} of {len(clip.frames)}"
+                self.progress("reconstructing", span[0] + span[1] * done / len(clip.frames), text)
+
+            if index not in self.coded:
+                self.coded[index] = code(model, clip, partial(report, "encoding and decoding"))
+            coded = self.coded[index]
+            z = coded.z
             if settings.beside or not settings.noise:
                 panels[label] = coded.frames
             if settings.noise:
-                self.progress("decoding", span[0], f"decoding latents with noise, {label}")
                 z = with_noise(z, settings.noise)
-                panels[noisy_name(label, settings)] = decode(model, z, clip)
+                frames = decode(model, z, clip, partial(report, "decoding noisy latents"))
+                panels[noisy_name(label, settings)] = frames
             latents[label] = model, z
             facts[label] = coded.facts
         return self._write(out, name, settings, clip, panels, latents, facts)
@@ -197,17 +207,6 @@ class Runner:
             raise UserError(f"{name}: {error.reason_for(str(path))}") from None
         self.clip = Clip(key, np.concatenate(chunks), info)
         return self.clip
-
-    def _coded(self, index: int, clip: Clip, span: tuple[float, float]) -> Coded:
-        if index not in self.coded:
-            name = self.names[index]
-
-            def report(done: int) -> None:
-                text = f"encoding and decoding with {name}: frame {done} of {len(clip.frames)}"
-                self.progress("reconstructing", span[0] + span[1] * done / len(clip.frames), text)
-
-            self.coded[index] = code(self.model(index), clip, report)
-        return self.coded[index]
 
     def _write(
         self,
@@ -243,12 +242,13 @@ class Runner:
         if settings.latents != "none":
             self.progress("writing", 0.95, "writing the latents")
             rows += self._latents(out, settings, clip, latents)
-        warnings = [f"without {metric}: {reason}" for metric, reason in left_out.items()]
-        chapter = Chapter("", HINTS, list(panels), metrics, rows, warnings=warnings)
+        chapter = Chapter("", reconstructions=list(panels), metrics=metrics, videos=rows)
         if settings.noise:
             facts = {"noise": f"{settings.noise:g} standard deviations of the latents", **facts}
         title = f"{name} through {', '.join(latents)}"
-        page = Report(title, [chapter], facts={**clip.facts(), **facts, "device": str(device)})
+        about = {**clip.facts(), **facts, "device": str(device)}
+        about |= {f"without {metric}": reason for metric, reason in left_out.items()}
+        page = Report(title, [chapter], facts=about)
         write_page(out, page, single=True)
         return {"title": title, "page": PAGE, "files": files, "facts": facts, "scores": scores}
 
@@ -343,10 +343,17 @@ def with_noise(z: Tensor, noise: float) -> Tensor:
     return z + noise * z.float().std(correction=0) * randn_like(z, generator_of(0, device=z.device))
 
 
-def decode(model: VideoAutoencoder, z: Tensor, clip: Clip) -> np.ndarray:
-    """[T, H, W, 3 or 4] uint8 of raw latents."""
+def decode(model: VideoAutoencoder, z: Tensor, clip: Clip, report: Callable[[int], None]) -> np.ndarray:
+    """[T, H, W, 3 or 4] uint8 of raw latents. report: called with the number of decoded frames."""
     frames, height, width = clip.frames.shape[:3]
-    return to_uint8(model.decode(z, frames)[0, ..., :height, :width])
+    stream = model.stream(height, width)
+    lengths = stream.chunks(frames) if isinstance(stream, IndependentChunks) else [frames]
+    latents = z.split([model.latent_frames(length) for length in lengths], 2)
+    parts = []
+    for length, part in zip(lengths, latents, strict=True):
+        report(sum(map(len, parts)))
+        parts.append(to_uint8(model.decode(part, length)[0, ..., :height, :width]))
+    return np.concatenate(parts)
 
 
 def channel_pictures(model: VideoAutoencoder, z: Tensor, frames: int, colours: bool) -> dict[str, np.ndarray]:
@@ -400,6 +407,11 @@ def write_exact(out: Path, stem: str, frames: np.ndarray, fps: float) -> str:
 def noisy_name(label: str, settings: Settings) -> str:
     """Of the reconstruction with noise: the plain name where there is no other, so that the view of it stays."""
     return f"{label}, noise" if settings.beside else label
+
+
+def short_name(checkpoint: str) -> str:
+    """The last part of a path or of owner/name, without the suffix of a file of weights."""
+    return re.sub(r"\.(pth|pt|ckpt|bin|safetensors)$", "", checkpoint.rstrip("/").rpartition("/")[2])
 
 
 def unique_names(names: Sequence[str], number: str = " ({})", taken: Sequence[str] = ()) -> list[str]:
