@@ -524,9 +524,15 @@ def over_http(client: TestClient) -> Iterator[str]:
         thread.join()
 
 
+DROP = """() => {
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([new Uint8Array(20001)], "large.mp4"));
+    document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true }));
+}"""
+
+
 def test_in_a_browser_limit_error_upload_run_play_noise_download(tmp_path, videos, checkpoint, browser):
     (tmp_path / "broken.mp4").write_bytes(b"no video" * 99)
-    (tmp_path / "large.mp4").write_bytes(bytes(20001))
     wrong: list[str] = []
     with serving(tmp_path, videos, checkpoint, upload=20000) as (client, jobs), over_http(client) as root:
         page = browser.new_page(reduced_motion="reduce")
@@ -539,7 +545,7 @@ def test_in_a_browser_limit_error_upload_run_play_noise_download(tmp_path, video
         page.goto(f"{root}/?token={TOKEN}")
         assert page.url == f"{root}/"
 
-        page.set_input_files("#file", tmp_path / "large.mp4")
+        page.evaluate(DROP)
         page.locator("#error", has_text="--max-upload").wait_for()
         page.set_input_files("#file", tmp_path / "broken.mp4")
         page.click("#go:enabled")

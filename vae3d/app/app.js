@@ -102,16 +102,23 @@
       if ($("file").files.length) upload($("file").files[0]);
       $("file").value = "";
     };
-    let depth = 0; // of elements that a dragged file is over
-    const over = (on) => document.body.classList.toggle("over-page", on);
-    addEventListener("dragenter", (event) => {
-      if (event.dataTransfer.types.includes("Files")) over(++depth > 0);
-    });
-    addEventListener("dragleave", () => over((depth = Math.max(0, depth - 1)) > 0));
-    addEventListener("dragover", (event) => event.preventDefault());
-    addEventListener("drop", (event) => {
+    takeDrops(window);
+  }
+
+  let depth = 0; // of elements that a dragged file is over
+
+  // Files dropped anywhere, also on the comparison, which is a window of its own.
+  function takeDrops(target) {
+    const enter = (count) => {
+      depth = Math.max(0, count);
+      document.body.classList.toggle("over-page", depth > 0);
+    };
+    target.addEventListener("dragenter", (event) => event.dataTransfer.types.includes("Files") && enter(depth + 1));
+    target.addEventListener("dragleave", () => enter(depth - 1));
+    target.addEventListener("dragover", (event) => event.preventDefault());
+    target.addEventListener("drop", (event) => {
       event.preventDefault();
-      over((depth = 0) > 0);
+      enter(0);
       if (event.dataTransfer.files.length) upload(event.dataTransfer.files[0]);
     });
   }
@@ -247,6 +254,7 @@
     const frame = element("iframe", "", { title: `Comparison of ${done.name}`, className: "coming", src: path });
     frame.onload = () => {
       frame.contentDocument.head.append(element("style", INSIDE));
+      takeDrops(frame.contentWindow);
       if (before) before.remove();
       frame.classList.remove("coming");
     };
