@@ -335,7 +335,7 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     page = (tmp_path / "report.html").read_text()
     assert all(f"python train.py &lt;{part}&gt;" in page for part in demo_report.PARTS)
     assert (
-        page.count("data:image/") == 1 + 1 + 4 + 1 + 2 + 1 + 3 + 2
+        page.count("data:image/") == 1 + 1 + 4 + 1 + 2 + 1 + 1 + 2
     )  # the clip, an animation, four strips, the curves, the GAN, panoramas, distillation, diffusion
     assert "http" not in page
 

@@ -2,8 +2,8 @@
 
     python scripts/demo/demo_distillation_report.py demo docs/distillation.png
 
-Reads runs/{TEACHER,STUDENT}/metrics.jsonl, out/STUDENT_rec/comparison.json and the pictures in out/STUDENT_compare,
-which scripts/demo.sh writes.
+Reads runs/{TEACHER,STUDENT}/metrics.jsonl, out/STUDENT_rec/comparison.json and links to the page
+out/STUDENT_compare, which scripts/demo.sh writes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from demo_page import as_html, as_text, draw_part, existing, figure_tag, history, image_tag, read_json
+from demo_page import as_html, as_text, draw_part, existing, figure_tag, history, read_json
 from matplotlib.figure import Figure
 
-from vae3d.data.images import open_image
 from vae3d.errors import UserError
+from vae3d.report.page import clip_id
 
 TEACHER, STUDENT = "taehv_teacher_tiny", "taehv_tiny"
 LOSSES = {"loss/latent": "latents: |student - teacher|", "loss/features": "features in the decoder: squared error"}
-SMOOTH = 'style="image-rendering: auto"'  # the pictures hold text and are wider than the page
 
 SECTION = """<h2>A tiny decoder</h2>
 <p>A TAEHV, the student, learned to encode and decode the latents of a toy Wan VAE, its teacher. Each then decodes the
@@ -35,8 +34,8 @@ latents.</p>
 <p><i>Parameters</i>: of encoder and decoder together. Speed on {device}, one clip.</p>
 {curves}
 <p>Validation during training uses shorter and smaller clips than the tables.</p>
-<p>Clips with the best and the worst PSNR of the student, encoder &gt; decoder:</p>
-{strips}
+<p>Clips with the best and the worst PSNR of the student, moving:</p>
+{links}
 """
 
 
@@ -104,9 +103,10 @@ def own_psnr(file: Mapping[str, Any]) -> float:
     return file["pairs"]["student -> student"]["psnr_video"]
 
 
-def strip(file: Mapping[str, Any], folder: Path) -> str:
-    with open_image(existing(folder / f"out/{STUDENT}_compare/{file['file']}.png")) as picture:
-        return f"<h3>{html.escape(file['file'])}: {own_psnr(file):.2f} dB</h3>\n{image_tag(picture, SMOOTH)}"
+def link(file: Mapping[str, Any], folder: Path) -> str:
+    page = existing(folder / f"out/{STUDENT}_compare/index.html").relative_to(folder)
+    target = f"{page}#video={clip_id(file['file'])}"
+    return f'<p><a href="{html.escape(target)}">{html.escape(file["file"])}: {own_psnr(file):.2f} dB</a></p>'
 
 
 def section(folder: Path) -> str:
@@ -119,7 +119,7 @@ def section(folder: Path) -> str:
         networks=as_html(networks(results)),
         device=html.escape(clip["device"]),
         curves=figure_tag(curves(folder)),
-        strips="\n".join(strip(file, folder) for file in best_and_worst(results)),
+        links="\n".join(link(file, folder) for file in best_and_worst(results)),
     )
 
 

@@ -13,6 +13,7 @@ from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, original
 from vae3d.commands import eval as script
 from vae3d.evaluation import page as pages
+from vae3d.evaluation.pairs import Pair, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
 from vae3d.metric_names import MEANINGS
 from vae3d.metrics.registry import METRICS, columns_of
@@ -167,6 +168,32 @@ def test_a_reconstruction_of_another_length_is_left_out_of_the_clip_with_a_warni
     warnings = report["chapters"][0]["videos"][0]["warnings"]
     assert any("x_b is not shown: 4 frames of 40x48" in warning for warning in warnings)
     assert {panel["of"] for panel in clips["v0"]["panels"]} == {"original", "x_a"}
+
+
+@pytest.mark.parametrize("options", [[], ["--cut", "center"], ["--crop_size", "32"], ["--resize", "20x24"]])
+def test_the_clip_shows_the_frames_that_are_scored(options, tmp_path):
+    ori, rec = make_pairs(tmp_path, 1)
+    protocol = Protocol(stride=2, num_frames=3, **{
+        "--cut": {"cut": "center"}, "--crop_size": {"crop": 32}, "--resize": {"resize": (20, 24)}
+    }.get((options or [""])[0], {}))  # fmt: skip
+    with PairReader(Pair("v0", ori / "v0.mp4", rec / "v0.mp4"), protocol) as reader:
+        for original, expected in ((True, reader.read(range(3))[0]), (False, reader.read(range(3))[1])):
+            (shown,) = reader.pictures(original)
+            assert np.array_equal(shown, np.rint(255 * expected.permute(0, 2, 3, 1).numpy()).astype(np.uint8))
+    assert evaluate(ori, rec, *PSNR, "--sample_rate", "2", "--num_frames", "3", *options, "--page") == 0
+    clip = content(tmp_path / "x_rec_eval")[1]["v0"]
+    assert (clip["frames"], clip["fps"], clip["source"]) == (3, 12, list(shown.shape[1:3]))
+
+
+def test_failed_and_unmatched_files_are_named(tmp_path):
+    ori, rec = make_pairs(tmp_path)
+    (rec / "v1.mp4").write_bytes(b"no video")
+    (rec / "v2.mp4").unlink()
+    assert evaluate(ori, rec, *PSNR, "--on_error", "skip", "--allow_unmatched", "--page") == 1
+    report, clips = content(tmp_path / "x_rec_eval")
+    assert list(clips) == ["v0"]
+    assert any("v1.mp4" in warning for warning in report["warnings"])
+    assert any("v2" in warning for warning in report["warnings"])
 
 
 def test_no_page_writes_none(tmp_path):

@@ -18,7 +18,10 @@ from tests import report_sample
 from vae3d.report import page as report_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
+FIREFOX = next(filter(None, map(shutil.which, ("firefox", "firefox-esr"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 FLAGS = ["--enable-unsafe-swiftshader", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
@@ -28,11 +31,16 @@ READ = """() => Object.fromEntries(
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+def playwright() -> Iterator[Any]:
+    with sync_api.sync_playwright() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Any) -> Iterator[Any]:
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +62,15 @@ def opened(browser: Any, sample: Path) -> Iterator[Any]:
     contexts, wrong = [], []
 
     def open_page(link: str = "", path: Path = sample, **options: Any) -> Any:
-        context = browser.new_context(**{"reduced_motion": "reduce", "viewport": {"width": 1300, "height": 900}, **options})
+        context = browser.new_context(
+            **{"reduced_motion": "reduce", "viewport": {"width": 1300, "height": 900}, **options}
+        )
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(5000)
-        page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or wrong.append(request.url))
+        page.on(
+            "request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or wrong.append(request.url)
+        )
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(path.as_uri() + link)
@@ -75,7 +87,10 @@ def opened(browser: Any, sample: Path) -> Iterator[Any]:
 def pixels(page: Any) -> dict[str, np.ndarray]:
     """Name -> [H, W, 3], of the pictures that are shown."""
     found = page.evaluate(READ)
-    decoded = {name: cv2.imdecode(np.frombuffer(base64.b64decode(png), np.uint8), cv2.IMREAD_COLOR) for name, png in found.items()}
+    decoded = {
+        name: cv2.imdecode(np.frombuffer(base64.b64decode(png), np.uint8), cv2.IMREAD_COLOR)
+        for name, png in found.items()
+    }
     return {name: picture[..., ::-1] for name, picture in decoded.items()}
 
 
@@ -91,13 +106,21 @@ def assert_shows(page: Any, frame: int) -> None:
     page.wait_for_timeout(60)  # the number goes ahead of the seek
     for name, picture in pixels(page).items():
         difference = np.abs(picture.astype(int) - expected[name][frame])
-        assert difference.mean() < 1.5 and difference.max() < 12, (name, difference.mean(), difference.max())
+        assert difference.mean() < 1.5, name
+        assert difference.max() < 12, name
 
 
 def test_frames_are_those_of_the_file(opened):
     page = opened()
     assert_shows(page, 0)
-    for key, frame in [("ArrowRight", 1), ("ArrowRight", 2), ("Shift+ArrowRight", 11), ("ArrowRight", 0), ("End", 11), ("ArrowLeft", 10)]:
+    for key, frame in [
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("Shift+ArrowRight", 11),
+        ("ArrowRight", 0),
+        ("End", 11),
+        ("ArrowLeft", 10),
+    ]:
         page.keyboard.press(key)
         assert_shows(page, frame)
     page.keyboard.press("Home")
@@ -115,6 +138,26 @@ def test_frames_are_those_of_the_file(opened):
             return `PSNR ${values[0]}\\nLPIPS ${values[1]}`;
         }"""
     )
+
+
+@pytest.mark.skipif(FIREFOX is None, reason="no firefox on the PATH")
+def test_firefox_shows_the_same_frames(playwright, sample):
+    wrong = []
+    firefox = playwright.firefox.launch(channel="moz-firefox", executable_path=FIREFOX)
+    try:
+        page = firefox.new_page()
+    except sync_api.Error as error:
+        firefox.close()
+        pytest.skip(f"playwright cannot drive this firefox: {str(error).splitlines()[0]}")
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(sample.as_uri() + "#video=two&frame=7")
+    page.wait_for_selector(".player:not(.loading) .frame")
+    for key, frame in [("ArrowRight", 8), ("End", 11), ("ArrowLeft", 10)]:
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)
+        assert_shows(page, frame)
+    firefox.close()
+    assert wrong == []
 
 
 def test_views_show_the_same_place(opened):
@@ -147,15 +190,22 @@ def test_views_show_the_same_place(opened):
     page.mouse.wheel(0, -300)
     page.wait_for_function("document.querySelector('.stage').classList.contains('zoomed')")
     transforms = page.locator(".frame").evaluate_all("all => all.map((one) => getComputedStyle(one).transform)")
-    assert len(transforms) == 3 and len({*transforms}) == 1 and transforms[0] != "none"
+    assert len(transforms) == 3
+    assert len({*transforms}) == 1
+    assert transforms[0] != "none"
     page.keyboard.press("g")
     page.mouse.move(box["x"] + box["width"] / 3, box["y"] + box["height"] / 3)
     places = page.locator(".lens").evaluate_all("all => all.map((one) => one.style.left + one.style.top)")
-    assert len({*places}) == 1 and places[0]
+    assert len({*places}) == 1
+    assert places[0]
     assert page.locator(".pixel span").count() >= 4
     page.keyboard.press("e")
     page.keyboard.press("]")
-    assert page.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == ["picture", "error", "error"]
+    assert page.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == [
+        "picture",
+        "error",
+        "error",
+    ]
     scale = 0.25 / 2
     assert page.locator(".bar .ticks").inner_text().split()[-1] == f"{scale:.4f}"
     page.wait_for_function("location.hash.includes('gain=2') && location.hash.includes('layer=error')")
@@ -165,24 +215,34 @@ def test_views_show_the_same_place(opened):
     assert again.evaluate("location.hash") == link
     assert number(again) == 7
     again_transform = again.locator(".frame").first.evaluate("one => getComputedStyle(one).transform")
-    for left, right in zip(*(map(float, re.findall(r"-?[\d.]+", one)) for one in (again_transform, transforms[0])), strict=True):
+    for left, right in zip(
+        *(map(float, re.findall(r"-?[\d.]+", one)) for one in (again_transform, transforms[0])), strict=True
+    ):
         assert left == pytest.approx(right, abs=0.1)  # of a link's four digits
     again.locator(".viewport").first.dblclick()
-    assert not again.locator(".stage.zoomed").count()
+    again.wait_for_selector("#chapter-1 .stage:not(.zoomed)")
     again.get_by_label("Layer of fine").select_option("change")
-    assert again.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == ["picture", "error", "change"]
+    assert again.locator(".sheet").evaluate_all("all => all.map((one) => one.dataset.layer)") == [
+        "picture",
+        "error",
+        "change",
+    ]
     assert again.locator(".bar-name").all_inner_texts() == ["Error", "Change"]
 
 
 def test_table_curves_and_histograms_lead_to_videos(opened):
     page = opened()
     chapter = page.locator("#chapter-1")
-    names = lambda: chapter.locator(".video-name").all_inner_texts()
+
+    def names():
+        return chapter.locator(".video-name").all_inner_texts()
+
     assert names()[0] == "panorama.mp4"
     chapter.get_by_role("button", name="fine ↑").first.click()
     assert chapter.locator("tbody td").first.inner_text() == "20.00"
     chapter.get_by_role("button", name="fine ↑").first.click()
-    assert names()[0] == "two.mp4" and names()[-1] == "none.mp4"  # without a score: last, either way
+    assert names()[0] == "two.mp4"
+    assert names()[-1] == "none.mp4"
     assert chapter.locator("tbody tr", has_text="two.mp4").locator(".badge").all_inner_texts() == ["best"]
 
     chapter.get_by_label("Filter videos").fill("psnr<22 .mp4")
@@ -200,7 +260,8 @@ def test_table_curves_and_histograms_lead_to_videos(opened):
     page.wait_for_timeout(120)
     assert_shows(page, 9)
     lines = chapter.locator(".player .now").evaluate_all("all => all.map((one) => one.style.left)")
-    assert len({*lines}) == 1 and abs(float(lines[0][:-1]) - 100 * 9 / 11) < 0.1
+    assert len({*lines}) == 1
+    assert abs(float(lines[0][:-1]) - 100 * 9 / 11) < 0.1
     page.keyboard.press("m")
     assert number(page) == 11  # the worst frame of "base"
     chapter.locator(".marks button").first.click()
@@ -227,7 +288,7 @@ def test_names_of_any_text_stay_text(opened):
         assert link.evaluate("one => decodeURIComponent(one.href)").endswith("/ori/" + name)
     assert page.title() == "Sample <b>report</b>"
     assert page.locator("main img[onerror]").count() == 0
-    assert page.evaluate("[document.body.scrollWidth, innerWidth]") == [1300, 1300]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_clips_that_do_not_play_say_why(opened):
@@ -256,7 +317,8 @@ def test_panorama_turns_in_all_views(opened):
     page.mouse.up()
     page.wait_for_timeout(150)
     after = [one.screenshot() for one in page.locator(".sphere").all()]
-    assert len(before) == 3 and all(left != right for left, right in zip(before, after, strict=True))
+    assert len(before) == 3
+    assert all(left != right for left, right in zip(before, after, strict=True))
     page.wait_for_function("/turn=[^0]/.test(location.hash)")
 
 
@@ -265,7 +327,8 @@ def test_one_file_narrow_themes_and_help(opened, tmp_path):
     assert not (tmp_path / "videos").exists()
     page = opened(path=tmp_path / "index.html", viewport={"width": 360, "height": 700}, color_scheme="dark")
     assert_shows(page, 0)
-    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate("innerWidth") == 360
     colour = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(colour)
     page.get_by_role("button", name="Dark or light").click()

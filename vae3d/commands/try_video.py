@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     title = f"{Path(args.video).name} through {args.checkpoint or 'TAEF2'}"
     clip = encode_clip([displayable(original)], {"reconstruction": [displayable(result)]}, info.fps)
     write_clip(out, CLIP, clip, {"reconstruction": {c: s.frames for c, s in scores.items() if s.frames}})
-    write_page(out, make_report(out, title, Path(args.video), scores, columns, facts, skipped, command))
+    panorama = original.shape[2] == 2 * original.shape[1]
+    write_page(out, make_report(out, title, Path(args.video), scores, columns, facts, skipped, panorama, command))
     rows = [
         [f"{name}{ARROWS.get(columns[name], '')}", number(score.value)]
         for name, score in scores.items()
@@ -202,13 +203,14 @@ def make_report(
     columns: Mapping[str, Better],
     facts: Mapping[str, str],
     skipped: Mapping[str, str],
+    panorama: bool,
     command: str,
 ) -> Report:
     """The page for the folder `out`. skipped: metrics that were left out, and why."""
     values = {column: score.value for column, score in scores.items() if score.value is not None}
     files = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith((".", "index")))
     links = {"original": os.path.relpath(source, out)} if source.is_file() else {}  # numbered images have no one file
-    video = Video(CLIP, source.name, {"reconstruction": values}, links=links)
+    video = Video(CLIP, source.name, {"reconstruction": values}, links=links, panorama=panorama)
     metrics = page_metrics({column: columns[column] for column in values})
     chapter = Chapter("Video", HINTS, ["reconstruction"], metrics, [video])
     warnings = [f"without {name}: {reason}" for name, reason in skipped.items()]

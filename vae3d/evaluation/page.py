@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from vae3d import __version__
 from vae3d.data.readers import MediaError
@@ -22,7 +21,7 @@ from vae3d.hashing import json_hash
 from vae3d.metric_names import MEANINGS, PANORAMA, unit
 from vae3d.metrics import MetricSet
 from vae3d.metrics.base import Better, Nearest, goodness
-from vae3d.pixels import displayable, quantize
+from vae3d.pixels import displayable
 from vae3d.report import number
 from vae3d.report.clip import ORIGINAL
 from vae3d.report.page import (
@@ -157,15 +156,9 @@ def _encode(jobs: Mapping[str, Job]) -> Clip:
     with ExitStack() as stack:
         readers = {rec: stack.enter_context(PairReader(job.pair, job.protocol)) for rec, job in jobs.items()}
         original = stack.enter_context(PairReader(first.pair, first.protocol))
-        recs = {rec: _side(reader, 1) for rec, reader in readers.items()}
-        return encode_clip(_side(original, 0), recs, first.info.fps / first.protocol.stride)
-
-
-def _side(reader: PairReader, which: int) -> Iterator[np.ndarray]:
-    """Chunks [T, H, W, 3] uint8 of the originals, 0, or the reconstructions, 1, as they are compared."""
-    for chunk in reader.chunks():
-        frames: Tensor = chunk[which]
-        yield displayable(quantize(frames, "unit").permute(0, 2, 3, 1).numpy())
+        recs = {rec: map(displayable, reader.pictures(original=False)) for rec, reader in readers.items()}
+        shown = map(displayable, original.pictures(original=True))
+        return encode_clip(shown, recs, first.info.fps / first.protocol.stride)
 
 
 def page_metrics(columns: Mapping[str, Better]) -> dict[str, Metric]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vae3d.data.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, open_pair
 from vae3d.errors import UserError
+from vae3d.pixels import quantize
 from vae3d.text import plural
 
 RGB_FORMATS = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P", "PA")
@@ -216,10 +217,25 @@ class PairReader:
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All compared frames, in chunks of bounded memory."""
+        for indices in self._pieces():
+            yield self.read(indices)
+
+    def pictures(self, original: bool) -> Iterator[np.ndarray]:
+        """Chunks [T, H, W, 3 or 4] uint8 of one side, as compared. Raises MediaError."""
+        exact = not (self.protocol.cut or self.protocol.resize or self.protocol.resolution or self.protocol.crop)
+        reader, first = (self.ref, self.pair.start) if original else (self.rec, 0)
+        for indices in self._pieces():
+            if exact:
+                yield reader.read([first + self.indices[i] for i in indices])
+            else:
+                frames = self.read(indices)[0 if original else 1]
+                yield quantize(frames, "unit").permute(0, 2, 3, 1).cpu().numpy()
+
+    def _pieces(self) -> Iterator[range]:
         info = self.ref.info
         size = max(1, min(16, CHUNK_PIXELS // (info.height * info.width)))
         for start in range(0, len(self.indices), size):
-            yield self.read(range(start, min(start + size, len(self.indices))))
+            yield range(start, min(start + size, len(self.indices)))
 
     def __enter__(self) -> PairReader:
         return self

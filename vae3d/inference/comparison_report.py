@@ -138,7 +138,8 @@ def _video(comparer: Comparer, file: dict[str, Any], folder: Path, outputs: Mapp
     facts = {"source": file["source"], "latents": f"MSE {latents['mse']:.6f}, cosine {latents['cosine']:.4f}"}
     if file["frames"] < file["frames_reconstructed"]:
         facts["compared"] = f"the first {file['frames']} of {file['frames_reconstructed']} frames"
-    return Video(clip_id(file["file"]), file["file"], scores=file["pairs"], facts=facts, links=links)
+    panorama = file["width"] == 2 * file["height"]
+    return Video(clip_id(file["file"]), file["file"], file["pairs"], facts, links, panorama=panorama)
 
 
 def _pair_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -18,7 +18,6 @@ from vae3d.hashing import json_hash
 from vae3d.inference.reconstruct import FileResult, Reconstructor
 from vae3d.inference.results import SUFFIXES, Results
 from vae3d.io import read_json
-from vae3d.metric_names import PANORAMA
 from vae3d.pixels import displayable
 from vae3d.report import number
 from vae3d.report.page import Chapter, Report, Table, Video, clip_id, encode_clip, read_clip, write_clip
@@ -69,7 +68,6 @@ def make_report(
     """The page of <save_dir>_report. means: of the metrics. cost: of measure_cost. failed: files left out, and why."""
     reconstructor = results.reconstructor
     folder, rec, columns = reconstructor.folder("report"), reconstructor.folder("rec"), reconstructor.metrics.columns
-    panoramas = any(metric.name in PANORAMA for metric in reconstructor.metrics)
     shown = {LABELS[kind]: None for file in files for kind in output_files(reconstructor, file)}
     tables = []
     if means:
@@ -83,7 +81,7 @@ def make_report(
         "Videos",
         reconstructions=[label for label in shown if label != "original"],
         metrics=page_metrics(scored),
-        videos=[_video(reconstructor, file, folder, panoramas) for file in files],
+        videos=[_video(reconstructor, file, folder) for file in files],
         ranked_by=rank_column(scored),
         tables=tables,
     )
@@ -101,7 +99,7 @@ def make_report(
     )
 
 
-def _video(reconstructor: Reconstructor, file: FileResult, folder: Path, panoramas: bool) -> Video:
+def _video(reconstructor: Reconstructor, file: FileResult, folder: Path) -> Video:
     scores = {column: score.value for column, score in file.result.scores.items()}
     facts = {"source": file.source}
     facts |= {"first frame": str(file.start)} if file.start else {}
@@ -114,7 +112,7 @@ def _video(reconstructor: Reconstructor, file: FileResult, folder: Path, panoram
         scores={"rec": scores} if scores else {},
         facts=facts,
         links={LABELS[k]: os.path.relpath(path, folder) for k, path in output_files(reconstructor, file).items()},
-        panorama=panoramas and file.width == 2 * file.height,
+        panorama=file.width == 2 * file.height,
         warnings=["the source is smaller and was enlarged, which smooths errors"] if file.enlarged else [],
     )
 

@@ -1,4 +1,4 @@
-"""Tables as text, and what they show; HTML pages, with pictures and plots, are in report.html."""
+"""Tables as text, and what they show; the page that compares reconstructions is report.page."""
 
 from __future__ import annotations
 

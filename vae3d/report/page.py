@@ -222,12 +222,14 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
             video["thumb"] = thumbnail and (
                 _data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{VIDEOS}/{thumbnail.name}"
             )
-    clips = {id: script.read_text()[len(CALL) : -len(");\n")] for id, (script, _) in shown.items()} if single else {}
+    clips = (
+        {id: script.read_text("utf-8")[len(CALL) : -len(");\n")] for id, (script, _) in shown.items()} if single else {}
+    )
     page = _environment.get_template("index.html").render(
         title=report.title,
         report=Markup(to_json(content)),
         clips={id: Markup(clip) for id, clip in clips.items()},
-        source=lambda path: Markup((FOLDER / path).read_text()),
+        source=lambda path: Markup((FOLDER / path).read_text("utf-8")),
     )
     write_text(folder / PAGE, page)
     _remove_others(folder / VIDEOS, set() if single else {file.name for files in shown.values() for file in files})
@@ -239,7 +241,7 @@ def unpack_page(folder: Path) -> None:
 
     So read_clip finds those of an earlier page."""
     try:
-        page = (folder / PAGE).read_text()
+        page = (folder / PAGE).read_text("utf-8")
         content = json.loads(re.search(f"{REPORT_TAG}(.*?)</script>", page, re.DOTALL)[1])
         thumbs = {v["id"]: v["thumb"] or "" for chapter in content["chapters"] for v in chapter["videos"]}
         for id, clip in re.findall(f"{CLIP_TAG}(.*?)</script>", page, re.DOTALL):

@@ -39,7 +39,7 @@ function axes(labels = {}) {
   const axis = { stroke: cssValue("--muted"), grid: line, ticks: { ...line, size: 4 }, font: "11px system-ui, sans-serif" };
   const values = (chart, ticks) => ticks.map((value) => (value === null ? "" : shortNumber(value)));
   return [
-    { ...axis, size: labels.x ? 44 : 26, label: labels.x, labelSize: 16, labelFont: axis.font, space: 48, values },
+    { ...axis, size: 26, label: labels.x, labelSize: 16, labelFont: axis.font, space: 48, values },
     { ...axis, size: 52, label: labels.y, labelSize: 16, labelFont: axis.font, space: 28, values },
   ];
 }

@@ -101,8 +101,8 @@ function buildChapter(chapter, id, titled) {
     add("Differences", "differences", note, differencesOf(chapter, (metric, name) => built.table?.showDifference(metric, name)));
   }
   if (chapter.tables.length) add("Tables", "tables", chapter.tables.map(buildTable));
-  if (chapter.charts.length) add("Charts", "charts", el("div", { class: "curves" }, chapter.charts.map(lineChart)));
-  if (chapter.pictures.length) add("Pictures", "pictures", chapter.pictures.map(buildPicture));
+  if (chapter.charts.length) add("Charts", "charts", el("div", { class: "curves wide" }, chapter.charts.map(lineChart)));
+  if (chapter.pictures.length) add("Pictures", "pictures", el("div", { class: "pictures" }, chapter.pictures.map(buildPicture)));
   if (chapter.commands) add("Commands", "commands", commands(chapter.commands));
   built.entries = [entry(chapter.title, id, parts.length > 1 ? el("ol", {}, parts) : null)];
   return built;
@@ -136,8 +136,11 @@ function buildVideos(built, add, parts) {
 }
 
 function buildTable(table) {
-  const head = el("tr", {}, table.head.map((cell) => el("th", { scope: "col" }, cell)));
-  const rows = table.rows.map((row) => el("tr", {}, row.map((cell, column) => (column ? el("td", {}, cell) : el("th", { scope: "row" }, cell)))));
+  const prose = table.head.map((_, column) => column > 0 && table.rows.some((row) => row[column].length > 40)); // to the left
+  const named = (column) => (prose[column] ? { class: "prose" } : {});
+  const head = el("tr", {}, table.head.map((cell, column) => el("th", { scope: "col", ...named(column) }, cell)));
+  const cells = (row) => row.map((cell, column) => (column ? el("td", named(column), cell) : el("th", { scope: "row" }, cell)));
+  const rows = table.rows.map((row) => el("tr", {}, cells(row)));
   const box = el("div", { class: "table-box", tabindex: "0", role: "region", "aria-label": table.title }, el("table", { class: "plain" }, el("thead", {}, head), el("tbody", {}, rows)));
   return el("figure", {}, el("figcaption", { class: "title" }, table.title), box, table.note ? el("p", { class: "note" }, table.note) : null);
 }

@@ -7,6 +7,7 @@ const SHARP_FROM = 2; // screen pixels per pixel from which on pixels are shown 
 const LENS_FACTOR = 4;
 const SPEEDS = [0.1, 0.25, 0.5, 1, 2];
 const GAINS = [1, 2, 4, 8, 16, 32];
+const DOUBLE_TAP = 350; // milliseconds between two
 const BLINKS = [0, 1, 2, 3]; // changes per second; faster ones can harm people with epilepsy
 
 const MAPS = {
@@ -70,6 +71,7 @@ class Player {
     this.slots = [];
     this.frame = 0;
     this.pointers = new Map();
+    this.tapped = -Infinity;
     this.probe = el("canvas", { height: 1 }).getContext("2d", { willReadFrequently: true });
 
     this.name = el("h3", { class: "name" });
@@ -183,7 +185,7 @@ class Player {
     this.total.textContent = `/ ${clip.frames - 1}`;
     this.worst = worstFrames(this.chapter, clip.curves ?? {});
     this.marks.replaceChildren(...this.worst.map((one, index) => this.#mark(one, this.worst.slice(0, index).filter(({ frame: other }) => other === one.frame).length)));
-    this.chart = curvesOf(this.chapter, clip.curves ?? {}, clip.frames, (at) => this.goTo(at));
+    this.chart = curvesOf(this.chapter, clip.curves ?? {}, clip.frames, (at) => this.lookAt(at));
     this.curves.replaceChildren(this.chart);
     this.curves.style.removeProperty("min-height");
     this.chart.start();
@@ -264,7 +266,7 @@ class Player {
       min: "0",
       value: "0",
       "aria-label": "Frame number",
-      onchange: () => this.goTo(Number(this.number.value)),
+      onchange: () => this.lookAt(Number(this.number.value)),
     });
     this.total = el("span", {}, "/ 0");
     this.seconds = el("output", { class: "seconds" }, "0.000 s");
@@ -293,7 +295,7 @@ class Player {
       "aria-label": label,
       "data-tip": `${label} (m)`,
       style: `--at:${at}; --nth:${nth}; color:${colourVariable(this.chapter, name)}`,
-      onclick: () => this.goTo(frame),
+      onclick: () => this.lookAt(frame),
     });
   }
 
@@ -408,9 +410,15 @@ class Player {
     this.changed();
   }
 
+  // Stops at a frame, to look at it.
+  lookAt(frame) {
+    this.media?.pause();
+    this.goTo(frame);
+  }
+
   nextWorst() {
     const frames = [...new Set((this.worst ?? []).map(({ frame }) => frame))].sort((left, right) => left - right);
-    if (frames.length) this.goTo(frames.find((frame) => frame > this.frame) ?? frames[0]);
+    if (frames.length) this.lookAt(frames.find((frame) => frame > this.frame) ?? frames[0]);
   }
 
   #refresh() {
@@ -785,7 +793,6 @@ class Player {
     stage.addEventListener("pointermove", (event) => this.#pointerMove(event));
     for (const type of ["pointerup", "pointercancel"]) stage.addEventListener(type, (event) => this.#pointerUp(event));
     stage.addEventListener("pointerleave", () => this.pixel.replaceChildren());
-    stage.addEventListener("dblclick", (event) => event.target.closest(".viewport") && this.resetZoom());
     // Wheels scroll the page, too: they zoom when the pictures were clicked or focused, or with Ctrl.
     stage.addEventListener(
       "wheel",
@@ -854,7 +861,11 @@ class Player {
   #pointerUp(event) {
     const held = this.pointers.get(event.pointerId);
     this.pointers.delete(event.pointerId);
-    if (held && held.moved < 4 && look.view === "blink" && event.type === "pointerup") this.swap();
+    if (!held || held.moved >= 4 || event.type !== "pointerup") return;
+    if (look.view === "blink") this.swap();
+    // Browsers do not agree on dblclick of pictures that hold the pointer, or of fingers.
+    if (event.timeStamp - this.tapped < DOUBLE_TAP) this.resetZoom();
+    this.tapped = event.timeStamp;
   }
 
   // Keys, as the help names them. Returns whether the key is one of the player's.
@@ -872,8 +883,8 @@ class Player {
       " ": () => this.toggle(),
       ArrowLeft: () => this.stepFrames(event.shiftKey ? -10 : -1),
       ArrowRight: () => this.stepFrames(event.shiftKey ? 10 : 1),
-      Home: () => this.goTo(0),
-      End: () => this.goTo(this.clip.frames - 1),
+      Home: () => this.lookAt(0),
+      End: () => this.lookAt(this.clip.frames - 1),
       1: () => view("grid"),
       2: () => this.#names().length > 1 && view("wipe"),
       3: () => this.#names().length > 1 && view("blink"),

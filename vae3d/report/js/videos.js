@@ -45,6 +45,7 @@ class VideoTable {
       this.columns.replaceChildren(el("label", { class: "labelled" }, "Columns ", select("Columns", options, chosen, choose)));
     }
     this.cells = this.#columns();
+    this.table.style.setProperty("--columns", this.cells.length);
     if (this.sort.column && this.sort.column !== "name") {
       const same = this.cells.find((cell) => cell.key === this.sort.column);
       if (!same) this.sort = { column: null, down: false };
@@ -166,14 +167,13 @@ class VideoTable {
     const sortable = (key, label, metric, cell) => {
       const { column, down } = this.sort;
       const state = column === key ? (down ? "descending" : "ascending") : "none";
-      const note = cell?.note ?? "";
       const content = [cell && this.mode.metric !== undefined ? swatch(this.chapter, cell.name) : null, el("span", { class: "label" }, label)];
       const direction = metric ? el("span", { class: "arrow" }, arrow(metric)) : null;
       const mark = el("span", { class: "sorted", "aria-hidden": "true" }, state === "none" ? "" : down ? "▾" : "▴");
       return el(
         "th",
         { scope: "col", "aria-sort": state },
-        el("button", { type: "button", "data-tip": metric ? note + explain(metric) : null, onclick: () => this.sortBy(key, cell?.difference ? null : metric?.better) }, content, direction, mark),
+        el("button", { type: "button", "data-tip": metric ? `${cell.note ?? `${cell.label}. `}${explain(metric)}` : null, onclick: () => this.sortBy(key, cell?.difference ? null : metric?.better) }, content, direction, mark),
       );
     };
     const scores = this.cells.map((cell) => sortable(cell.key, cell.label, cell.metric, cell));
