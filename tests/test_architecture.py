@@ -38,6 +38,7 @@ LAYERS = [
     "api",
     "training",
     "commands",
+    "app",
 ]
 
 HYDRA = {"config", "loading", "commands"}

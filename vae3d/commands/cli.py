@@ -88,9 +88,10 @@ class ArgparseCommand(NamedTuple):
 
 
 # Commands whose module is called otherwise.
-MODULES = {"check-data": "vae3d.data.check", "try": "vae3d.commands.try_video"}
+MODULES = {"check-data": "vae3d.data.check", "try": "vae3d.commands.try_video", "app": "vae3d.app.main"}
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "try": ArgparseCommand("Show what an autoencoder does to a video", "vae3d.commands.flags:parse_try"),
+    "app": ArgparseCommand("Try autoencoders on videos in a browser"),
     "train": HydraCommand("Train a video autoencoder", "train", "vae3d.commands.cli:check_training", metric="val/psnr"),
     "infer": HydraCommand(
         "Reconstruct videos and images",

@@ -52,6 +52,67 @@ def parse_try(argv: Sequence[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def parse_app(argv: Sequence[str] | None = None) -> Namespace:
+    """Try autoencoders on videos in a browser: vae3d app [CHECKPOINT ...]
+
+    Serves a page on this machine: drop a video, or choose one, reconstruct it with one or several checkpoints, see them
+    side by side and moving, see the latents, add noise to them, download the results. Without CHECKPOINT it takes
+    TAEF2, as vae3d try does. Open the address that it prints; Ctrl-C ends it and deletes its temporary files.
+
+        vae3d app                                      # then drop a video
+        vae3d app runs/wan_finetune Wan2.1_VAE.pth --videos clips
+
+    On another machine, do not open the port to a network: ssh -L 8765:localhost:8765 MACHINE, and open the address
+    here.
+    """
+    parser = _parser(parse_app)
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CHECKPOINT",
+        help="runs, exports, published weights, or owner/name on the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--videos", type=Path, action="append", default=[], metavar="DIR", help="offer the videos and images in DIR"
+    )
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--port", type=_port, default=8765, help="default %(default)s; 0: any that is free")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at, default %(default)s, this machine only"
+    )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name by which browsers reach the page",
+    )
+    parser.add_argument("--max-upload", type=positive_float, default=500.0, metavar="MB", help="default %(default)g")
+    parser.add_argument("--max-frames", type=positive_int, default=129, help="of a job, default %(default)s")
+    parser.add_argument("--max-height", type=positive_int, default=1080, help="in pixels, default %(default)s")
+    parser.add_argument(
+        "--max-megapixels", type=positive_float, default=100.0, help="of all frames of a job, default %(default)g"
+    )
+    parser.add_argument(
+        "--read-timeout", type=positive_float, default=60.0, metavar="S", help="for one frame, default %(default)g"
+    )
+    parser.add_argument(
+        "--keep",
+        type=positive_float,
+        default=60.0,
+        metavar="MIN",
+        help="unused uploads and results, default %(default)g",
+    )
+    return parser.parse_args(argv)
+
+
+def _port(text: str) -> int:
+    port = non_negative_int(text)
+    if port > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give 0 to 65535")
+    return port
+
+
 def parse_convert(argv: Sequence[str] | None = None) -> Namespace:
     """Convert a checkpoint to the layout of another program; see docs/checkpoints.md.
 

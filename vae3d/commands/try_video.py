@@ -26,7 +26,7 @@ from vae3d.evaluation.page import page_metrics
 from vae3d.inference.pictures import ERROR_LABEL, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import FileError, atomic_write, naming
-from vae3d.metrics import Score, build_metrics
+from vae3d.metrics import MetricSet, Score, build_metrics
 from vae3d.metrics.base import Better
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import as_unit, displayable, to_uint8
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     speed = video.shape[2] / (time.perf_counter() - start)
     facts["speed"] = f"{speed:.1f} frames per second, encoding and decoding ({device})"
     original, result = to_uint8(video[0]), to_uint8(rec[0])
-    scores, columns, skipped = score(original, result, device)
+    scores, columns, skipped = score(default_metrics(device), original, result, device)
 
     write_files(out, original, result, info.fps)
     command = shlex.join(["vae3d", "try", *(sys.argv[1:] if argv is None else argv)])
@@ -135,11 +135,14 @@ def no_weights(folder: Path, error: Exception) -> str:
     return "\n".join(lines)
 
 
+def default_metrics(device: torch.device) -> MetricSet:
+    return build_metrics(METRICS, device, on_missing="skip")
+
+
 def score(
-    original: np.ndarray, result: np.ndarray, device: torch.device
+    metrics: MetricSet, original: np.ndarray, result: np.ndarray, device: torch.device
 ) -> tuple[dict[str, Score], dict[str, Better], dict[str, str]]:
     """Scores of [T, H, W, 3] uint8, their columns, and why some metrics are left out."""
-    metrics = build_metrics(METRICS, device, on_missing="skip")
     unsupported = {m.name: reason for m in metrics if (reason := m.why_unsupported(*original.shape[:3])) is not None}
     chosen = metrics.subset([m.name for m in metrics if m.name not in unsupported])
     for start in range(0, len(original), SCORED_FRAMES):

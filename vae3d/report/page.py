@@ -202,8 +202,8 @@ def read_clip(folder: Path, id: str, key: str) -> Clip | None:
         return None
 
 
-def write_page(folder: Path, report: Report) -> None:
-    """Write index.html; clips of at most SINGLE_FILE_BYTES together are moved into it.
+def write_page(folder: Path, report: Report, single: bool = False) -> None:
+    """Write index.html; clips of at most SINGLE_FILE_BYTES together, or with `single` all, are moved into it.
 
     Raises FileError, and ValueError if two videos have the same id or if a video's clip was not written.
     """
@@ -214,7 +214,7 @@ def write_page(folder: Path, report: Report) -> None:
     shown = {video.id: _clip_files(folder, video.id) for video in videos if video.clip}
     if absent := [file for files in shown.values() for file in files if not file.is_file()]:
         raise ValueError(f"{absent[0]} was not written")
-    single = sum(file.stat().st_size for files in shown.values() for file in files) <= SINGLE_FILE_BYTES
+    single = single or sum(file.stat().st_size for files in shown.values() for file in files) <= SINGLE_FILE_BYTES
     content = _plain(report)
     for chapter in content["chapters"]:
         for video in chapter["videos"]:

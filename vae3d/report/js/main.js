@@ -24,7 +24,18 @@ const KEYS = [
 
 const page = { chapters: [], active: null, linking: 0, theme: recall("theme") };
 
-function showReport(report) {
+// Shows another page of the same videos in place of this one, at the same frame and view: for a program that writes its
+// page again, with other settings.
+function replaceReport(next) {
+  const player = page.active?.player;
+  if (player?.clip) history.replaceState(null, "", (page.link = player.link()));
+  const play = player?.media?.playing ?? false;
+  document.querySelectorAll("script.clip").forEach((old) => old.remove());
+  document.body.append(...next.querySelectorAll("script.clip"));
+  showReport(JSON.parse(next.getElementById("report").textContent), { play });
+}
+
+function showReport(report, { play = false } = {}) {
   page.chapters.forEach(({ player }) => player?.close());
   document.title = report.title;
   const heading = el("h1", {}, report.title);
@@ -55,7 +66,7 @@ function showReport(report) {
     built.table.setCurrent(null); // rows need the height of the box
     offer(built);
   }
-  followLink() || openFirst();
+  followLink({ play }) || openFirst();
 }
 
 function buildHeader(report) {
@@ -178,7 +189,7 @@ function openFirst() {
   if (first) openVideo(first, first.table.shown[0]);
 }
 
-function followLink() {
+function followLink({ play = false } = {}) {
   const parts = new URLSearchParams(location.hash.slice(1));
   const id = parts.get("video");
   if (!id) return false;
@@ -189,7 +200,7 @@ function followLink() {
   }
   readLook(parts);
   const video = built.chapter.videos.find((one) => one.id === id);
-  openVideo(built, video, { frame: Number(parts.get("frame")) || 0 }).then(() => {
+  openVideo(built, video, { frame: Number(parts.get("frame")) || 0, play }).then(() => {
     built.player.root.scrollIntoView({ block: "nearest" });
   });
   return true;

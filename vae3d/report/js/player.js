@@ -619,7 +619,8 @@ class Player {
     if (across < 500 && count <= 3) best = { size: across, columns: 1 };
     const enlarged = look.view === "panorama" ? Infinity : width * MAX_ENLARGED;
     const size = Math.floor(clamp(best.size, Math.min(150, across), enlarged));
-    this.stage.style.setProperty("--columns", best.columns);
+    const columns = Math.min(best.columns, Math.max(1, Math.floor((across + gap) / (size + gap)))); // of many small ones
+    this.stage.style.setProperty("--columns", columns);
     this.stage.style.setProperty("--size", `${size}px`);
     this.stage.style.setProperty("--aspect", aspect);
     this.#applyZoom();
