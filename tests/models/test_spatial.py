@@ -119,3 +119,14 @@ def test_latents_are_scaled_in_one_place():
 def test_channels_must_divide_into_groups():
     with pytest.raises(ValueError, match=r"channels are \[6, 8\]; each must be a multiple of groups=4"):
         SpatialVAE((6, 8), groups=4)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_convolutions_run_channels_last_where_no_gradient_is_computed(trains):
+    model = SpatialVAE((8, 16), layers=1, groups=4)
+    seen = []
+    for part in (model.module.encoder.conv_in, model.module.decoder.conv_in):
+        part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.set_grad_enabled(trains):
+        model.decode(model.encode(torch.rand(1, 3, 2, 16, 16)).mode())
+    assert [not x.is_contiguous() for x in seen] == [not trains] * len(seen)

@@ -376,8 +376,10 @@ def per_channel(factor: float | Sequence[float] | None, channels: int) -> tuple[
 
 
 def _fast_layout(frames: Tensor, trains: bool) -> Tensor:
-    """Channels-last without gradients, which is 1.1 times as fast on a CPU; training gains nothing there."""
-    return frames if trains else frames.contiguous(memory_format=torch.channels_last)
+    """Channels-last without gradients, which is faster on a CPU; training gains nothing there."""
+    if trains and torch.is_grad_enabled():
+        return frames
+    return frames.contiguous(memory_format=torch.channels_last)
 
 
 def _broadcast(z: Tensor, factor: float | Sequence[float]) -> float | Tensor:
