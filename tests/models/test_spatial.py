@@ -121,13 +121,11 @@ def test_channels_must_divide_into_groups():
         SpatialVAE((6, 8), groups=4)
 
 
-@pytest.mark.parametrize("trains", [True, False])
-def test_convolutions_run_channels_last_where_no_gradient_is_computed(trains):
-    model = SpatialVAE((8, 16), layers=1, groups=4)
+def test_convolutions_run_channels_last_where_no_gradient_is_computed():
+    model = SpatialVAE((8, 16), layers=1, groups=4)  # its weights could train
     seen = []
     for part in (model.module.encoder.conv_in, model.module.decoder.conv_in):
         part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.set_grad_enabled(trains):
+    with torch.no_grad():
         model.decode(model.encode(torch.rand(1, 3, 2, 16, 16)).mode())
-    layouts = [x.is_contiguous(memory_format=torch.channels_last) for x in seen]
-    assert layouts == [not trains] * len(seen)
+    assert [x.is_contiguous(memory_format=torch.channels_last) for x in seen] == [True, True]
