@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.models.layers.borders import Borders
@@ -137,8 +138,9 @@ class TGrow(nn.Module):
         x = self.conv(x)
         if self.stride == 1:
             return x
-        frames = [frame.unflatten(0, (-1, clips)) for frame in x.chunk(self.stride, 1)]
-        return torch.stack(frames, 1).flatten(0, 2)
+        frames = x.permute(0, 2, 3, 1)  # so that they stay in channels-last memory
+        frames = rearrange(frames, "(t b) h w (s c) -> (t s b) h w c", b=clips, s=self.stride)
+        return frames.permute(0, 3, 1, 2)
 
 
 class UpConv(nn.Conv2d):
