@@ -13,7 +13,7 @@ VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOL
 def keep_freed_memory() -> bool:
     """Let the process reuse memory that it freed, instead of giving it back to the kernel. Returns whether it will.
 
-    By default glibc maps large tensors anew each time, and the kernel zeroes their pages: an eighth of a training step
+    By default glibc maps large tensors again each time, and the kernel zeroes their pages: an eighth of a training step
     on a CPU. Only on Linux with glibc, and not if the environment sets one of VARIABLES.
     """
     if sys.platform != "linux" or any(name in os.environ for name in VARIABLES):

@@ -53,7 +53,7 @@ def model_config(name: str, *overrides: str) -> dict[str, Any]:
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("model", [f"model={name}", *overrides])
-        missing = [f"model.{key}" for key in OmegaConf.missing_keys(composed.model)]
+        missing = sorted(OmegaConf.missing_keys(composed.model))
         if missing:
             raise UserError(f"{name} needs {', '.join(missing)}, as in build({name!r}, '{missing[0]}=...')")
         tree = {"model": OmegaConf.to_container(composed.model, resolve=True)}

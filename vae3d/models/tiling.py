@@ -267,8 +267,9 @@ class _Convolutions(TorchDispatchMode):
     """Sums up, in `reach`, how many latents the convolutions reach beyond each side of what they compute.
 
     A convolution of kernel k at positions of size s (in latents) reaches (k - 1) / 2 * s; one with a stride, k - stride
-    of its input's positions at most, whatever its padding. Upsampling to nearest neighbours and shuffling of pixels
-    stay within a latent, to which the sum is rounded up. found: operations that see whole frames.
+    of its input's positions at most, whatever its padding; a transposed one, (k - stride) / (2 * stride) of them,
+    rounded up. Upsampling to nearest neighbours and shuffling of pixels stay within a latent, to which the sum is
+    rounded up. found: operations that see whole frames.
     latents: along a side.
     """
 
@@ -314,7 +315,11 @@ class _Convolutions(TorchDispatchMode):
     ) -> None:
         """The rows count; all these networks treat columns the same."""
         kernel = weight.shape[-2:]
-        if max(kernel) == 1:
+        if max(kernel) == 1 or (list(kernel) == list(stride) and not transposed):  # no pixel sees its neighbours
+            return
+        if transposed and kernel[0] == kernel[1] and out.shape[-2] % (stride[-1] * self.latents) == 0:
+            beyond = math.ceil((kernel[-1] - stride[-1]) / 2 / stride[-1])
+            self.reach += beyond * self.latents * stride[-1] / out.shape[-2]
             return
         rows = next((n for n in (out.shape[-2], x.shape[-2] // stride[-1]) if n % self.latents == 0), None)
         if weight.ndim < 4 or transposed or kernel[0] != kernel[1] or rows is None:

@@ -295,8 +295,12 @@ def join_pairs(x: Tensor, before: Tensor | None, clips: int) -> Tensor:
 
 
 def pair_conv(x: Tensor, before: Tensor | None, clips: int, conv: nn.Conv2d) -> Tensor:
-    """conv(join_pairs(x, before, clips)); on CPUs by a causal convolution of two time taps, which copies no frames."""
-    if torch.compiler.is_compiling() or not _taps_apart(x):
+    """conv(join_pairs(x, before, clips)).
+
+    For backward, CPUs run it as a causal convolution of two time taps, which copies no frames. Without gradients a CPU
+    has one latent's frames at a time, and copying the weights apart costs more.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _taps_apart(x):
         return conv(join_pairs(x, before, clips))
     dtype = _conv_dtype(x)
     frames = (x if before is None else torch.cat([before, x])).to(dtype)

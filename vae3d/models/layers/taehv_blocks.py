@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.models.layers.borders import Borders
@@ -115,9 +116,12 @@ class TPool(nn.Module):
         self.conv = Pointwise(stride * width, width)
 
     def forward(self, x: Tensor, clips: int) -> Tensor:
-        """A convolution over time, which does not copy the frames: the pixels of all clips are one row of an image."""
         if self.stride == 1:
             return self.conv(x)
+        if is_hooked(self.conv):
+            groups = x.unflatten(0, (-1, self.stride, clips))
+            return self.conv(torch.cat([frame.flatten(0, 1) for frame in groups.unbind(1)], 1))
+        # A convolution over time, which does not copy the frames: the pixels of all clips are one row of an image.
         count, channels, height, width = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(1, count // clips, clips * height * width, channels).permute(0, 3, 1, 2)
         weight = self.conv.weight.unflatten(1, (self.stride, channels)).transpose(1, 2)[..., 0].contiguous()
@@ -137,8 +141,9 @@ class TGrow(nn.Module):
         x = self.conv(x)
         if self.stride == 1:
             return x
-        frames = [frame.unflatten(0, (-1, clips)) for frame in x.chunk(self.stride, 1)]
-        return torch.stack(frames, 1).flatten(0, 2)
+        frames = x.permute(0, 2, 3, 1)  # so that they stay in channels-last memory
+        frames = rearrange(frames, "(t b) h w (s c) -> (t s b) h w c", b=clips, s=self.stride)
+        return frames.permute(0, 3, 1, 2)
 
 
 class UpConv(nn.Conv2d):
