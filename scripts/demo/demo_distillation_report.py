@@ -71,7 +71,7 @@ def curves(folder: Path) -> list[Chart]:
 def chapter(folder: Path, page: Path) -> Chapter:
     results = comparison(folder)
     return replace(
-        compared(folder / f"out/{STUDENT}_compare", page, ("psnr_video", "ssim")),
+        compared(folder / f"out/{STUDENT}_compare", page, ("psnr", "psnr_video", "ssim")),
         title="A tiny decoder",
         text=TEXT,
         tables=[

@@ -102,8 +102,8 @@ def training_table(folder: Path, runs: Mapping[str, str]) -> Table:
             if "clips_per_second" in line and line["step"] > step:  # a run that was killed repeats steps
                 seconds += (line["step"] - step) * batch / line["clips_per_second"]
                 step = line["step"]
-        rows.append([label, str(path), f"{parameters(path):,}", f"{step:,}", str(batch), duration(seconds)])
-    return Table("Training", ["", "folder", "parameters", "steps", "clips per step", "time"], rows, TRAINING_NOTE)
+        rows.append([label, f"{parameters(path):,}", f"{step:,}", str(batch), duration(seconds), str(path)])
+    return Table("Training", ["", "parameters", "steps", "clips per step", "time", "folder"], rows, TRAINING_NOTE)
 
 
 def parameters(run: Path) -> int:
