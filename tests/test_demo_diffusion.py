@@ -78,11 +78,11 @@ def test_the_picture_by_itself_and_the_table(report, tmp_path, capsys):
 def test_samples_and_data_move_in_one_clip_without_an_error(report, tmp_path):
     sampled(tmp_path)
     chapter = report.chapter(tmp_path, tmp_path / "report")
-    image, video = (read_clip(tmp_path / "report", one.id, "") for one in chapter.videos)
+    video, image = (read_clip(tmp_path / "report", one.id, "") for one in chapter.videos)
     assert {(panel.of, panel.layer) for panel in image.panels} == {("data", "picture"), ("samples", "picture")}
     assert {panel.layer for panel in video.panels} == {"picture", "change"}
     assert (image.kind, video.frames) == ("image/png", 5)
-    assert chapter.videos[1].links == {
+    assert chapter.videos[0].links == {
         "samples": "../out/ldm_video_tiny/grid.mp4",
         "data": "../out/ldm_video_tiny/data.mp4",
     }

@@ -80,7 +80,7 @@ def chapter(folder: Path, page: Path) -> Chapter:
         "Diffusion in latents",
         TEXT,
         reconstructions=["samples"],
-        videos=[write_samples(page, folder / "out", run) for run in RUNS],
+        videos=[write_samples(page, folder / "out", run) for run in reversed(RUNS)],  # clips move
         tables=[scores(folder), training_table(folder, AUTOENCODERS | RUNS)],
     )
 
