@@ -6,8 +6,8 @@
 #   panoramas     train a toy Wan VAE, fine-tune it on rendered rooms with two recipes
 #   distillation  distil a toy VAE into a tiny decoder
 #   diffusion     train toy diffusion models of images and clips on the latents of toy VAEs
-# Everything is written to demo/, and demo/report.html is updated after each part. Run the script again to resume, or
-# delete the folder to start over.
+# Everything is written to demo/, and the page demo/report/index.html is updated after each part. Run the script again
+# to resume, or delete the folder to start over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PARTS=(clips stages gan panoramas distillation diffusion)
@@ -20,6 +20,7 @@ source scripts/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # more threads only slow down networks this small
 # Threads that spin while they wait for each other are ten times slower where another program uses the cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+out=demo/out
 
 run() {
   printf '\n$ %s\n' "$*"
@@ -43,8 +44,9 @@ clips() { # the last quarter of each clip is held out
   for name in clips_stage2 clips_stage3; do
     run python infer.py checkpoint=demo/runs/$name source=demo/clips/clips.csv split=val height=144 width=176 \
       num_frames=24 save_dir=demo/out/$name overwrite=true
-    run python eval/eval_common_metric.py --base demo/out/$name --device cpu --metric "${metrics[@]}"
   done
+  run python eval/eval_common_metric.py --ref $out/clips_stage2_ori --compare stage2=$out/clips_stage2_rec \
+    stage3=$out/clips_stage3_rec 2D_VAE=$out/clips_stage3_spatial --device cpu --metric "${metrics[@]}"
 }
 
 stages() {
@@ -58,8 +60,10 @@ stages() {
   for stage in spatial stage1 stage2 stage3; do
     run python infer.py checkpoint=demo/runs/$stage source=demo/videos/videos.csv split=val height=64 width=64 \
       save_dir=demo/out/$stage overwrite=true
-    run python eval/eval_common_metric.py --base demo/out/$stage --device cpu --metric ssim psnr tpsnr
   done
+  run python eval/eval_common_metric.py --ref $out/spatial_ori --compare 2D_VAE=$out/spatial_rec \
+    stage1=$out/stage1_rec stage2=$out/stage2_rec stage3=$out/stage3_rec stage3_2D_VAE=$out/stage3_spatial \
+    --device cpu --metric ssim psnr tpsnr
 }
 
 gan() {
@@ -70,8 +74,9 @@ gan() {
   for name in sd_vae_tiny sd_vae_control sd_vae_gan_tiny; do
     run python infer.py checkpoint=demo/runs/$name source=demo/images/val height=128 width=128 \
       save_dir=demo/out/$name overwrite=true
-    run python eval/eval_common_metric.py --base demo/out/$name --device cpu --metric ssim psnr sharpness
   done
+  run python eval/eval_common_metric.py --ref $out/sd_vae_tiny_ori --compare start=$out/sd_vae_tiny_rec \
+    more_steps=$out/sd_vae_control_rec gan=$out/sd_vae_gan_tiny_rec --device cpu --metric ssim psnr sharpness
 }
 
 panoramas() { # the Wan VAE has seen ordinary videos only; area0 is held out
@@ -83,8 +88,10 @@ panoramas() { # the Wan VAE has seen ordinary videos only; area0 is held out
   for name in wan_tiny wan_erp_tiny wan_erp_tiny_best; do
     run python infer.py checkpoint=demo/runs/$name source="'demo/rooms/area0/*/output/panorama_*.png'" \
       save_dir=demo/out/$name overwrite=true
-    run python eval/eval_common_metric.py --base demo/out/$name --device cpu --preset panorama
   done
+  run python eval/eval_common_metric.py --ref $out/wan_tiny_ori --compare start=$out/wan_tiny_rec \
+    wan_erp_tiny=$out/wan_erp_tiny_rec wan_erp_tiny_best=$out/wan_erp_tiny_best_rec --device cpu --preset \
+    panorama
 }
 
 distillation() { # train a teacher and its student, then run every encoder with every decoder

@@ -1,4 +1,4 @@
-"""The part of the demo and of its report that distils a toy VAE."""
+"""The part of the demo, and the chapter of its page, that distils a toy VAE."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import shutil
 import pytest
 
 from tests import tiny
+from tests.demo_sample import write_run
 from tests.inference.test_comparison import TEACHER, compare
 from tests.inference.test_wan_infer import write
 from vae3d.config.issues import ConfigError
 from vae3d.config.validate import check_comparison
 from vae3d.errors import UserError
+from vae3d.report.page import has_clip
 
 VAL = {"taehv_teacher_tiny": [(300, 15.0), (600, 18.0)], "taehv_tiny": [(100, 14.0), (200, 17.5)]}
 
@@ -26,8 +28,7 @@ def distil(folder, source) -> None:
     for run, values in VAL.items():
         lines = [{"step": s, "loss/latent": 100 / s, "loss/features": 50 / s} for s, _ in values]
         lines += [{"step": step, "val/psnr": psnr} for step, psnr in values]
-        (folder / "runs" / run).mkdir(parents=True)
-        (folder / "runs" / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_run(folder, run, lines)
 
 
 @pytest.fixture(scope="module")
@@ -50,73 +51,63 @@ def distilled(tmp_path_factory, videos):
 
 def test_tables_are_those_of_the_comparison(report, distilled):
     results = json.loads((distilled / "out/taehv_tiny_rec/comparison.json").read_text())
-    _, *rows, flat = report.pairs(results)
+    *rows, flat = report.pairs(results).rows
     assert [row[:2] for row in rows] == [[a, b] for a in ("student", "teacher") for b in ("student", "teacher")]
     for row in rows:
         scores = results["mean"]["pairs"][f"{row[0]} -> {row[1]}"]
         assert row[2:] == [f"{scores['psnr_video']:.2f}", f"{scores['ssim']:.4f}"]
     assert flat[2] == f"{results['mean']['baseline']['mean_colour']:.2f}"
-    _, student, teacher = report.networks(results)
+    student, teacher = report.networks(results).rows
     assert [student[1], teacher[1]] == ["TAEHV", "WanVAE"]
     assert student[2] == f"{results['student']['parameters']:,}"
     assert teacher[4] == f"{results['cost']['teacher']['decode_frames_per_second']:.0f}"
 
 
 def test_curves_are_the_students_beside_the_teachers_last_psnr(report, distilled):
-    psnr, *losses = report.curves(distilled).axes
-    line, curve = psnr.get_lines()
-    assert list(line.get_ydata()) == [18.0, 18.0]
-    assert list(zip(*curve.get_data(), strict=True)) == VAL["taehv_tiny"]
-    for axis, top in zip(losses, (100, 50), strict=True):
-        assert list(axis.get_lines()[0].get_ydata()) == [top / 100, top / 200]
+    psnr, *losses = report.curves(distilled)
+    assert psnr.series == {"student": VAL["taehv_tiny"], "teacher, 18.00 dB at its end": [(100, 18.0), (200, 18.0)]}
+    for chart, top in zip(losses, (100, 50), strict=True):
+        assert chart.series == {"student": [(100, top / 100), (200, top / 200)]}
 
 
-def test_links_are_of_the_best_and_the_worst_clip(report):
-    def comparison(*values: float) -> dict:
-        return {
-            "files": [{"file": str(psnr), "pairs": {"student -> student": {"psnr_video": psnr}}} for psnr in values]
-        }
-
-    assert [file["file"] for file in report.best_and_worst(comparison(20.0, 30.0, 10.0, 25.0))] == ["30.0", "10.0"]
-    assert [file["file"] for file in report.best_and_worst(comparison(20.0))] == ["20.0"]
-
-
-def test_section_holds_tables_curves_and_links(report, distilled):
+def test_the_chapter_holds_the_clips_of_every_pair_of_encoder_and_decoder(report, distilled, tmp_path):
     results = json.loads((distilled / "out/taehv_tiny_rec/comparison.json").read_text())
-    section = report.section(distilled)
-    assert section.count("<table>") == 2
-    assert section.count("<img") == 1
-    assert section.count('href="out/taehv_tiny_compare/index.html#video=00000') == 2
-    assert "9 frames of 16 &times; 24" in section
-    assert results["warnings"]  # random weights show nothing
-    assert section.count("shows nothing in 3 of 3 files") == len(results["warnings"])
+    chapter = report.chapter(distilled, tmp_path)
+    assert chapter.reconstructions == [*results["mean"]["pairs"]]
+    assert [video.name for video in chapter.videos] == [file["file"] for file in results["files"]]
+    for video, file in zip(chapter.videos, results["files"], strict=True):
+        assert has_clip(tmp_path, video.id)
+        assert video.scores["teacher -> student"]["ssim"] == pytest.approx(
+            file["pairs"]["teacher -> student"]["ssim"], rel=1e-4
+        )
+    assert "9 frames of 16 x 24" in chapter.tables[0].note
+    assert [(row[1], row[5]) for row in chapter.tables[2].rows] == [
+        ("1,234", str(distilled / "runs" / run)) for run in VAL
+    ]
+    assert list(chapter.warnings) == results["warnings"] != []  # random weights show nothing
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "runs/taehv_teacher_tiny/metrics.jsonl",
-        "runs/taehv_tiny/metrics.jsonl",
-        "out/taehv_tiny_rec/comparison.json",
-        "out/taehv_tiny_compare/index.html",
-    ],
-)
+    ["runs/taehv_teacher_tiny/metrics.jsonl", "runs/taehv_tiny/metrics.jsonl", "out/taehv_tiny_rec/comparison.json",
+     "out/taehv_tiny_compare/index.html"],
+)  # fmt: skip
 def test_a_missing_file_is_named(report, folder, name):
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"{name} is missing; .*scripts/demo.sh"):
-        report.section(folder)
+        report.chapter(folder, folder / "report")
 
 
 def test_a_run_that_was_never_validated_is_named(report, folder):
     (folder / "runs/taehv_tiny/metrics.jsonl").write_text(json.dumps({"step": 50, "loss/latent": 1.0}) + "\n")
     with pytest.raises(UserError, match=r"runs/taehv_tiny/metrics.jsonl has no val/psnr"):
-        report.section(folder)
+        report.chapter(folder, folder / "report")
 
 
 def test_the_script_ends_with_a_single_message(tmp_path):
     done = tiny.run(*tiny.script("scripts/demo/demo_distillation_report.py"), "demo", "curves.png", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stdout.splitlines()[-1].startswith("error: demo/runs/taehv_teacher_tiny/metrics.jsonl is missing")
+    assert done.stdout.splitlines()[-1].startswith("error: demo/runs/taehv_tiny/metrics.jsonl is missing")
     assert "Traceback" not in done.stdout
 
 

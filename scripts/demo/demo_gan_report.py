@@ -1,65 +1,68 @@
-"""Draw the GAN part of the demo report; alone, write its curves and reconstructions as one picture and print its table.
+"""The chapter of the demo's page on a GAN; alone, write its curves and reconstructions as one picture.
 
     python scripts/demo/demo_gan_report.py demo docs/gan.jpg
 
-Reads runs/RUN/metrics.jsonl, out/RUN_{ori,rec} and their _eval/summary.json, which scripts/demo.sh writes.
+Reads runs/RUN, out/RUN_{ori,rec} of the RUNS below and the page and scores in out/RUN_rec_eval, which scripts/demo.sh
+writes.
 """
 
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from demo_distillation_report import points
-from demo_page import as_html, as_text, draw_part, existing, figure_tag, read_json
+from demo_page import as_text, compared, draw_part, existing, plot, points, score_table, training_table
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
 from vae3d.data.images import open_image
+from vae3d.report.page import Chapter, Chart, Table
 
 START = "sd_vae_tiny"
 RUNS = {START: "start", "sd_vae_control": "300 steps more", "sd_vae_gan_tiny": "300 steps with the GAN"}
-SCORES = {"psnr": "PSNR (dB)", "ssim": "SSIM", "sharpness": "sharpness"}
+COLUMNS = {"psnr": ("PSNR (dB)", 2), "ssim": ("SSIM", 3), "sharpness": ("sharpness", 3)}
 CURVES = {"val/psnr": "val/psnr (dB)", "val/sharpness": "val/sharpness (1: as sharp as the original)"}
+NOTE = "Sharpness: the reconstruction's gradient energy over the original's."
 
-SECTION = """<h2>A GAN</h2>
-<p>A toy image VAE on photographs, continued for the same steps with and without a PatchGAN. Scores on held-out
-photographs:</p>
-{table}
-<p><i>Sharpness</i>: the reconstruction's gradient energy over the original's. L1 alone leaves blur. The GAN adds
-detail; detail in the wrong place lowers PSNR.</p>
-{curves}
-<p>Validation during training uses smaller crops than the table.</p>
-{pictures}
-"""
-
-
-def scores(folder: Path) -> list[list[str]]:
-    """Header and rows: run, scores."""
-    rows = [["", *SCORES.values()]]
-    for run, title in RUNS.items():
-        means = read_json(folder / f"out/{run}_rec_eval/summary.json")["metrics"]
-        rows.append([title, *(f"{means[name]['mean']:.{2 if name == 'psnr' else 3}f}" for name in SCORES)])
-    return rows
+TEXT = Markup("""
+<p>A toy image VAE on photographs, continued for the same steps with and without a PatchGAN. You see photographs that it
+has not seen.</p>
+<ul><li><b>start</b>: trained with L1 alone, which leaves blur.</li>
+<li><b>more_steps</b>: the same, continued.</li>
+<li><b>gan</b>: continued with the GAN, which adds detail. Detail in the wrong place lowers PSNR.</li></ul>
+<p>Blink between the original and <i>gan</i> with the lens on: texture is sharp, but elsewhere.</p>
+""")
 
 
-def curves(folder: Path) -> Figure:
-    """PSNR and sharpness during training; the two continued runs begin where the first ends."""
-    figure = Figure(figsize=(12, 3.4))
-    for axis, (key, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
-        first = points(folder / "runs" / START, key)
-        for run, name in RUNS.items():
-            steps, values = points(folder / "runs" / run, key)
-            if run != START:
-                steps = [first[0][-1], *(first[0][-1] + step for step in steps)]
-                values = [first[1][-1], *values]
-            axis.plot(steps, values, marker="o", markersize=3, label=name)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    return figure
+def scores(folder: Path) -> Table:
+    rows = {label: f"{run}_rec" for run, label in RUNS.items()}
+    return score_table("Scores of held-out photographs", folder / "out", rows, COLUMNS, NOTE)
+
+
+def curves(folder: Path) -> list[Chart]:
+    """PSNR and sharpness in validation; the two continued runs begin where the first ends."""
+    charts = []
+    for key, title in CURVES.items():
+        series = {label: points(folder / "runs" / run, key) for run, label in RUNS.items()}
+        first, *others = series
+        last = series[first][-1]
+        for label in others:
+            series[label] = [last, *((last[0] + step, value) for step, value in series[label])]
+        charts.append(Chart(title, "step", series))
+    return charts
+
+
+def chapter(folder: Path, page: Path) -> Chapter:
+    return replace(
+        compared(folder / f"out/{START}_rec_eval", page, COLUMNS),
+        title="A GAN",
+        text=TEXT,
+        tables=[scores(folder), training_table(folder, RUNS)],
+        charts=curves(folder),
+    )
 
 
 def pictures(folder: Path) -> Figure:
@@ -79,20 +82,10 @@ def pictures(folder: Path) -> Figure:
     return figure
 
 
-def section(folder: Path) -> str:
-    return SECTION.format(
-        table=as_html(scores(folder)), curves=figure_tag(curves(folder)), pictures=figure_tag(pictures(folder))
-    )
-
-
-def tables(folder: Path) -> str:
-    return as_text(scores(folder))
-
-
 def stacked(folder: Path) -> Image.Image:
     """Curves above pictures, with equal widths."""
     parts = []
-    for figure in (curves(folder), pictures(folder)):
+    for figure in (plot(curves(folder), 3.4), pictures(folder)):
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
         drawn = Image.open(file, formats=["PNG"]).convert("RGB")
@@ -103,10 +96,10 @@ def stacked(folder: Path) -> Image.Image:
     return whole
 
 
-def report(folder: Path, picture: Path) -> None:
+def draw(folder: Path, picture: Path) -> None:
     stacked(folder).save(picture, quality=88)
-    print(tables(folder))
+    print(as_text(scores(folder)))
 
 
 if __name__ == "__main__":
-    draw_part(__doc__, report)
+    draw_part(__doc__, draw)

@@ -1,26 +1,28 @@
-"""Shared by the parts of the demo report: reads results, draws pictures and tables."""
+"""Shared by the chapters of the demo's page: reads results, makes tables and charts."""
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 from PIL import Image
+from safetensors import safe_open
 
 from vae3d.errors import UserError
 from vae3d.report import text_table
-from vae3d.report.html import html_table
-from vae3d.report.html import img as image_tag  # noqa: F401
-from vae3d.report.html import png as figure_tag  # noqa: F401
+from vae3d.report.page import PAGE, Chapter, Chart, Table, take_videos
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TRAINING_NOTE = "Time is that of the steps: without start, validation and checkpoints."
 
 
 def exit_on_user_error(run: Callable[[], None]) -> None:
@@ -32,14 +34,14 @@ def exit_on_user_error(run: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def draw_part(doc: str | None, report: Callable[[Path, Path], None]) -> None:
-    """Command line of one part of the report: the demo's folder and the picture to write."""
+def draw_part(doc: str | None, draw: Callable[[Path, Path], None]) -> None:
+    """Command line of one part alone: the demo's folder and the picture to write."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
     args.picture.parent.mkdir(parents=True, exist_ok=True)
-    exit_on_user_error(lambda: report(args.folder, args.picture))
+    exit_on_user_error(lambda: draw(args.folder, args.picture))
 
 
 def existing(path: Path) -> Path:
@@ -53,9 +55,9 @@ def read_json(path: Path) -> Any:
     return json.loads(existing(path).read_text())
 
 
-def history(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in existing(run / "metrics.jsonl").read_text().splitlines()]
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file."""
+    return [json.loads(line) for line in existing(path).read_text().splitlines()]
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -69,20 +71,77 @@ def enlarged(frame: np.ndarray, times: int) -> Image.Image:
     return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
 
 
-def animation_tag(name: str, frames: np.ndarray, times: int, *, duration: int, quality: int) -> str:
-    """An endless WebP of frames [T, H, W, 3] uint8, enlarged. duration: of a frame, in ms."""
-    images = [enlarged(frame, times) for frame in frames]
-    file = io.BytesIO()
-    images[0].save(
-        file, format="WEBP", save_all=True, append_images=images[1:], duration=duration, loop=0, quality=quality
-    )
-    return f'<img alt="{html.escape(name)}" src="data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}">'
+def compared(scores: Path, page: Path, columns: Iterable[str]) -> Chapter:
+    """The videos of the page of `vae3d eval` or `compare` in the folder `scores`, for the demo's page in `page`."""
+    existing(scores / PAGE)
+    return take_videos(scores, page, f"{scores.name}-", [*columns])
 
 
-def as_text(rows: list[list[str]]) -> str:
-    """A plain-text table. The first row is the header."""
-    return text_table(rows[0], rows[1:])
+def score_table(
+    title: str, out: Path, folders: Mapping[str, str], columns: Mapping[str, tuple[str, int]], note: str = ""
+) -> Table:
+    """Means of reconstructions. folders: label -> folder in out. columns: score -> header, digits."""
+
+    def row(label: str, folder: str) -> list[str]:
+        means = read_json(out / f"{folder}_eval/summary.json")["metrics"]
+        return [label, *(f"{means[c]['mean']:.{n}f}" if c in means else "not fetched" for c, (_, n) in columns.items())]
+
+    head = ["", *(header for header, _ in columns.values())]
+    return Table(title, head, [row(label, folder) for label, folder in folders.items()], note)
 
 
-def as_html(rows: list[list[str]]) -> str:
-    return html_table(rows[0], rows[1:])
+def training_table(folder: Path, runs: Mapping[str, str]) -> Table:
+    """What was trained, and how long it took. runs: name in folder/runs -> label."""
+    rows = []
+    for run, label in runs.items():
+        path = folder / "runs" / run
+        config = read_lines(path / "launches.jsonl")[-1]["config"]
+        batch = config["data"]["batch_size"] * config["trainer"]["accumulate"]
+        step, seconds = 0, 0.0
+        for line in read_lines(path / "metrics.jsonl"):
+            if "clips_per_second" in line and line["step"] > step:  # a run that was killed repeats steps
+                seconds += (line["step"] - step) * batch / line["clips_per_second"]
+                step = line["step"]
+        rows.append([label, f"{parameters(path):,}", f"{step:,}", str(batch), duration(seconds), str(path)])
+    return Table("Training", ["", "parameters", "steps", "clips per step", "time", "folder"], rows, TRAINING_NOTE)
+
+
+def parameters(run: Path) -> int:
+    """Number of weights in the newest export of a run. Raises UserError if there is none."""
+    exports = sorted(run.glob("exports/*/model.safetensors"))
+    with safe_open(existing(exports[-1] if exports else run / "exports"), "np") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def points(run: Path, key: str) -> list[tuple[int, float]]:
+    """Steps and values of a run's metric. Raises UserError if the run has none."""
+    lines = [line for line in read_lines(run / "metrics.jsonl") if key in line]
+    if not lines:
+        raise UserError(
+            f"{run / 'metrics.jsonl'} has no {key}: the run is not finished; continue it with scripts/demo.sh"
+        )
+    return [(line["step"], line[key]) for line in lines]
+
+
+def plot(charts: Sequence[Chart], height: float) -> Figure:
+    """The charts side by side, for a picture."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(12, height))
+    for axis, chart in zip(figure.subplots(1, len(charts)), charts, strict=True):
+        for label, line in chart.series.items():
+            axis.plot(*zip(*line, strict=True), marker="o", markersize=3, label=label)
+        axis.set_title(chart.title, fontsize=9)
+        axis.set_xlabel(chart.x)
+        axis.set_yscale("log" if chart.log else "linear")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def as_text(table: Table) -> str:
+    return text_table(table.head, table.rows)

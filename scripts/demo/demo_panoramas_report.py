@@ -1,32 +1,28 @@
-"""Draw the panorama part of the demo report; alone, write one picture and print its table of scores.
+"""The chapter of the demo's page on panoramas; alone, write one picture and print its table of scores.
 
     python scripts/demo/demo_panoramas_report.py demo docs/panorama.png
 
-Reads out/RUN_{ori,rec} of the RUNS below and their _eval/summary.json, which scripts/demo.sh writes.
+Reads runs/RUN, out/RUN_{ori,rec} of the RUNS below and the page and scores in out/RUN_rec_eval, which scripts/demo.sh
+writes.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from demo_page import (
-    as_html,
-    as_text,
-    enlarged,
-    exit_on_user_error,
-    image_tag,
-    read_json,
-    read_video,
-)
+from demo_page import as_text, compared, enlarged, exit_on_user_error, points, read_video, score_table, training_table
+from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
 from vae3d import panorama
 from vae3d.argparse_types import non_negative_int
-from vae3d.inference.pictures import ERROR_LABEL, ERROR_NOTE, error_map
+from vae3d.inference.pictures import ERROR_LABEL, error_map
+from vae3d.report.page import Chapter, Chart, Table
 
 RUNS = {
     "wan_tiny": "start",
@@ -40,30 +36,39 @@ SCORES = {  # column of the panorama preset -> header, digits
     "psnr_polar": ("poles, PSNR", 2),
     "cube_psnr_up": ("up face, PSNR", 2),
 }
-ENLARGE = 4
-FRAME = 2  # shown of each clip
+NOTE = (
+    "Seam gradient error: of the step from the last column to the first, in [0, 1]. Poles: latitudes beyond 60 "
+    "degrees. Up face: a 90 degree view of the ceiling."
+)
+FRAME = 2  # shown of each clip in the picture
 NEAR_SEAM = 10  # columns on either side of the seam in the close-up
-TEXT, LABEL, GAP = 14, 24, 6  # pixels: font size, label height, space between views
+TEXT_SIZE, LABEL, GAP = 14, 24, 6  # pixels: font size, label height, space between views
 
-SECTION = """<h2>Panoramas</h2>
-<p>A tiny Wan VAE (2 &times; 4 &times; 4), trained on the demo's clips with zero padding and fine-tuned on rendered
-rooms with two recipes. Held-out rooms:</p>
-{table}
-<p><i>Seam gradient error</i>: of the step from the last column to the first, in [0, 1]. <i>Poles</i>: latitudes beyond
-60 degrees. <i>Up face</i>: a 90 degree view of the ceiling.</p>
-<p>Each panorama is turned by half, so that its seam is in the middle. Then: the seam in close-up, the view up to the
-square lamps, and the error. {error}.</p>
-{pictures}
-"""
+TEXT = Markup("""
+<p>A tiny Wan VAE (2 &times; 4 &times; 4) and two fine-tunes on rendered rooms. You see rooms that it has not seen.</p>
+<ul><li><b>start</b>: trained on ordinary clips, with zeros beside the picture.</li>
+<li><b>wan_erp_tiny</b>, <b>wan_erp_tiny_best</b>: fine-tuned with circular padding by two recipes.</li></ul>
+<p>Choose <i>Turn</i> (key 4) to look around from inside; all pictures turn together. Turn half round to see the seam,
+and up to the square lamps, where the rows of a panorama are stretched most. In the table, <i>seam_ratio</i> near 1 is
+right.</p>
+""")
 
 
-def table(out: Path) -> list[list[str]]:
-    """Header and rows: run, scores."""
-    rows = [["model", *(header for header, _ in SCORES.values())]]
-    for run, title in RUNS.items():
-        means = read_json(out / f"{run}_rec_eval/summary.json")["metrics"]
-        rows.append([title, *(f"{means[column]['mean']:.{digits}f}" for column, (_, digits) in SCORES.items())])
-    return rows
+def scores(folder: Path) -> Table:
+    rows = {label: f"{run}_rec" for run, label in RUNS.items()}
+    return score_table("Scores of held-out rooms", folder / "out", rows, SCORES, NOTE)
+
+
+def chapter(folder: Path, page: Path) -> Chapter:
+    runs = folder / "runs"
+    psnr = {label: points(runs / run, "val/psnr") for run, label in RUNS.items()}
+    return replace(
+        compared(folder / "out/wan_tiny_rec_eval", page, SCORES),
+        title="Panoramas",
+        text=TEXT,
+        tables=[scores(folder), training_table(folder, RUNS)],
+        charts=[Chart("PSNR in validation; of start on ordinary clips", "step", psnr, "dB")],
+    )
 
 
 def clips(name: str, out: Path) -> dict[str, np.ndarray]:
@@ -86,14 +91,14 @@ def views(frame: np.ndarray, original: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def picture(frames: Mapping[str, np.ndarray], times: int = ENLARGE) -> Image.Image:
+def picture(frames: Mapping[str, np.ndarray], times: int) -> Image.Image:
     """A row for each title, the original first, with its views side by side."""
     rows = {title: views(frame, frames["original"]) for title, frame in frames.items()}
     shown = next(iter(rows.values()))
     height = next(iter(shown.values())).shape[0] * times
     width = sum(view.shape[1] * times + GAP for view in shown.values()) - GAP
     page = Image.new("RGB", (width, len(rows) * (height + LABEL)), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT_SIZE)
     for number, (title, row) in enumerate(rows.items()):
         left, top = 0, number * (height + LABEL)
         for column, (name, view) in enumerate(row.items()):
@@ -107,21 +112,11 @@ def names(out: Path) -> list[str]:
     return sorted(path.stem for path in (out / "wan_tiny_rec").glob("*.mp4"))
 
 
-def section(folder: Path) -> str:
-    out = folder / "out"
-    pictures = "\n".join(image_tag(picture(clips(name, out))) for name in names(out))
-    return SECTION.format(table=as_html(table(out)), error=ERROR_NOTE, pictures=pictures)
-
-
-def tables(folder: Path) -> str:
-    return as_text(table(folder / "out"))
-
-
-def report(folder: Path, file: Path, room: int) -> None:
+def draw(folder: Path, file: Path, room: int) -> None:
     out = folder / "out"
     file.parent.mkdir(parents=True, exist_ok=True)
     picture(clips(names(out)[room], out), times=3).save(file, optimize=True)
-    print(tables(folder))
+    print(as_text(scores(folder)))
 
 
 def main() -> None:
@@ -130,7 +125,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--room", type=non_negative_int, default=0, help="index of the held-out room")
     args = parser.parse_args()
-    exit_on_user_error(lambda: report(args.folder, args.picture, args.room))
+    exit_on_user_error(lambda: draw(args.folder, args.picture, args.room))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, one_pair, original, refused, report
 from vae3d.commands import eval as script
+from vae3d.commands.flags import parse_eval
 from vae3d.inference.video import write_image, write_video
 
 PSNR = ("--metric", "psnr")
@@ -181,12 +183,21 @@ def test_compare_gives_paired_differences_with_intervals(tmp_path, capsys):
     assert "3 of 3" in capsys.readouterr().out
 
 
+def test_reconstructions_may_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    args = parse_eval(["--ref", "o", "--compare", "base=a/b=c", "lr=1", "./d=e", "f"])
+    assert args.recs == {"base": Path("a/b=c"), "lr=1": Path("lr=1"), "./d=e": Path("d=e"), "f": Path("f")}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--ref a", "give --ref and --rec, --ref and --compare, or --base"),
         ("--base x --ref a", "--base names all folders"),
         ("--ref a --compare b", "--compare needs two or more different folders"),
+        ("--ref a --compare x=b y=b", "--compare needs two or more different folders"),
+        ("--ref a --compare x=b x=c", "--compare needs two or more different names"),
         ("--ref a --rec b --num_frames -3", "'-3' is not a whole number of 1 or more"),
         ("--ref a --rec b --sample_rate 0", "'0' is not a whole number of 1 or more"),
         ("--ref a --rec b --crop_size x", "'x' is not a whole number of 1 or more"),

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import re
+from dataclasses import replace
 
 import av
 import numpy as np
@@ -19,12 +20,15 @@ from vae3d.report import clip as clips
 from vae3d.report import page as pages
 from vae3d.report.page import (
     Chapter,
+    Difference,
+    Metric,
     Picture,
     Report,
     Video,
     clip_ids,
     encode_clip,
     read_clip,
+    take_videos,
     to_json,
     unpack_page,
     write_clip,
@@ -239,6 +243,52 @@ def test_small_clips_are_moved_into_the_page_and_come_out_again(tmp_path, clip, 
     write_page(tmp_path, report)
     assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["a.jpg", "a.js"]
     assert report_of(tmp_path)["chapters"][0]["videos"][0]["thumb"] == "videos/a.jpg"
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_a_page_takes_the_videos_of_another_one(tmp_path, clip, monkeypatch, single):
+    """Texts that look like markup stay text; clips keep what they were made of, scores the metrics that are wanted."""
+    monkeypatch.setattr(pages, "SINGLE_FILE_BYTES", 10**9 if single else 0)
+    scores = {"rec": {"psnr": 30.5, "ssim": 0.5}, "other": {"psnr": None}}
+    videos = [
+        Video("a", "<b>", scores, {"&": "<"}, {"original": "../ori/a.mp4"}, panorama=True, warnings=["<i>"]),
+        Video("none", "none", clip=False, why="no < file"),
+    ]
+    metrics = {"psnr": Metric("PSNR", "higher", "<", "dB"), "ssim": Metric("SSIM", 1.0)}
+    gaps = [Difference("other", "rec", metric, 1.0, 0.5, None, 1, 2) for metric in metrics]
+    chapter = Chapter("<Videos>", "text", ["rec", "other"], metrics, videos, "psnr", differences=gaps)
+    write_clip(tmp_path / "x/eval", "a", clip, {"rec": {"psnr": [30.0, 31.0], "ssim": [0.5, 0.5]}}, "key")
+    write_page(tmp_path / "x/eval", Report("other", [chapter]))
+    page = tmp_path / "page"
+    taken = take_videos(tmp_path / "x/eval", page, "x-", ["psnr", "lpips"])
+    assert taken == Chapter(
+        "<Videos>",
+        reconstructions=["rec", "other"],
+        metrics={"psnr": metrics["psnr"]},
+        videos=[
+            replace(
+                videos[0],
+                id="x-a",
+                scores={"rec": {"psnr": 30.5}, "other": {"psnr": None}},
+                links={"original": "../x/ori/a.mp4"},
+            ),
+            replace(videos[1], id="x-none", warnings=[]),
+        ],
+        ranked_by="psnr",
+        differences=gaps[:1],
+    )
+    assert read_clip(page, "x-a", "key") == clip
+    write_page(page, Report("all", [taken]))
+    assert unpack_page(page) is None
+    script = (page / "videos/x-a.js").read_text()
+    assert json.loads(script.removeprefix("vae3dClip(").removesuffix(");\n"))["curves"] == {
+        "rec": {"psnr": [30.0, 31.0]}
+    }
+    with pytest.raises(FileError, match=r"index\.html"):
+        take_videos(tmp_path, page, "", [])
+    (tmp_path / "index.html").write_text("<p>")
+    with pytest.raises(ValueError, match="not a page"):
+        take_videos(tmp_path, page, "", [])
 
 
 def test_a_damaged_clip_is_none(tmp_path, clip):

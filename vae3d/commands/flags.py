@@ -254,7 +254,12 @@ def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
     add("--real_video_dir", "--ref", type=Path, metavar="DIR", help="folder of originals, such as OUT_ori")
     add("--generated_video_dir", "--rec", type=Path, metavar="DIR", help="folder of reconstructions, such as OUT_rec")
     add("--base", metavar="OUT", help="prefix of what infer.py wrote: OUT_ori, OUT_rec, OUT_spatial (the ceiling)")
-    add("--compare", nargs="+", type=Path, metavar="DIR", help="several reconstructions of the same originals")
+    add(
+        "--compare",
+        nargs="+",
+        metavar="[NAME=]DIR",
+        help="several reconstructions of the same originals, and their names in the report",
+    )
     add("--pair_by", choices=("stem", "index_csv", "sorted"), default="stem", help="default: equal names")
     add("--allow_unmatched", action="store_true", help="score only files with a counterpart")
     add = parser.add_argument_group("frames and sizes").add_argument
@@ -332,7 +337,16 @@ def _folders(parser: argparse.ArgumentParser, args: Namespace) -> tuple[Path, di
         parser.error("give --ref and --rec, --ref and --compare, or --base")
     if args.compare is None:
         return args.real_video_dir, {"rec": args.generated_video_dir}
-    names = [str(path) for path in args.compare]
-    if len(names) < 2 or len(set(names)) < len(names):
-        parser.error("--compare needs two or more different folders")
-    return args.real_video_dir, dict(zip(names, args.compare, strict=True))
+    named = [_named(text) for text in args.compare]
+    for what, values in (("folders", {path for _, path in named}), ("names", {name for name, _ in named})):
+        if len(named) < 2 or len(values) < len(named):
+            parser.error(f"--compare needs two or more different {what}")
+    return args.real_video_dir, dict(named)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """NAME=DIR, or a folder that is its own name and may have a `=` in it."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path) or "/" in name or Path(text).is_dir():
+        return text, Path(text)
+    return name, Path(path)

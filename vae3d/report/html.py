@@ -1,34 +1,17 @@
-"""Self-contained HTML pages, with pictures and plots inline."""
+"""Pictures and plots as HTML that holds them."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-TABLE = """<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{%- for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>"""
-
-_environment = Environment(autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(Path(__file__).parent))
-
-
-def render(template: str, **values: Any) -> Markup:
-    """Fill in a Jinja template, which may extend page.html (blocks: style, content); text is escaped."""
-    return Markup(_environment.from_string(template).render(values))
-
-
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
-    return render(TABLE, head=head, rows=rows)
 
 
 def img(image: Image.Image, attributes: str = "", **save_options: Any) -> Markup:

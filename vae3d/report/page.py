@@ -22,9 +22,10 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
@@ -170,17 +171,10 @@ def write_clip(
     """Write videos/ID.js and videos/ID.jpg, atomically. curves: reconstruction -> metric -> value of each frame. key:
     see read_clip. Raises FileError, and ValueError for an id that is none of a file's name.
     """
-    _check_id(id)
     entry = {"key": key, "id": id, "panels": clip.panels, "fps": clip.fps, "frames": clip.frames, "scale": clip.scale}
     entry |= {"source": clip.source, "notes": clip.notes, "curves": curves or {}}
     media = f'"media": "{_data_uri(clip.media, clip.kind)}"'
-    script = f"{CALL}{to_json(entry)[:-1]}, {media}}});\n"
-    videos = folder / VIDEOS
-    with naming(videos):
-        videos.mkdir(parents=True, exist_ok=True)
-    for name, content in ((f"{id}.jpg", clip.thumbnail), (f"{id}.js", script.encode())):
-        with naming(videos / name), atomic_write(videos / name) as stream:
-            stream.write(content)
+    _write_clip(folder, id, f"{to_json(entry)[:-1]}, {media}}}", clip.thumbnail)
 
 
 def read_clip(folder: Path, id: str, key: str) -> Clip | None:
@@ -222,9 +216,7 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
             video["thumb"] = thumbnail and (
                 _data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{VIDEOS}/{thumbnail.name}"
             )
-    clips = (
-        {id: script.read_text("utf-8")[len(CALL) : -len(");\n")] for id, (script, _) in shown.items()} if single else {}
-    )
+    clips = {id: _read_clip(folder, id)[0] for id in shown} if single else {}
     page = _environment.get_template("index.html").render(
         title=report.title,
         report=Markup(to_json(content)),
@@ -241,19 +233,46 @@ def unpack_page(folder: Path) -> None:
 
     So read_clip finds those of an earlier page."""
     try:
-        page = (folder / PAGE).read_text("utf-8")
-        content = json.loads(re.search(f"{REPORT_TAG}(.*?)</script>", page, re.DOTALL)[1])
-        thumbs = {v["id"]: v["thumb"] or "" for chapter in content["chapters"] for v in chapter["videos"]}
-        for id, clip in re.findall(f"{CLIP_TAG}(.*?)</script>", page, re.DOTALL):
-            thumbnail = base64.b64decode(thumbs[id].partition(",")[2])
-            for file, data in zip(_clip_files(folder, id), (f"{CALL}{clip});\n".encode(), thumbnail), strict=True):
-                if not file.is_file():
-                    with naming(file):
-                        file.parent.mkdir(exist_ok=True)
-                        with atomic_write(file) as stream:
-                            stream.write(data)
+        for id, script, thumbnail in _clips_inside((folder / PAGE).read_text("utf-8")):
+            if not has_clip(folder, id):
+                _write_clip(folder, id, script, thumbnail)
     except (OSError, ValueError, KeyError, TypeError):  # no page, or none of ours: encode the clips again
         return
+
+
+def take_videos(source: Path, folder: Path, prefix: str, metrics: Sequence[str]) -> Chapter:
+    """The videos of the first chapter of the page in `source`, with their scores, for a page in `folder`.
+
+    Their clips are copied, and prefix stands before their ids. metrics: those that are kept, if they are there. The
+    chapter's text, tables, charts and pictures are left out. Raises FileError if there is no such page, and ValueError
+    if it is none of vae3d's.
+    """
+
+    def kept(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {rec: {m: values[m] for m in metrics if m in values} for rec, values in scores.items()}
+
+    with naming(source / PAGE):
+        page = (source / PAGE).read_text("utf-8")
+    chapter = _content(page)["chapters"][0]
+    inside = {id: (script, thumbnail) for id, script, thumbnail in _clips_inside(page)}
+    videos = []
+    for found in chapter["videos"]:
+        video = Video(**{item.name: found[item.name] for item in fields(Video)})
+        if video.clip:
+            script, thumbnail = inside.get(video.id) or _read_clip(source, video.id)
+            clip = json.loads(script)
+            clip |= {"id": prefix + video.id, "curves": kept(clip["curves"])}
+            _write_clip(folder, prefix + video.id, to_json(clip), thumbnail)
+        links = {label: os.path.relpath(source / path, folder) for label, path in video.links.items()}
+        videos.append(replace(video, id=prefix + video.id, scores=kept(video.scores), links=links))
+    return Chapter(
+        chapter["title"],
+        reconstructions=chapter["reconstructions"],
+        metrics={m: Metric(**chapter["metrics"][m]) for m in metrics if m in chapter["metrics"]},
+        videos=videos,
+        ranked_by=chapter["ranked_by"] if chapter["ranked_by"] in metrics else None,
+        differences=[Difference(**one) for one in chapter["differences"] if one["metric"] in metrics],
+    )
 
 
 def clip_ids(names: Iterable[str]) -> dict[str, str]:
@@ -314,6 +333,40 @@ def _clip_files(folder: Path, id: str) -> tuple[Path, Path]:
     """The script and the thumbnail."""
     _check_id(id)
     return folder / VIDEOS / f"{id}.js", folder / VIDEOS / f"{id}.jpg"
+
+
+def _read_clip(folder: Path, id: str) -> tuple[str, bytes]:
+    """JSON and thumbnail."""
+    script, thumbnail = _clip_files(folder, id)
+    with naming(script):
+        return script.read_text("utf-8")[len(CALL) : -len(");\n")], thumbnail.read_bytes()
+
+
+def _write_clip(folder: Path, id: str, clip: str, thumbnail: bytes) -> None:
+    """clip: JSON."""
+    script, picture = _clip_files(folder, id)
+    with naming(script.parent):
+        script.parent.mkdir(parents=True, exist_ok=True)
+    for file, content in ((picture, thumbnail), (script, f"{CALL}{clip});\n".encode())):
+        with naming(file), atomic_write(file) as stream:
+            stream.write(content)
+
+
+def _content(page: str) -> dict[str, Any]:
+    """The report inside a page, as JSON. Raises ValueError if there is none."""
+    found = re.search(f"{REPORT_TAG}(.*?)</script>", page, re.DOTALL)
+    if found is None:
+        raise ValueError("not a page of vae3d")
+    return json.loads(found[1])
+
+
+def _clips_inside(page: str) -> Iterator[tuple[str, str, bytes]]:
+    """id, JSON and thumbnail of the clips inside a page."""
+    thumbs = {
+        video["id"]: video["thumb"] or "" for chapter in _content(page)["chapters"] for video in chapter["videos"]
+    }
+    for id, clip in re.findall(f"{CLIP_TAG}(.*?)</script>", page, re.DOTALL):
+        yield id, clip, base64.b64decode(thumbs[id].partition(",")[2])
 
 
 def _check_id(id: str) -> None:

@@ -50,9 +50,9 @@ function shortNumber(value) {
   return String(Number(value.toPrecision(4))).replace("-", "−");
 }
 
-// The curves of one clip. onframe(frame) is called on a click; `.show(frame)` marks the frame in all of them.
+// The curves of one clip, none of an image. onframe(frame) is called on a click; `.show(frame)` marks the frame in all of them.
 function curvesOf(chapter, curves, frames, onframe) {
-  const names = chapter.reconstructions.filter((name) => curves[name]);
+  const names = frames > 1 ? chapter.reconstructions.filter((name) => curves[name]) : [];
   const metrics = [...new Set([...Object.keys(chapter.metrics), ...names.flatMap((name) => Object.keys(curves[name]))])]
     .filter((metric) => names.some((name) => curves[name][metric]?.some((value) => value !== null)));
   const root = el("div", { class: "curves" });

@@ -181,10 +181,9 @@ class VideoTable {
       const value = mean(this.shown.map(cell.value));
       return el("td", {}, cell.difference && value !== null ? signed(value) : format(value));
     });
-    this.head.replaceChildren(
-      el("tr", {}, sortable("name", "Video", null, null), scores),
-      el("tr", { class: "mean" }, el("th", { scope: "row" }, this.shown.length === this.chapter.videos.length ? "Mean" : "Mean of these"), average),
-    );
+    const of = this.shown.length === this.chapter.videos.length ? "Mean" : "Mean of these";
+    const means = average.length ? [el("tr", { class: "mean" }, el("th", { scope: "row" }, of), average)] : [];
+    this.head.replaceChildren(el("tr", {}, sortable("name", "Video", null, null), scores), ...means);
   }
 
   // Makes the rows that are in view, between two rows as high as all others.
