@@ -88,7 +88,7 @@ def write_sample(folder: Path) -> None:
         videos.append(Video(id, name, scores, {"codec": "h264"}, links, panorama=id == "panorama"))
     videos.append(Video("none", "none.mp4", clip=False, why="The reconstruction has another size."))
     photo = encode_clip([original[:1]], {name: [rec[:1]] for name, rec in recs.items()}, 0)
-    write_clip(folder, "photo", photo)
+    write_clip(folder, "photo", photo, {name: {"psnr": [30.0]} for name in recs})
     square = '<svg width="60" height="60"><rect width="60" height="60" fill="teal"/></svg>'
     report = Report(
         "Sample <b>report</b>",

@@ -46,8 +46,9 @@ TEXT_SIZE, LABEL, GAP = 14, 24, 6  # pixels: font size, label height, space betw
 
 TEXT = Markup("""
 <p>A tiny Wan VAE (2 &times; 4 &times; 4) and two fine-tunes on rendered rooms. You see rooms that it has not seen.</p>
-<ul><li><b>start</b>: trained on ordinary clips, with zeros beside the picture.</li>
-<li><b>wan_erp_tiny</b>, <b>wan_erp_tiny_best</b>: fine-tuned with circular padding by two recipes.</li></ul>
+<ul><li><b>start</b>: trained on ordinary clips.</li>
+<li><b>wan_erp_tiny</b>: fine-tuned by the recipe of finetune_vae_rgb.py; the seam stays.</li>
+<li><b>wan_erp_tiny_best</b>: fine-tuned by ours; its convolutions go on across the seam.</li></ul>
 <p>Choose <i>Turn</i> (key 4) to look around from inside; all pictures turn together. Turn half round to see the seam,
 and up to the square lamps, where the rows of a panorama are stretched most. In the table, <i>seam_ratio</i> near 1 is
 right.</p>

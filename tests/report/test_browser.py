@@ -340,6 +340,8 @@ def test_one_file_narrow_themes_and_help(opened, tmp_path):
     page.get_by_role("button", name="Open photo.png").click()
     page.wait_for_selector("#chapter-2 .player:not(.loading) .frame")
     assert page.locator("#chapter-1 .frame").count() == 0  # one clip at a time
+    assert page.locator("#chapter-2 .player .curve").count() == 0  # an image has no curves over frames
+    assert "psnr" in page.locator("#chapter-2 .player").inner_text().lower()
     unnamed = page.locator("button, input, select, a").evaluate_all(
         "all => all.filter((one) => !(one.textContent.trim() || one.getAttribute('aria-label'))).length"
     )
