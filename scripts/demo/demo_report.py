@@ -62,6 +62,7 @@ source .venv/bin/activate
 vae3d try my.mp4 {checkpoint}
 vae3d try my.mp4
 vae3d infer checkpoint={checkpoint} source=my_videos save_dir=out/mine report=true metrics=[psnr,ssim]
+vae3d app {checkpoint} --videos my_videos
 """
 
 
