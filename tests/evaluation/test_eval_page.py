@@ -196,6 +196,19 @@ def test_failed_and_unmatched_files_are_named(tmp_path):
     assert any("v2" in warning for warning in report["warnings"])
 
 
+def test_reconstructions_of_different_videos_are_compared_on_those_that_both_have(tmp_path, capsys):
+    ori, _ = make_pairs(tmp_path, 3, kind="a")
+    make_pairs(tmp_path, 3, kind="b", amount=9.0)
+    (tmp_path / "x_b/v1.mp4").write_bytes(b"no video")
+    assert run("--ref", ori, "--compare", tmp_path / "x_a", tmp_path / "x_b", *PSNR, "--on_error", "skip") == 1
+    report, clips = content(tmp_path / "x_a_eval")
+    assert len(clips) == 3
+    assert {row["videos"] for row in report["chapters"][0]["differences"]} == {2}
+    for shown in (report["warnings"], capsys.readouterr().err.splitlines()):
+        assert any("not scored: " in warning and "v1.mp4" in warning for warning in shown)
+        assert any("x_a 3" in warning and "x_b 2" in warning for warning in shown)
+
+
 def test_no_page_writes_none(tmp_path):
     assert evaluate(*make_pairs(tmp_path, 1), *PSNR) == 0
     assert not (tmp_path / "x_rec_eval/index.html").exists()
