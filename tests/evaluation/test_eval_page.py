@@ -166,7 +166,7 @@ def test_a_reconstruction_of_another_length_is_left_out_of_the_clip_with_a_warni
     assert run("--ref", ori, "--compare", a, tmp_path / "x_b", "--frames", "common", *PSNR) == 0
     report, clips = content(tmp_path / "x_a_eval")
     warnings = report["chapters"][0]["videos"][0]["warnings"]
-    assert any("x_b is not shown: 4 frames of 40x48" in warning for warning in warnings)
+    assert any("x_b is not shown: 4 frames of 48 x 40" in warning for warning in warnings)
     assert {panel["of"] for panel in clips["v0"]["panels"]} == {"original", "x_a"}
 
 

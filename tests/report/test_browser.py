@@ -339,7 +339,11 @@ def test_one_file_narrow_themes_and_help(opened, tmp_path):
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Open photo.png").click()
     page.wait_for_selector("#chapter-2 .player:not(.loading) .frame")
+    assert page.locator("#chapter-2 .curve .readout").count() == 0  # of a single frame
     assert page.locator("#chapter-1 .frame").count() == 0  # one clip at a time
+    assert not page.get_by_text("Warning 3 of the page.").is_visible()
+    page.get_by_text("4 warnings").click()
+    assert page.get_by_text("Warning 3 of the page.").is_visible()
     unnamed = page.locator("button, input, select, a").evaluate_all(
         "all => all.filter((one) => !(one.textContent.trim() || one.getAttribute('aria-label'))).length"
     )

@@ -84,7 +84,7 @@ def make_rows(jobs: Mapping[str, Sequence[Job]], scores: Mapping[str, Sequence[V
             row.warnings += [prefix + warning.removeprefix(f"{video.name}: ") for warning in video.info.warnings]
     for row in rows.values():
         row.warnings += [
-            f"{rec} is not shown: {plural(job.info.frames, 'frame')} of {job.info.height}x{job.info.width} differ from "
+            f"{rec} is not shown: {plural(job.info.frames, 'frame')} of {job.info.width} x {job.info.height} differ from "
             f"those of {next(iter(row.jobs))}"
             for rec, job in row.jobs.items()
             if rec not in row.shown
@@ -228,7 +228,7 @@ def _is_panorama(row: Row, metrics: MetricSet, preset: str) -> bool:
 def _video(folder: Path, row: Row, panorama: bool) -> Video:
     info = next(iter(row.jobs.values())).info
     links = {ORIGINAL: next(iter(row.jobs.values())).pair.ref} | {rec: job.pair.rec for rec, job in row.jobs.items()}
-    size = {"size": f"{info.height}x{info.width}", "frames": str(info.frames)} if row.why else {}  # else of the clip
+    size = {"size": f"{info.width} x {info.height}", "frames": str(info.frames)} if row.why else {}  # else of the clip
     facts = size | {"codec of the original": info.codecs[0]}
     facts |= {f"codec of {rec}": job.info.codecs[1] for rec, job in row.jobs.items()}
     return Video(

@@ -171,6 +171,6 @@ def unequal_sets(videos: Mapping[str, Collection[str]]) -> list[str]:
         return []
     counts = ", ".join(f"{rec} {len(own)}" for rec, own in videos.items())
     return [
-        f"not all reconstructions have scores of all {len(names)} videos ({counts}): each mean is over the videos of its "
-        "own, each difference over those that both have"
+        f"not all reconstructions have scores of all {len(names)} videos ({counts}): each mean is over its own videos, "
+        "each difference over those that both have"
     ]

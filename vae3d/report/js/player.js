@@ -198,9 +198,9 @@ class Player {
   #clipFacts() {
     const { source, frames, fps } = this.clip;
     const picture = this.clip.panels[0];
-    const facts = { Size: `${source[1]}×${source[0]}` };
-    if (picture.width !== source[1]) facts.Shown = `${picture.width}×${picture.height}, reduced`;
-    if (frames > 1) facts.Length = `${frames} frames, ${Number((frames / fps).toFixed(2))} s at ${Number(fps.toFixed(3))} fps`;
+    const facts = { size: `${source[1]} x ${source[0]}` };
+    if (picture.width !== source[1]) facts["shown as"] = `${picture.width} x ${picture.height}, reduced`;
+    if (frames > 1) facts.length = `${frames} frames, ${Number((frames / fps).toFixed(2))} s at ${Number(fps.toFixed(3))} fps`;
     return facts;
   }
 
