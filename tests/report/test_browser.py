@@ -30,6 +30,21 @@ READ = """() => Object.fromEntries(
 )"""
 
 
+COPIES = """async () => {  // the most by which copied and drawn pixels differ, of all pictures
+    const { media, clip } = page.chapters[0].player;
+    const panels = clip.panels.filter(({ layer }) => layer === "picture");
+    const copies = await media.copy(panels);
+    const found = copies.map((copy, index) => {
+        const { width, height, of } = panels[index];
+        const canvas = [...document.querySelectorAll("#chapter-1 .frame")].find((one) => one.dataset.of === of);
+        const drawn = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+        const at = (i) => (Math.floor(i / (4 * width)) * copy.width + (Math.floor(i / 4) % width)) * 4 + (i % 4);
+        return drawn.reduce((most, value, i) => Math.max(most, Math.abs(value - copy.data[at(i)])), 0);
+    });
+    return [media.copies, ...found];
+}"""
+
+
 @pytest.fixture(scope="module")
 def playwright() -> Iterator[Any]:
     with sync_api.sync_playwright() as started:
@@ -132,6 +147,10 @@ def test_frames_are_those_of_the_file(opened):
     stopped = number(page)
     assert stopped >= 3
     assert_shows(page, stopped)
+    copied, *differences = page.evaluate(COPIES)
+    assert copied  # without a GPU
+    assert len(differences) == 3
+    assert max(differences) <= 2
     assert page.locator(".scores").nth(1).inner_text() == page.evaluate(
         """() => {
             const values = [...document.querySelectorAll(".curve .readout")].map((one) => one.children[0].textContent);
