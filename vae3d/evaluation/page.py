@@ -84,8 +84,8 @@ def make_rows(jobs: Mapping[str, Sequence[Job]], scores: Mapping[str, Sequence[V
             row.warnings += [prefix + warning.removeprefix(f"{video.name}: ") for warning in video.info.warnings]
     for row in rows.values():
         row.warnings += [
-            f"{rec} is not shown: {plural(job.info.frames, 'frame')} of {job.info.width} x {job.info.height} differ from "
-            f"those of {next(iter(row.jobs))}"
+            f"{rec} is not shown: {plural(job.info.frames, 'frame')} of {job.info.width} x {job.info.height} "
+            f"differ from those of {next(iter(row.jobs))}"
             for rec, job in row.jobs.items()
             if rec not in row.shown
         ]
