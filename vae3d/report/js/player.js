@@ -266,7 +266,10 @@ class Player {
       min: "0",
       value: "0",
       "aria-label": "Frame number",
-      onchange: () => this.lookAt(Number(this.number.value)),
+      onchange: () => {
+        this.lookAt(this.number.valueAsNumber);
+        this.number.value = String(this.frame); // of a number that no frame has
+      },
     });
     this.total = el("span", {}, "/ 0");
     this.seconds = el("output", { class: "seconds" }, "0.000 s");
