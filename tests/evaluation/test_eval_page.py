@@ -13,7 +13,7 @@ from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, original
 from vae3d.commands import eval as script
 from vae3d.evaluation import page as pages
-from vae3d.evaluation.pairs import Pair, PairReader, Protocol
+from vae3d.evaluation.pairs import Pair, PairError, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
 from vae3d.metric_names import MEANINGS
 from vae3d.metrics.registry import METRICS, columns_of
@@ -207,6 +207,16 @@ def test_reconstructions_of_different_videos_are_compared_on_those_that_both_hav
     for shown in (report["warnings"], capsys.readouterr().err.splitlines()):
         assert any("not scored: " in warning and "v1.mp4" in warning for warning in shown)
         assert any("x_a 3" in warning and "x_b 2" in warning for warning in shown)
+
+
+def test_reconstructions_of_one_name_are_refused_with_output(tmp_path):
+    ori, rec = make_pairs(tmp_path, 1)
+    (tmp_path / "other").mkdir()
+    other = rec.rename(tmp_path / "other" / rec.name)
+    make_pairs(tmp_path, 1)
+    with pytest.raises(PairError, match="several reconstructions are named x_rec"):
+        run("--ref", ori, "--compare", rec, other, *PSNR, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_page_writes_none(tmp_path):
