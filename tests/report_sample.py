@@ -137,7 +137,7 @@ def write_sample(folder: Path) -> None:
         {"preset": "tiny", "sha256": "ab" * 32},
         "python -m tests.report_sample out",
         {"scores": "scores.json"},
-        ["A warning of the page."],
+        [f"Warning {index} of the page." for index in range(4)],
     )
     write_page(folder, report)
 

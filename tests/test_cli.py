@@ -25,6 +25,7 @@ ENTRIES = {
     "eval": "eval/eval_common_metric.py",
     "check-data": None,
     "try": None,
+    "app": None,
 }
 ENTRIES |= {"encode": "scripts/encode_latents.py", "sample": "scripts/sample_latent_diffusion.py"}
 ENTRIES |= {"train-diffusion": "scripts/train_latent_diffusion.py", "convert": "scripts/convert_checkpoint.py"}

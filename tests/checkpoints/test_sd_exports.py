@@ -60,8 +60,9 @@ def test_a_run_opens_in_diffusers_and_reconstructs_equally(tmp_path, size):
         z = theirs.encode(images).latent_dist.mode()
         out = ours(images[:, :, None], sample=False)
         assert z.shape[1:] == (size[1], 32 // size[0], 48 // size[0])
-        torch.testing.assert_close(out.z[:, :, 0], z, rtol=0, atol=1e-5)
-        torch.testing.assert_close(out.video[:, :, 0], theirs.decode(z).sample, rtol=0, atol=1e-5)
+        # ours run channels-last, where convolutions sum in another order
+        torch.testing.assert_close(out.z[:, :, 0], z, rtol=0, atol=2e-5)
+        torch.testing.assert_close(out.video[:, :, 0], theirs.decode(z).sample, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])

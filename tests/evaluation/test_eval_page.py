@@ -13,7 +13,7 @@ from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, original
 from vae3d.commands import eval as script
 from vae3d.evaluation import page as pages
-from vae3d.evaluation.pairs import Pair, PairReader, Protocol
+from vae3d.evaluation.pairs import Pair, PairError, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
 from vae3d.metric_names import MEANINGS
 from vae3d.metrics.registry import METRICS, columns_of
@@ -166,7 +166,7 @@ def test_a_reconstruction_of_another_length_is_left_out_of_the_clip_with_a_warni
     assert run("--ref", ori, "--compare", a, tmp_path / "x_b", "--frames", "common", *PSNR) == 0
     report, clips = content(tmp_path / "x_a_eval")
     warnings = report["chapters"][0]["videos"][0]["warnings"]
-    assert any("x_b is not shown: 4 frames of 40x48" in warning for warning in warnings)
+    assert any("x_b is not shown: 4 frames of 48 x 40" in warning for warning in warnings)
     assert {panel["of"] for panel in clips["v0"]["panels"]} == {"original", "x_a"}
 
 
@@ -194,6 +194,29 @@ def test_failed_and_unmatched_files_are_named(tmp_path):
     assert list(clips) == ["v0"]
     assert any("v1.mp4" in warning for warning in report["warnings"])
     assert any("v2" in warning for warning in report["warnings"])
+
+
+def test_reconstructions_of_different_videos_are_compared_on_those_that_both_have(tmp_path, capsys):
+    ori, _ = make_pairs(tmp_path, 3, kind="a")
+    make_pairs(tmp_path, 3, kind="b", amount=9.0)
+    (tmp_path / "x_b/v1.mp4").write_bytes(b"no video")
+    assert run("--ref", ori, "--compare", tmp_path / "x_a", tmp_path / "x_b", *PSNR, "--on_error", "skip") == 1
+    report, clips = content(tmp_path / "x_a_eval")
+    assert len(clips) == 3
+    assert {row["videos"] for row in report["chapters"][0]["differences"]} == {2}
+    for shown in (report["warnings"], capsys.readouterr().err.splitlines()):
+        assert any("not scored: " in warning and "v1.mp4" in warning for warning in shown)
+        assert any("x_a 3" in warning and "x_b 2" in warning for warning in shown)
+
+
+def test_reconstructions_of_one_name_are_refused_with_output(tmp_path):
+    ori, rec = make_pairs(tmp_path, 1)
+    (tmp_path / "other").mkdir()
+    other = rec.rename(tmp_path / "other" / rec.name)
+    make_pairs(tmp_path, 1)
+    with pytest.raises(PairError, match="several reconstructions are named x_rec"):
+        run("--ref", ori, "--compare", rec, other, *PSNR, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_page_writes_none(tmp_path):

@@ -60,8 +60,10 @@ def test_differences_are_paired_by_video():
     assert (row["better_on"], row["videos"], row["name"], row["against"]) == (1, 2, "y", "x")
     (lower,) = compare({"x": first, "y": second}, {"ssim": False})
     assert lower["better_on"] == 1
-    with pytest.raises(MetricError, match="y and x hold different videos"):
-        compare({"x": first, "y": second[:2]}, {"ssim": True})
+    (common,) = compare({"x": first, "y": second[1:]}, {"ssim": True})
+    assert (common["difference"], common["videos"]) == (pytest.approx(-0.1), 1)
+    with pytest.raises(MetricError, match="y and x have no video in common"):
+        compare({"x": first[:1], "y": second[1:]}, {"ssim": True})
 
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():

@@ -6,7 +6,9 @@ import base64
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,28 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
 )
 FIREFOX = next(filter(None, map(shutil.which, ("firefox", "firefox-esr"))), None)
+OLD_FIREFOX = 153  # the last of which it is known that playwright 1.65 cannot drive it; to find out takes 3 s
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
 FLAGS = ["--enable-unsafe-swiftshader", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
 READ = """() => Object.fromEntries(
     [...document.querySelectorAll("#chapter-1 .frame")].map((one) => [one.dataset.of, one.toDataURL().split(",")[1]])
 )"""
+
+
+COPIES = """async () => {  // the most by which copied and drawn pixels differ, of all pictures
+    const { media, clip } = page.chapters[0].player;
+    const panels = clip.panels.filter(({ layer }) => layer === "picture");
+    const copies = await media.copy(panels);
+    const found = copies.map((copy, index) => {
+        const { width, height, of } = panels[index];
+        const canvas = [...document.querySelectorAll("#chapter-1 .frame")].find((one) => one.dataset.of === of);
+        const drawn = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+        const at = (i) => (Math.floor(i / (4 * width)) * copy.width + (Math.floor(i / 4) % width)) * 4 + (i % 4);
+        return drawn.reduce((most, value, i) => Math.max(most, Math.abs(value - copy.data[at(i)])), 0);
+    });
+    return [media.copies, ...found];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +117,25 @@ def number(page: Any) -> int:
 
 
 def assert_shows(page: Any, frame: int) -> None:
-    """The number, and the pixels of all pictures, are those of the frame, within the error of 4:2:0 and H.264."""
+    """The number is that of the frame, and so become the pixels of all pictures (the number goes ahead of the seek),
+    within the error of 4:2:0 and H.264."""
     original = report_sample.video()
     expected = {"original": original, **report_sample.reconstructions(original)}
     assert number(page) == frame
-    page.wait_for_timeout(60)  # the number goes ahead of the seek
-    for name, picture in pixels(page).items():
-        difference = np.abs(picture.astype(int) - expected[name][frame])
-        assert difference.mean() < 1.5, name
-        assert difference.max() < 12, name
+
+    def wrong() -> dict[str, tuple[float, int]]:
+        gaps = {name: np.abs(picture.astype(int) - expected[name][frame]) for name, picture in pixels(page).items()}
+        return {name: (gap.mean(), gap.max()) for name, gap in gaps.items() if gap.mean() >= 1.5 or gap.max() >= 12}
+
+    until(lambda: not wrong(), wrong)
+    assert number(page) == frame
+
+
+def until(condition: Callable[[], bool], say: Callable[[], Any] = lambda: None) -> None:
+    """Wait for a condition. say: what is told if it does not come."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, say()
 
 
 def test_frames_are_those_of_the_file(opened):
@@ -123,15 +151,23 @@ def test_frames_are_those_of_the_file(opened):
     ]:
         page.keyboard.press(key)
         assert_shows(page, frame)
-    page.keyboard.press("Home")
+    for typed, frame in [("7", 7), ("99", 11), ("", 11), ("-3", 0)]:
+        page.get_by_label("Frame number").first.fill(typed)
+        page.keyboard.press("Enter")
+        assert_shows(page, frame)
+    page.locator("#chapter-1 .stage").focus()
     page.keyboard.press("Space")
     page.wait_for_function("document.querySelector('.player').classList.contains('playing')")
     page.wait_for_function("document.querySelector('.player input[type=number]').value >= 3")
     page.get_by_role("button", name="Pause").click()
-    page.wait_for_timeout(150)
+    page.wait_for_selector(".player:not(.playing)")
     stopped = number(page)
     assert stopped >= 3
     assert_shows(page, stopped)
+    copied, *differences = page.evaluate(COPIES)
+    assert copied  # without a GPU
+    assert len(differences) == 3
+    assert max(differences) <= 2
     assert page.locator(".scores").nth(1).inner_text() == page.evaluate(
         """() => {
             const values = [...document.querySelectorAll(".curve .readout")].map((one) => one.children[0].textContent);
@@ -142,6 +178,9 @@ def test_frames_are_those_of_the_file(opened):
 
 @pytest.mark.skipif(FIREFOX is None, reason="no firefox on the PATH")
 def test_firefox_shows_the_same_frames(playwright, sample):
+    version = subprocess.run([FIREFOX, "--version"], capture_output=True, text=True, check=True).stdout
+    if int(re.search(r"(\d+)\.", version)[1]) <= OLD_FIREFOX:
+        pytest.skip(f"playwright cannot drive {version.strip()}")
     wrong = []
     firefox = playwright.firefox.launch(channel="moz-firefox", executable_path=FIREFOX)
     try:
@@ -154,7 +193,6 @@ def test_firefox_shows_the_same_frames(playwright, sample):
     page.wait_for_selector(".player:not(.loading) .frame")
     for key, frame in [("ArrowRight", 8), ("End", 11), ("ArrowLeft", 10)]:
         page.keyboard.press(key)
-        page.wait_for_timeout(300)
         assert_shows(page, frame)
     firefox.close()
     assert wrong == []
@@ -245,6 +283,8 @@ def test_table_curves_and_histograms_lead_to_videos(opened):
     assert names()[-1] == "none.mp4"
     assert chapter.locator("tbody tr", has_text="two.mp4").locator(".badge").all_inner_texts() == ["best"]
 
+    chapter.get_by_label("Filter videos").fill("psnr < 22 .mp4")
+    assert len(names()) == 2
     chapter.get_by_label("Filter videos").fill("psnr<22 .mp4")
     assert names() == [report_sample.HOSTILE["markup"], "panorama.mp4"]
     assert chapter.locator(".count").inner_text() == "2 of 10 videos"
@@ -257,7 +297,6 @@ def test_table_curves_and_histograms_lead_to_videos(opened):
     plot = chapter.locator(".player .u-over").first
     box = plot.bounding_box()
     plot.click(position={"x": box["width"] * 9 / 11, "y": 20})
-    page.wait_for_timeout(120)
     assert_shows(page, 9)
     lines = chapter.locator(".player .now").evaluate_all("all => all.map((one) => one.style.left)")
     assert len({*lines}) == 1
@@ -308,17 +347,20 @@ def test_clips_that_do_not_play_say_why(opened):
 def test_panorama_turns_in_all_views(opened):
     page = opened("#video=panorama&frame=4&view=panorama")
     sphere = page.locator(".sphere canvas").first
-    page.wait_for_timeout(150)
-    before = [one.screenshot() for one in page.locator(".sphere").all()]
+
+    def seen() -> list[np.ndarray]:
+        shots = [one.screenshot() for one in page.locator(".sphere").all()]
+        return [cv2.imdecode(np.frombuffer(shot, np.uint8), cv2.IMREAD_COLOR).astype(int) for shot in shots]
+
+    until(lambda: all(picture.std() > 5 for picture in seen()))  # drawn
+    before = seen()
     box = sphere.bounding_box()
     page.mouse.move(box["x"] + 200, box["y"] + 100)
     page.mouse.down()
     page.mouse.move(box["x"] + 60, box["y"] + 100, steps=3)
     page.mouse.up()
-    page.wait_for_timeout(150)
-    after = [one.screenshot() for one in page.locator(".sphere").all()]
     assert len(before) == 3
-    assert all(left != right for left, right in zip(before, after, strict=True))
+    until(lambda: all(np.abs(left - right).mean() > 2 for left, right in zip(before, seen(), strict=True)))
     page.wait_for_function("/turn=[^0]/.test(location.hash)")
 
 
@@ -339,9 +381,13 @@ def test_one_file_narrow_themes_and_help(opened, tmp_path):
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Open photo.png").click()
     page.wait_for_selector("#chapter-2 .player:not(.loading) .frame")
+    assert page.locator("#chapter-2 .curve .readout").count() == 0  # of a single frame
     assert page.locator("#chapter-1 .frame").count() == 0  # one clip at a time
     assert page.locator("#chapter-2 .player .curve").count() == 0  # an image has no curves over frames
     assert "psnr" in page.locator("#chapter-2 .player").inner_text().lower()
+    assert not page.get_by_text("Warning 3 of the page.").is_visible()
+    page.get_by_text("4 warnings").click()
+    assert page.get_by_text("Warning 3 of the page.").is_visible()
     unnamed = page.locator("button, input, select, a").evaluate_all(
         "all => all.filter((one) => !(one.textContent.trim() || one.getAttribute('aria-label'))).length"
     )

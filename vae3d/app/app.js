@@ -66,19 +66,25 @@
     update();
   }
 
+  // "from frame" was meant for the file before.
+  function chooseOther(chosen) {
+    $("start").value = data.defaults.start;
+    choose(chosen);
+  }
+
   function upload(file) {
     showError("");
     if (uploading) uploading.abort();
     const suffix = (file.name.match(/\.[^.]*$/) || [""])[0].toLowerCase();
     if (!data.suffixes.includes(suffix)) {
-      showError(`${file.name}: ${suffix || "a file without a suffix"} is not read; known: ${data.suffixes.join(" ")}`);
+      showError(`${file.name}: ${suffix ? `${suffix} files` : "files without a suffix"} cannot be read; known: ${data.suffixes.join(" ")}`);
       return;
     }
     if (file.size > data.limits.upload) {
       showError(`${file.name} has ${megabytes(file.size)}; the limit is ${megabytes(data.limits.upload)} (--max-upload changes it)`);
       return;
     }
-    choose(null);
+    chooseOther(null);
     const request = (uploading = new XMLHttpRequest());
     request.open("PUT", `/api/uploads?name=${encodeURIComponent(file.name)}`);
     request.responseType = "json";
@@ -129,7 +135,7 @@
     for (const file of files) $("listed").append(element("option", file.name, { value: file.key }));
     $("listed").onchange = () => {
       const file = files.find((candidate) => candidate.key === $("listed").value);
-      choose(file ? { kind: "listed", ...file } : null);
+      chooseOther(file ? { kind: "listed", ...file } : null);
     };
   }
 

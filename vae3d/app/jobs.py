@@ -129,8 +129,10 @@ class Jobs:
 
     def check_upload(self, name: str, size: int | None) -> None:
         if not self.readable(name):
-            suffix = Path(name).suffix
-            raise UserError(f"{name}: {suffix or 'no suffix'} is not read; known: {' '.join(self.suffixes)}")
+            if "*" in name:
+                raise UserError(f"{name}: has a * in its name; rename it")
+            kind = f"{Path(name).suffix} files" if Path(name).suffix else "files without a suffix"
+            raise UserError(f"{name}: {kind} cannot be read; known: {' '.join(self.suffixes)}")
         if size is not None and size > self.limits.upload:
             raise UserError(too_large(name, self.limits.upload))
         self._check_disk(size or 0)

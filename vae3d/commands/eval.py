@@ -22,7 +22,7 @@ from vae3d.evaluation.page import limit_clips, make_report, make_rows, short_nam
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
 from vae3d.evaluation.score import Job, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
-from vae3d.evaluation.summary import compare, summarize
+from vae3d.evaluation.summary import compare, summarize, unequal_sets
 from vae3d.evaluation.tables import comparison_table, set_table, side_by_side, write_per_frame, write_per_video
 from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
@@ -88,6 +88,8 @@ def evaluate(args: Namespace, command: str = "") -> int:
         differences = compare(results, metrics.columns)
         if ranks.is_main_process:
             print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
+            for warning in unequal_sets({name: [v.name for v in videos] for name, videos in results.items()}):
+                print(f"warning: {warning}", file=sys.stderr)
             file = evaluations[0].output / COMPARISON
             write_json(file, {"reconstructions": {e.name: str(e.rec) for e in evaluations}, "differences": differences})
             print(f"wrote {os.path.relpath(file)}")
@@ -150,6 +152,11 @@ def output_folder(args: Namespace, rec: Path) -> Path:
         return rec.with_name(f"{rec.name}_eval")
     if args.output.is_file() or not args.output.resolve().parent.is_dir():
         raise PairError(f"--output {args.output} must be a folder, or the name of a new one in an existing folder")
+    if [path.resolve().name for path in args.recs.values()].count(rec.name) > 1:
+        raise PairError(
+            f"several reconstructions are named {rec.name}, so --output {args.output} cannot hold a folder of each; "
+            "rename one, or leave --output out: scores then go beside each"
+        )
     return args.output if len(args.recs) == 1 else args.output / rec.name
 
 
@@ -190,7 +197,8 @@ def report(
     }
     print(set_table(summary))
     absent = [f"{name} is skipped: {reason}" for name, reason in metrics.skipped.items()]
-    for warning in [*summary["warnings"], *evaluation.unmatched, *evaluation.failed, *absent]:
+    failed = [f"not scored: {reason}" for reason in evaluation.failed]
+    for warning in [*summary["warnings"], *evaluation.unmatched, *failed, *absent]:
         print(f"warning: {warning}", file=sys.stderr)
     folder = evaluation.output
     write_json(folder / "summary.json", summary)

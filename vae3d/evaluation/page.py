@@ -16,6 +16,7 @@ from vae3d.data.readers import MediaError
 from vae3d.evaluation.pairs import PairReader, Protocol
 from vae3d.evaluation.score import Job
 from vae3d.evaluation.store import VideoScore
+from vae3d.evaluation.summary import unequal_sets
 from vae3d.evaluation.tables import metric_table
 from vae3d.hashing import json_hash
 from vae3d.metric_names import MEANINGS, PANORAMA, unit
@@ -83,8 +84,8 @@ def make_rows(jobs: Mapping[str, Sequence[Job]], scores: Mapping[str, Sequence[V
             row.warnings += [prefix + warning.removeprefix(f"{video.name}: ") for warning in video.info.warnings]
     for row in rows.values():
         row.warnings += [
-            f"{rec} is not shown: {plural(job.info.frames, 'frame')} of {job.info.height}x{job.info.width} differ from "
-            f"those of {next(iter(row.jobs))}"
+            f"{rec} is not shown: {plural(job.info.frames, 'frame')} of {job.info.width} x {job.info.height} "
+            f"differ from those of {next(iter(row.jobs))}"
             for rec, job in row.jobs.items()
             if rec not in row.shown
         ]
@@ -227,7 +228,7 @@ def _is_panorama(row: Row, metrics: MetricSet, preset: str) -> bool:
 def _video(folder: Path, row: Row, panorama: bool) -> Video:
     info = next(iter(row.jobs.values())).info
     links = {ORIGINAL: next(iter(row.jobs.values())).pair.ref} | {rec: job.pair.rec for rec, job in row.jobs.items()}
-    size = {"size": f"{info.height}x{info.width}", "frames": str(info.frames)} if row.why else {}  # else of the clip
+    size = {"size": f"{info.width} x {info.height}", "frames": str(info.frames)} if row.why else {}  # else of the clip
     facts = size | {"codec of the original": info.codecs[0]}
     facts |= {f"codec of {rec}": job.info.codecs[1] for rec, job in row.jobs.items()}
     return Video(
@@ -280,12 +281,13 @@ def _warnings(summaries: Mapping[str, Mapping[str, Any]], rows: Sequence[Row]) -
     for rec, summary in summaries.items():
         prefix = f"{rec}: " if len(summaries) > 1 else ""
         of_set = [warning for warning in summary["warnings"] if warning not in own]
-        for warning in [*of_set, *summary["unmatched"], *summary["failed"]]:
+        for warning in [*of_set, *summary["unmatched"], *(f"not scored: {reason}" for reason in summary["failed"])]:
             found[prefix + warning] = None
         found |= {f"{name} is skipped: {reason}": None for name, reason in summary["absent"].items()}
     warnings = list(found)
     if (more := len(warnings) - MAX_WARNINGS) > 0:
         warnings = [*warnings[:MAX_WARNINGS], f"... {more} more in summary.json"]
+    warnings += unequal_sets({rec: [row.name for row in rows if rec in row.scores] for rec in summaries})
     if count := sum(bool(row.warnings) for row in rows):
         warnings.append(f"{plural(count, 'video')} of {len(rows)} have warnings of their own, which their rows show")
     return warnings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -141,17 +141,18 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float | None, flo
 def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]) -> list[dict[str, Any]]:
     """Paired differences of every reconstruction to the first, over the videos with both values.
 
-    results: name of the reconstruction -> its videos. Raises MetricError if the videos differ.
+    results: name of the reconstruction -> its videos. Raises MetricError if two have no video in common.
     """
     (first, base), *others = results.items()
     rows = []
     for name, videos in others:
-        if [v.name for v in videos] != [v.name for v in base]:
-            raise MetricError(f"{name} and {first} hold different videos, so their differences cannot be paired")
+        own = {video.name: video for video in videos}
+        pairs = [(video, own[video.name]) for video in base if video.name in own]
+        if not pairs:
+            raise MetricError(f"{name} and {first} have no video in common, so they cannot be compared")
         for column, better in columns.items():
-            scores = zip((v.scores.get(column) for v in base), (v.scores.get(column) for v in videos), strict=True)
-            values = [(a.value, b.value) for a, b in scores if a is not None]
-            both = [pair for pair in values if None not in pair]
+            scores = [(a.scores[column].value, b.scores[column].value) for a, b in pairs if column in a.scores]
+            both = [pair for pair in scores if None not in pair]
             gaps = [there - here for here, there in both]
             if not gaps or (better is None and not any(gaps)):  # metrics of the original alone do not differ
                 continue
@@ -161,3 +162,15 @@ def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]
             row = {"name": name, "against": first, "metric": column, "difference": statistics.fmean(gaps)}
             rows.append(row | {"ci95": list(bootstrap(gaps)), "better_on": wins, "videos": len(gaps)})
     return rows
+
+
+def unequal_sets(videos: Mapping[str, Collection[str]]) -> list[str]:
+    """A warning if reconstructions were scored on different videos. videos: reconstruction -> names of its videos."""
+    names = set().union(*videos.values())
+    if all(len(own) == len(names) for own in videos.values()):
+        return []
+    counts = ", ".join(f"{rec} {len(own)}" for rec, own in videos.items())
+    return [
+        f"not all reconstructions have scores of all {len(names)} videos ({counts}): each mean is over its own videos, "
+        "each difference over those that both have"
+    ]

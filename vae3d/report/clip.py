@@ -104,7 +104,7 @@ def encode_clip(
 
     All arguments give chunks [T, H, W, 3] uint8 of the same frames and size (T may differ between them). others:
     pictures without error and change, such as latents as colours. fps: 0 or None for an image. Large pictures are
-    reduced, and frames after the first MAX_FRAMES left out, which Clip.notes says. Equal inputs give equal bytes.
+    reduced, and frames after the first MAX_FRAMES left out, as Clip.notes says. Equal inputs give equal bytes.
     Raises ValueError for videos of different lengths or sizes, without frames, or of several frames and no frame rate.
     """
     others = others or {}
@@ -127,7 +127,7 @@ def encode_clip(
     layers += [(name, "change") for name in (ORIGINAL, *reconstructions)] if len(head) > 1 else []
     sheet, panels = _layout(layers, source)
     size = panels[0].height, panels[0].width
-    notes = [f"reduced from {source[0]}x{source[1]} to {size[0]}x{size[1]} for display"] if size != source else []
+    notes = []
     encoder, thumbnails = _Encoder(sheet, fps) if len(head) > 1 else None, _Middle()
     before: dict[str, np.ndarray] = {}
     count = 0

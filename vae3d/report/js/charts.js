@@ -52,12 +52,13 @@ function shortNumber(value) {
 
 // The curves of one clip, none of an image. onframe(frame) is called on a click; `.show(frame)` marks the frame in all of them.
 function curvesOf(chapter, curves, frames, onframe) {
-  const names = frames > 1 ? chapter.reconstructions.filter((name) => curves[name]) : [];
-  const metrics = [...new Set([...Object.keys(chapter.metrics), ...names.flatMap((name) => Object.keys(curves[name]))])]
-    .filter((metric) => names.some((name) => curves[name][metric]?.some((value) => value !== null)));
+  const names = chapter.reconstructions.filter((name) => curves[name]);
+  const drawn = (metric) => names.some((name) => curves[name][metric]?.some((value) => value !== null));
+  const known = [...new Set([...Object.keys(chapter.metrics), ...names.flatMap((name) => Object.keys(curves[name]))])];
+  const metrics = frames > 1 ? known.filter(drawn) : []; // the scores of an image stand below it
   const root = el("div", { class: "curves" });
   const shown = metrics.map((metric) => curve(metric));
-  const drawn = shown.map(({ figure, host, build }) => {
+  const charts = shown.map(({ figure, host, build }) => {
     root.append(figure);
     return { host, build, handle: null };
   });
@@ -106,9 +107,9 @@ function curvesOf(chapter, curves, frames, onframe) {
   }
 
   // uPlot measures its element, which must be in the document first.
-  root.start = () => drawn.forEach((one) => (one.handle = plot(one.host, one.build)));
+  root.start = () => charts.forEach((one) => (one.handle = plot(one.host, one.build)));
   root.show = (frame) => shown.forEach((one) => one.show(frame));
-  root.destroy = () => drawn.forEach((one) => one.handle?.destroy());
+  root.destroy = () => charts.forEach((one) => one.handle?.destroy());
   return root;
 }
 

@@ -45,6 +45,28 @@ function blobOf(dataUrl) {
   return new Blob([bytes], { type });
 }
 
+async function copyOf(frame, { x, y, width, height }) {
+  const rect = { x, y, width: width + (width % 2), height: height + (height % 2) }; // of whole pixels of colour
+  const data = new Uint8ClampedArray(4 * rect.width * rect.height);
+  const options = { rect, format: "RGBA" };
+  if (frame.allocationSize(options) !== data.length) throw new Error("This browser copies in the format of the file only.");
+  await frame.copyTo(data, options);
+  return new ImageData(data, rect.width, rect.height);
+}
+
+// Whether pixels of a video that plays are copied. Chromium without a GPU keeps what drawImage took from each frame, up to
+// some 600 MB, until memory gets short. On a GPU copies would be slow.
+let copies;
+
+function copiesPixels() {
+  if (typeof VideoFrame !== "function") return false;
+  const gl = el("canvas").getContext("webgl");
+  const name = gl?.getExtension("WEBGL_debug_renderer_info")?.UNMASKED_RENDERER_WEBGL;
+  const renderer = name ? gl.getParameter(name) : "";
+  gl?.getExtension("WEBGL_lose_context")?.loseContext();
+  return !gl || /swiftshader|llvmpipe/i.test(renderer);
+}
+
 // The frames of an opened clip. onframe(frame) is called when a frame can be drawn, onplay(playing) when it starts or
 // stops.
 class Media {
@@ -94,8 +116,25 @@ class Media {
     return this.moving && !this.element.paused && !this.element.ended;
   }
 
+  // The pixels of panels of the frame that is there, as ImageData; null where the browser cannot copy them, which
+  // `copies` then says, too. They may be wider and higher by one.
+  async copy(panels) {
+    try {
+      const frame = new VideoFrame(this.element);
+      try {
+        return await Promise.all(panels.map((panel) => copyOf(frame, panel)));
+      } finally {
+        frame.close();
+      }
+    } catch {
+      this.copies = false;
+      return null;
+    }
+  }
+
   play() {
     if (!this.moving) return;
+    this.copies ??= copies ??= copiesPixels();
     // A pause that comes before the first frame rejects the promise.
     this.element.play().catch((error) => error.name === "AbortError" || say(`Cannot play: ${error.message}`));
   }

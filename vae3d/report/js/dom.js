@@ -2,6 +2,7 @@
 "use strict";
 
 const SVG = "http://www.w3.org/2000/svg";
+const OPEN_WARNINGS = 3;
 
 // An element with attributes (listeners are functions: onclick) and children. Strings become text, never HTML: names of
 // files and metrics are any text.
@@ -123,8 +124,11 @@ function commands(text) {
   return el("div", { class: "commands" }, el("pre", { tabindex: "0" }, text), copy);
 }
 
+// Many are folded: what the page is about comes first.
 function warnings(texts) {
-  return texts.map((text) => el("p", { class: "warning" }, text));
+  const shown = texts.map((text) => el("p", { class: "warning" }, text));
+  if (shown.length <= OPEN_WARNINGS) return shown;
+  return [el("details", { class: "warnings" }, el("summary", { class: "warning" }, `${shown.length} warnings`), shown)];
 }
 
 // A path beside the page, of any file name; or an address of the web.

@@ -198,9 +198,9 @@ class Player {
   #clipFacts() {
     const { source, frames, fps } = this.clip;
     const picture = this.clip.panels[0];
-    const facts = { Size: `${source[1]}×${source[0]}` };
-    if (picture.width !== source[1]) facts.Shown = `${picture.width}×${picture.height}, reduced`;
-    if (frames > 1) facts.Length = `${frames} frames, ${Number((frames / fps).toFixed(2))} s at ${Number(fps.toFixed(3))} fps`;
+    const facts = { size: `${source[1]} x ${source[0]}` };
+    if (picture.width !== source[1]) facts["shown as"] = `${picture.width} x ${picture.height}, reduced`;
+    if (frames > 1) facts.length = `${frames} frames, ${Number((frames / fps).toFixed(2))} s at ${Number(fps.toFixed(3))} fps`;
     return facts;
   }
 
@@ -266,7 +266,10 @@ class Player {
       min: "0",
       value: "0",
       "aria-label": "Frame number",
-      onchange: () => this.lookAt(Number(this.number.value)),
+      onchange: () => {
+        this.lookAt(this.number.valueAsNumber);
+        this.number.value = String(this.frame); // of a number that no frame has
+      },
     });
     this.total = el("span", {}, "/ 0");
     this.seconds = el("output", { class: "seconds" }, "0.000 s");
@@ -525,20 +528,37 @@ class Player {
 
   draw() {
     if (!this.clip) return;
+    if (this.media.copies && this.media.playing) return void this.#drawCopies();
     const source = this.media.element;
     for (const slot of this.slots) {
-      const layer = this.#layerOf(slot.of);
-      const panel = this.#panel(slot.of, layer);
-      const { canvas, context } = slot;
-      if (canvas.width !== panel.width || canvas.height !== panel.height) {
-        canvas.width = panel.width;
-        canvas.height = panel.height;
-      }
-      slot.sheet.dataset.layer = layer;
-      context.drawImage(source, panel.x, panel.y, panel.width, panel.height, 0, 0, panel.width, panel.height);
-      this.#drawLens(slot);
-      slot.panorama?.draw(look.direction);
+      const panel = this.#panel(slot.of, this.#layerOf(slot.of));
+      const { x, y, width, height } = panel;
+      this.#drawSlot(slot, panel, (context) => context.drawImage(source, x, y, width, height, 0, 0, width, height));
     }
+  }
+
+  // A frame that comes while another is copied is left out: it plays on.
+  async #drawCopies() {
+    if (this.copying) return;
+    const { media, slots } = this;
+    const panels = slots.map((slot) => this.#panel(slot.of, this.#layerOf(slot.of)));
+    this.copying = true;
+    const copies = await media.copy(panels);
+    this.copying = false;
+    if (slots !== this.slots || !media.playing || !copies) return this.draw();
+    slots.forEach((slot, index) => this.#drawSlot(slot, panels[index], (context) => context.putImageData(copies[index], 0, 0)));
+  }
+
+  #drawSlot(slot, panel, put) {
+    const { canvas, context, sheet } = slot;
+    if (canvas.width !== panel.width || canvas.height !== panel.height) {
+      canvas.width = panel.width;
+      canvas.height = panel.height;
+    }
+    sheet.dataset.layer = panel.layer;
+    put(context);
+    this.#drawLens(slot);
+    slot.panorama?.draw(look.direction);
   }
 
   #drawLens({ canvas, lens }) {

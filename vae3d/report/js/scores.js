@@ -20,7 +20,7 @@ const signed = (value) => (value > 0 ? "+" : "") + format(value);
 function arrow(metric) {
   if (metric.better === "higher") return "↑";
   if (metric.better === "lower") return "↓";
-  return metric.better === null ? "" : `→${metric.better}`;
+  return metric.better === null ? "" : `→ ${metric.better}`;
 }
 
 function explain(metric) {

@@ -264,6 +264,7 @@ function parseQuery(query, chapter) {
   const compare = { "<": (a, b) => a < b, ">": (a, b) => a > b, "<=": (a, b) => a <= b, ">=": (a, b) => a >= b };
   const tests = query
     .toLowerCase()
+    .replace(/\s*(<=|>=|[<>=])\s*/g, "$1")
     .split(/\s+/)
     .filter(Boolean)
     .map((word) => {
