@@ -96,6 +96,9 @@ def test_the_help_of_a_configured_command_is_the_one_that_hydra_prints(capsys, m
     """Hydra's own takes two seconds."""
     ours = help.help_text("train", ["model=wan", "stage=finetune"])
     monkeypatch.setattr(sys, "argv", ["train.py", "model=wan", "stage=finetune", "--help"])
+    monkeypatch.setattr(
+        "hydra._internal.hydra.configure_log", lambda *_: None
+    )  # else later tests log to this one's stream
     with pytest.raises(SystemExit):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda cfg: None)()
     assert capsys.readouterr().out == f"{ours}\n"
