@@ -10,6 +10,13 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 VARIABLES = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
+def release_freed_memory() -> None:
+    """Give back to the kernel what keep_freed_memory keeps, so that the memory in use can be read."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Let the process reuse memory that it freed, instead of giving it back to the kernel. Returns whether it will.
 

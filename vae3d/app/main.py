@@ -10,10 +10,12 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
+from unittest import mock
 
 from vae3d.app.jobs import Jobs
 from vae3d.app.process import Worker
@@ -44,10 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         wait=args.read_timeout,
         keep=60 * args.keep,
     )
-    signal.signal(signal.SIGTERM, exit_by_signal)  # so that what follows cleans up
     jobs = None
-    with listen(args.host, args.port) as server_socket, tempfile.TemporaryDirectory(prefix="vae3d-app-") as folder:
-        os.environ["TMPDIR"] = folder  # of the worker, whose libraries make folders, too
+    with (
+        exit_on_sigterm(),
+        listen(args.host, args.port) as server_socket,
+        tempfile.TemporaryDirectory(prefix="vae3d-app-") as folder,
+        mock.patch.dict(os.environ, TMPDIR=folder),  # of the worker, whose libraries make folders, too
+    ):
         worker = Worker(tuple(args.checkpoints), args.device, Path(folder), limits)
         try:
             names = ", ".join(args.checkpoints) or "TAEF2"
@@ -77,8 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def exit_by_signal(signum: int, _: FrameType | None) -> None:
-    sys.exit(128 + signum)
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that what is open is cleaned up."""
+
+    def leave(signum: int, _: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def listen(host: str, port: int) -> socket.socket:

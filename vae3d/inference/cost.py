@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vae3d.host_memory import release_freed_memory
 from vae3d.precision import autocast
 
 REPEATS = 3
@@ -79,6 +80,7 @@ def _reset_peak(device: torch.device) -> int | None:
         return torch.cuda.memory_allocated(device)
     if device.type != "cpu" or not PEAK_RESET.exists():
         return None
+    release_freed_memory()  # else the runs reuse it, and their peak is not above the memory in use
     PEAK_RESET.write_text("5")
     return _read_status("VmRSS")
 
