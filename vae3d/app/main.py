@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from unittest import mock
 
 from vae3d.app.jobs import Jobs
 from vae3d.app.process import Worker
@@ -50,15 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (
         exit_on_sigterm(),
         listen(args.host, args.port) as server_socket,
-        tempfile.TemporaryDirectory(prefix="vae3d-app-") as folder,
-        mock.patch.dict(os.environ, TMPDIR=folder),  # of the worker, whose libraries make folders, too
+        temporary_folder() as folder,
     ):
-        worker = Worker(tuple(args.checkpoints), args.device, Path(folder), limits)
+        worker = Worker(tuple(args.checkpoints), args.device, folder, limits)
         try:
             names = ", ".join(args.checkpoints) or "TAEF2"
             print(f"loading {names} ...", file=sys.stderr, flush=True)
             facts = worker.ask({"do": "describe"}, lambda fraction, text: None)
-            jobs = Jobs(worker, Path(folder), args.videos, facts["suffixes"], len(facts["checkpoints"]), limits)
+            jobs = Jobs(worker, folder, args.videos, facts["suffixes"], len(facts["checkpoints"]), limits)
             port, token = server_socket.getsockname()[1], secrets.token_urlsafe(24)
             hosts = [*args.allow_host, *names_of(args.host)]
             app = build_app(jobs, facts, token, hosts, cookie=f"vae3d-{port}")
@@ -80,6 +78,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 jobs.close()
             worker.close()
     return 0
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for all temporary files, also of the worker, whose libraries make folders; deleted in the end."""
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="vae3d-app-") as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            yield Path(folder)
+        finally:
+            if before is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = before
 
 
 @contextmanager
