@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from demo_page import compared, points, score_table, training_table
+from demo_page import compared, points_of, score_table, training_table
 from markupsafe import Markup
 
 from vae3d.report.page import Chapter, Chart
@@ -36,8 +36,7 @@ hardly exceed.</li></ul>
 
 
 def chapter(folder: Path, page: Path) -> Chapter:
-    runs = folder / "runs"
-    psnr = {label: points(runs / run, "val/psnr") for run, label in RUNS.items()}
+    psnr = points_of(folder, RUNS, "val/psnr")
     return replace(
         compared(folder / "out/clips_stage2_rec_eval", page, COLUMNS),
         title="Real clips",

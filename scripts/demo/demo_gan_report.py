@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from demo_page import as_text, compared, draw_part, existing, plot, points, score_table, training_table
+from demo_page import as_text, compared, draw_part, existing, plot, points_of, score_table, training_table
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
@@ -46,7 +46,7 @@ def curves(folder: Path) -> list[Chart]:
     """PSNR and sharpness in validation; the two continued runs begin where the first ends."""
     charts = []
     for key, title in CURVES.items():
-        series = {label: points(folder / "runs" / run, key) for run, label in RUNS.items()}
+        series = points_of(folder, RUNS, key)
         first, *others = series
         last = series[first][-1]
         for label in others:

@@ -127,6 +127,11 @@ def points(run: Path, key: str) -> list[tuple[int, float]]:
     return [(line["step"], line[key]) for line in lines]
 
 
+def points_of(folder: Path, runs: Mapping[str, str], key: str) -> dict[str, list[tuple[int, float]]]:
+    """Label -> points. runs: name in folder/runs -> label."""
+    return {label: points(folder / "runs" / run, key) for run, label in runs.items()}
+
+
 def plot(charts: Sequence[Chart], height: float) -> Figure:
     """The charts side by side, for a picture."""
     from matplotlib.figure import Figure  # slow to import

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_page import as_text, compared, enlarged, exit_on_user_error, points, read_video, score_table, training_table
+from demo_page import (
+    as_text,
+    compared,
+    enlarged,
+    exit_on_user_error,
+    points_of,
+    read_video,
+    score_table,
+    training_table,
+)
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 
@@ -61,8 +70,7 @@ def scores(folder: Path) -> Table:
 
 
 def chapter(folder: Path, page: Path) -> Chapter:
-    runs = folder / "runs"
-    psnr = {label: points(runs / run, "val/psnr") for run, label in RUNS.items()}
+    psnr = points_of(folder, RUNS, "val/psnr")
     return replace(
         compared(folder / "out/wan_tiny_rec_eval", page, SCORES),
         title="Panoramas",

@@ -36,6 +36,7 @@ from vae3d.evaluation.page import page_metrics
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.io import is_disk_error
 from vae3d.metrics import MetricSet
+from vae3d.metrics.base import frame_curves
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.streaming import IndependentChunks
@@ -225,7 +226,7 @@ class Runner:
         scored, columns, left_out = next(iter(results.values()))
         metrics = page_metrics({key: columns[key] for key, one in scored.items() if one.value is not None})
         found = {label: one for label, (one, *_) in results.items()}
-        curves = {label: {key: s.frames for key, s in one.items() if s.frames} for label, one in found.items()}
+        curves = {label: frame_curves(one) for label, one in found.items()}
         scores = {label: {key: one[key].value for key in metrics} for label, one in found.items()}
 
         self.progress("writing", 0.9, "writing the page")

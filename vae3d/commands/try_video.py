@@ -27,7 +27,7 @@ from vae3d.inference.pictures import ERROR_LABEL, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import FileError, atomic_write, naming
 from vae3d.metrics import MetricSet, Score, build_metrics
-from vae3d.metrics.base import Better
+from vae3d.metrics.base import Better, frame_curves
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import as_unit, displayable, to_uint8
 from vae3d.precision import as_device
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["vae3d", "try", *(sys.argv[1:] if argv is None else argv)])
     title = f"{Path(args.video).name} through {args.checkpoint or 'TAEF2'}"
     clip = encode_clip([displayable(original)], {"reconstruction": [displayable(result)]}, info.fps)
-    write_clip(out, CLIP, clip, {"reconstruction": {c: s.frames for c, s in scores.items() if s.frames}})
+    write_clip(out, CLIP, clip, {"reconstruction": frame_curves(scores)})
     panorama = original.shape[2] == 2 * original.shape[1]
     write_page(out, make_report(out, title, Path(args.video), scores, columns, facts, skipped, panorama, command))
     rows = [

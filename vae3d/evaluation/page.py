@@ -21,7 +21,7 @@ from vae3d.evaluation.tables import metric_table
 from vae3d.hashing import json_hash
 from vae3d.metric_names import MEANINGS, PANORAMA, unit
 from vae3d.metrics import MetricSet
-from vae3d.metrics.base import Better, Nearest, goodness
+from vae3d.metrics.base import Better, Nearest, frame_curves, goodness
 from vae3d.pixels import displayable
 from vae3d.report import number
 from vae3d.report.clip import ORIGINAL
@@ -147,7 +147,7 @@ def write_clips(folder: Path, rows: Iterable[Row], on_error: str = "stop") -> li
                 raise
             errors.append((row.id, str(error)))
             continue
-        curves = {rec: {c: s.frames for c, s in video.scores.items() if s.frames} for rec, video in row.scores.items()}
+        curves = {rec: frame_curves(video.scores) for rec, video in row.scores.items()}
         write_clip(folder, row.id, clip, curves, key)
     return errors
 

@@ -20,6 +20,7 @@ from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
 from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.metrics import MetricSet, Score, VideoResult
+from vae3d.metrics.base import frame_curves
 from vae3d.metrics.frame import decibel
 from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
 from vae3d.pixels import NotFiniteError, Quantized, as_unit, displayable, no_waiting_checks, quantize_unchecked
@@ -154,7 +155,7 @@ class Comparer:
             self.costs = {"file": name} | {whose: network.cost(video) for whose, network in self.networks.items()}
         results = {pair_name(pair): self._score(frames, rec) for pair, rec in coded.items()}
         recs = {pair_name(pair): [displayable(rec)] for pair, rec in coded.items()}
-        curves = {pair: {c: s.frames for c, s in result.scores.items() if s.frames} for pair, result in results.items()}
+        curves = {pair: frame_curves(result.scores) for pair, result in results.items()}
         clip = encode_clip([displayable(frames)], recs, fps)
         write_clip(self.reconstructor.folder("compare"), clip_id(name), clip, curves)
         return {

@@ -18,6 +18,7 @@ from vae3d.hashing import json_hash
 from vae3d.inference.reconstruct import FileResult, Reconstructor
 from vae3d.inference.results import SUFFIXES, Results
 from vae3d.io import read_json
+from vae3d.metrics.base import frame_curves
 from vae3d.pixels import displayable
 from vae3d.report import number
 from vae3d.report.page import Chapter, Report, Table, Video, clip_id, encode_clip, read_clip, write_clip
@@ -38,7 +39,7 @@ def write_clips(reconstructor: Reconstructor, files: Iterable[FileResult]) -> No
             videos = {LABELS[kind]: read_displayable(path) for kind, path in outputs.items()}
             original = videos.pop("original")
             clip = encode_clip(original, videos, file.fps)
-        curves = {"rec": {column: score.frames for column, score in file.result.scores.items() if score.frames}}
+        curves = {"rec": frame_curves(file.result.scores)}
         write_clip(folder, clip_id(file.id), clip, curves, key)
 
 

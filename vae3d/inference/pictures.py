@@ -24,10 +24,6 @@ CARD_WIDTH = 350  # pixels in which TensorBoard shows a picture: text is enlarge
 MAX_ERROR = 0.25  # of pixels in [0, 1]: the end of the colour scale
 ERROR_TICKS = (0, 0.01, 0.05, 0.1)  # marked on the scale, beside its end
 ERROR_LABEL = "|error|, sqrt scale"  # of error_maps
-ERROR_NOTE = (
-    "|error| is the absolute difference, the mean of R, G and B, of pixels in [0, 1], in colours on a square-root "
-    f"scale: black is 0, purple about 0.02, orange 0.1, and pale yellow {MAX_ERROR:g} or more"
-)
 COLOURS = "inferno"
 Panels = Mapping[str, np.ndarray]  # label -> [T, H, W, 3] uint8
 

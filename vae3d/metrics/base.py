@@ -79,6 +79,11 @@ class Score:
     frames: list[float] = field(default_factory=list)
 
 
+def frame_curves(scores: Mapping[str, Score]) -> dict[str, list[float]]:
+    """Column -> values of the frames, of the columns that have them."""
+    return {column: score.frames for column, score in scores.items() if score.frames}
+
+
 @dataclass
 class VideoResult:
     """All scores of one video.

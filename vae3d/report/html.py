@@ -60,5 +60,9 @@ def png(figure: Figure) -> Markup:
 
 
 def _img(data: bytes, kind: str, attributes: str = "") -> Markup:
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return Markup(f'<img src="{source}" {attributes}'.rstrip() + ">")
+    return Markup(f'<img src="{data_uri(data, f"image/{kind}")}" {attributes}'.rstrip() + ">")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """kind: the MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

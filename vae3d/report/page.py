@@ -37,6 +37,7 @@ from markupsafe import Markup, escape
 from vae3d.io import atomic_write, naming, remove, remove_empty, write_text
 from vae3d.report.clip import Clip, Panel
 from vae3d.report.clip import encode_clip as encode_clip
+from vae3d.report.html import data_uri
 
 PAGE, VIDEOS = "index.html", "videos"
 SINGLE_FILE_BYTES = 24_000_000  # of all clips and thumbnails
@@ -173,7 +174,7 @@ def write_clip(
     """
     entry = {"key": key, "id": id, "panels": clip.panels, "fps": clip.fps, "frames": clip.frames, "scale": clip.scale}
     entry |= {"source": clip.source, "notes": clip.notes, "curves": curves or {}}
-    media = f'"media": "{_data_uri(clip.media, clip.kind)}"'
+    media = f'"media": "{data_uri(clip.media, clip.kind)}"'
     _write_clip(folder, id, f"{to_json(entry)[:-1]}, {media}}}", clip.thumbnail)
 
 
@@ -214,7 +215,7 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
         for video in chapter["videos"]:
             _, thumbnail = shown.get(video["id"], (None, None))
             video["thumb"] = thumbnail and (
-                _data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{VIDEOS}/{thumbnail.name}"
+                data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{VIDEOS}/{thumbnail.name}"
             )
     clips = {id: _read_clip(folder, id)[0] for id in shown} if single else {}
     page = _environment.get_template("index.html").render(
@@ -372,10 +373,6 @@ def _clips_inside(page: str) -> Iterator[tuple[str, str, bytes]]:
 def _check_id(id: str) -> None:
     if not re.fullmatch("[A-Za-z0-9_-][A-Za-z0-9._-]*", id):
         raise ValueError(f"the id {id!r} is no name of a file; use clip_ids")
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _remove_others(videos: Path, names: set[str]) -> None:
