@@ -6,9 +6,8 @@ import logging
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
-from vae3d.data.image_folder import ImageFolder
-from vae3d.data.readers import is_image
-from vae3d.data.sources import Folder, Source, open_source
+from vae3d.data.image_folder import open_images_or_source
+from vae3d.data.sources import Source
 from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
@@ -38,7 +37,7 @@ def run(config: EncodeConfig) -> None:
         tile_overlap=config.tile_overlap,
     )
     require_file_channels(codec.model, config.checkpoint)
-    source = open_images_or_source(config)
+    source = source_of(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
     with ranks.main_process_first():  # it probes the files; the others read its cache
         items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
@@ -56,13 +55,11 @@ def run(config: EncodeConfig) -> None:
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
 
 
-def open_images_or_source(config: EncodeConfig) -> Source:
-    """The data source; a folder of images only becomes an ImageFolder, whose subfolders name splits, as in training."""
+def source_of(config: EncodeConfig) -> Source:
+    """The data source; a folder of images only is an ImageFolder, as in training."""
     if not isinstance(config.source, str):
         return instantiate(config.source)
-    source = open_source(config.source, config.root)
-    images = isinstance(source, Folder) and source.path.is_dir() and source.table()["path"].map(is_image).all()
-    return ImageFolder(config.source) if images else source
+    return open_images_or_source(config.source, config.root)
 
 
 def padding(codec: LatentCodec, transform: Transform) -> list[str]:

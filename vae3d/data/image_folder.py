@@ -13,7 +13,7 @@ from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.media import DataError
 from vae3d.data.readers import is_image
 from vae3d.data.rows import SPLITS, mark_missing_files, rows_from_paths
-from vae3d.data.sources import files_under, holds_dataset, open_source
+from vae3d.data.sources import Folder, Source, files_under, holds_dataset, open_source
 from vae3d.text import plural
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # name -> split
@@ -80,6 +80,13 @@ class ImageFolder:
             raise DataError(f"{self.path} holds no images ({' '.join(IMAGE_SUFFIXES)}){found}")
         if counts:
             self.notes.append(f"skipped, because they are no images: {counts}")
+
+
+def open_images_or_source(path: str, root: str | None = None) -> Source:
+    """The source of a path; a folder of images only is an ImageFolder, whose subfolders name splits."""
+    source = open_source(path, root)
+    images = isinstance(source, Folder) and source.path.is_dir() and source.table()["path"].map(is_image).all()
+    return ImageFolder(path) if images else source
 
 
 def _kind(name: str) -> str:

@@ -5,9 +5,10 @@
     JsonClips    a JSON list of clips                                         json_clips.py
     HuggingFace  an image dataset of Hugging Face                             hugging_face.py
     ImageFolder  images only, of any of these                                 image_folder.py
+    WebDataset   videos and images in tar shards                              webdataset.py
     ErpRooms     panorama sequences by area and room                          rooms.py
 
-open_source picks one of the first four for a path.
+open_source picks one of the first four, or WebDataset, for a path.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from vae3d.data.media import DataError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
 from vae3d.data.tables import JSON, kind_of, read_table
+from vae3d.data.webdataset import TAR, WebDataset, is_shards
 
-ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
+ARCHIVES = (".zip", ".gz", ".7z", ".rar")
 
 
 class Source(Protocol):
@@ -39,8 +41,10 @@ class Source(Protocol):
 
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
-    """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder, else a
-    Folder. Raises DataError for a file of another kind."""
+    """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder,
+    WebDataset for tars, a folder of tars and their index, else a Folder. Raises DataError for a file of another kind."""
+    if is_shards(path):
+        return WebDataset(path)
     if holds_dataset(path):
         return HuggingFace(path)
     kind = kind_of(path)
@@ -91,6 +95,7 @@ class Folder:
             if not is_media(self.path.name):
                 kind = self.path.suffix or "a file without extension"
                 hint = "; extract it, and give the folder" if kind.lower() in ARCHIVES else ""
+                hint = "; use data=webdataset" if self.path.name.lower().endswith(TAR) else hint
                 raise DataError(
                     f"{self.path}: {kind} is not supported; give a table (.csv, .tsv, .parquet), a list (.json, "
                     f".jsonl), a folder, a video or an image{hint}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
+from vae3d.data.rows import in_threads
+from vae3d.data.storage import split_member
 from vae3d.hashing import file_hash, json_hash
 from vae3d.io import FileError
 
@@ -34,6 +37,17 @@ def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
     if hashed:
         version["sha256"] = hashes[0] if single else json_hash(hashes)
     return version
+
+
+def file_stamps(paths: Iterable[str]) -> dict[str, list[int] | None]:
+    """file_stamp of each distinct path, in threads. Of members of tars: their own bytes and the time of the tar, which
+    is looked up once per tar."""
+    members = {path: member for path in dict.fromkeys(paths) if (member := split_member(path)) is not None}
+    tars = in_threads(file_stamp, [tar for tar, *_ in members.values()])
+    stamps = in_threads(file_stamp, [path for path in paths if path not in members])
+    for path, (tar, _, size, _) in members.items():
+        stamps[path] = tars[tar] and [size, *tars[tar][1:]]
+    return stamps
 
 
 def file_stamp(path: str) -> list[int] | None:
