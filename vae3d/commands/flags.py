@@ -257,7 +257,7 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     scripts/convert_checkpoint.py writes from it. Without --out the export is rewritten; of a run, the newest.
     """
     parser = _parser(parse_latent_stats)
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", help="folder of a cache, or tar shards of latents, also at a URL")
     parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
     parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
     _add_export_arguments(parser)

@@ -243,7 +243,19 @@ def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:
 
 
 def _exists(path: str) -> bool:
-    """`*` stands for any characters, of numbered images; `::` separates a checkpoint from its part."""
+    """`*` stands for any characters, of numbered images; {000..999} for each of these numbers; `::` separates a
+    checkpoint from its part. URLs are looked up when the run starts."""
+    if "://" in path:
+        return True
+    if "{" in path and not exists(path):
+        from braceexpand import UnbalancedBracesError, braceexpand
+
+        try:
+            names = list(braceexpand(path))
+        except UnbalancedBracesError:
+            return False
+        if names != [path]:
+            return all(map(_exists, names))
     return exists(path) or ("*" in path and any(glob.iglob(glob.escape(path).replace("[*]", "*"))))
 
 

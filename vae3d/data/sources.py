@@ -42,7 +42,10 @@ class Source(Protocol):
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder,
-    WebDataset for tars, a folder of tars and their index, else a Folder. Raises DataError for a file of another kind."""
+    WebDataset for tars, a folder of tars and their index, else a Folder.
+
+    Raises DataError for a file of another kind.
+    """
     if is_shards(path):
         return WebDataset(path)
     if holds_dataset(path):
