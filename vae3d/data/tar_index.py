@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -49,6 +50,7 @@ THREADS = 16  # of remote shards, which wait for the network
 SIDECARS = ("json", "txt", "cls")
 INTEGERS = ("num_frames", "height", "width")
 FLOATS = ("fps", "start", "end")
+INTEGER_TYPES = ((pa.int8(), 7), (pa.int16(), 15), (pa.int32(), 31), (pa.int64(), 63))
 TEXTS = ("text", "label", "split", "name", "error")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # As webdataset splits a name: up to the first dot of its last component.
@@ -484,21 +486,35 @@ def _joined(tables: Sequence[pa.Table], shards: Sequence[Shard], out: Path, sett
         for name, shard, table in zip(names, shards, tables, strict=True)
     ]
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
-    numbers = pa.concat_arrays([pa.repeat(pa.scalar(i, pa.int32()), len(t)) for i, t in enumerate(tables)])
-    table = table.add_column(0, "shard", pa.DictionaryArray.from_arrays(numbers, pa.array(names, pa.string())))
-    for name in ("extension", "split", "label"):
-        if name not in table.column_names:
-            continue
+    numbers = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    table = table.add_column(0, "shard", _narrow(pa.DictionaryArray.from_arrays(numbers, pa.array(names, pa.string()))))
+    for number, name in enumerate(table.column_names):
         column = table[name]
         if name == "label" and integer_labels:
             column = column.cast(pa.int64())
-        else:
+        elif name in ("extension", "split", "label"):
             column = pc.dictionary_encode(column).unify_dictionaries().combine_chunks()
-        table = table.set_column(table.column_names.index(name), name, column)
+        table = table.set_column(number, name, _narrow(column))
     empty = [name for name in table.column_names if len(table) and table[name].null_count == len(table)]
     table = table.drop_columns(empty).combine_chunks()
     header = {"version": VERSION, "settings": asdict(settings), "integer_labels": integer_labels, "shards": entries}
     return table.replace_schema_metadata({KEY: json.dumps(header)})
+
+
+def _narrow(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Integers, and the numbers of a dictionary, in the smallest type that holds them: an index of a million samples
+    has 50 MiB instead of 70."""
+    if pa.types.is_dictionary(column.type):
+        values = column.chunk(0) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
+        kind = _narrowest(0, len(values.dictionary) if len(column) else 0)
+        return column.cast(pa.dictionary(kind, column.type.value_type))
+    if not pa.types.is_integer(column.type) or column.null_count == len(column):
+        return column
+    return column.cast(_narrowest(*pc.min_max(column).as_py().values()))
+
+
+def _narrowest(smallest: int, largest: int) -> pa.DataType:
+    return next(kind for kind, bits in INTEGER_TYPES if -(2**bits) <= smallest <= largest < 2**bits)
 
 
 def check_unique(table: pa.Table) -> None:
