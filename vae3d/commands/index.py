@@ -10,6 +10,7 @@ from vae3d.data.storage import is_url
 from vae3d.data.tar_index import Settings, Shard, build_index, samples_of
 from vae3d.data.webdataset import cached_index, find_shards, index_of
 from vae3d.data.workers import processor_count
+from vae3d.latents.tar_shards import latent_rows
 from vae3d.text import plural
 
 
@@ -22,8 +23,14 @@ def main(argv: list[str] | None = None) -> None:
         out = cached_index(shards, settings)
     if settings.kind == "latents" and (args.probe or args.media):
         raise DataError("--probe and --media are for videos and images; these shards hold latents")
-    with_probe = args.probe
-    table = build_index(shards, Path(out), settings, probe=with_probe, workers=args.workers or processor_count())
+    table = build_index(
+        shards,
+        Path(out),
+        settings,
+        scan=latent_rows if settings.kind == "latents" else None,
+        probe=args.probe,
+        workers=args.workers or processor_count(),
+    )
     size = Path(out).stat().st_size / 2**20
     print(f"{plural(len(table), 'sample')} in {plural(len(shards), 'shard')} -> {out} ({size:.1f} MiB)")
     if "error" in table.column_names:

@@ -376,19 +376,19 @@ class Settings:
     kind: str = "media"
     media: str | None = None
 
-    def scan(self, probe: bool) -> Scan:
-        if self.kind == "media":
-            return partial(media_rows, media=self.media, probe=probe)
-        from vae3d.latents.tar_shards import latent_rows
-
-        return latent_rows
-
 
 def build_index(
-    shards: Sequence[Shard], out: Path, settings: Settings, *, probe: bool = False, workers: int = 1
+    shards: Sequence[Shard],
+    out: Path,
+    settings: Settings,
+    *,
+    scan: Scan | None = None,
+    probe: bool = False,
+    workers: int = 1,
 ) -> pa.Table:
     """Read the headers of all shards and write their index, atomically.
 
+    scan: gives the rows of a shard; None: media_rows, with `probe`.
     The rows of each shard are kept in the folder `out`.parts until the index is written, so a run that was killed goes
     on. An index that is there already gives the rows of the shards that have not changed.
     Raises DataError that names every shard that cannot be indexed, and for a key that occurs twice.
@@ -398,7 +398,8 @@ def build_index(
         parts.mkdir(parents=True, exist_ok=True)
     tables = {} if probe else _kept(out, shards, settings)
     todo = [shard for shard in shards if shard.path not in tables]
-    work = partial(_index_shard, folder=parts, settings=settings, probe=probe)
+    scan = scan or partial(media_rows, media=settings.media, probe=probe)
+    work = partial(_index_shard, folder=parts, settings=settings, probe=probe, scan=scan)
     errors = []
     with _executor(todo, workers) as pool, progress(total=len(shards), unit="shard", desc="indexing") as bar:
         bar.update(len(tables))
@@ -435,7 +436,7 @@ def _executor(todo: Sequence[Shard], workers: int) -> Executor:
     return ThreadPoolExecutor(1)
 
 
-def _index_shard(shard: Shard, folder: Path, settings: Settings, probe: bool) -> pa.Table:
+def _index_shard(shard: Shard, folder: Path, settings: Settings, probe: bool, scan: Scan) -> pa.Table:
     """The rows of a shard: from the file that an earlier run left, or read now and kept in such a file."""
     name = hashlib.blake2b(shard.path.encode(), digest_size=12).hexdigest()
     file, made = folder / f"{name}.arrow", {"version": VERSION, "probe": probe, **asdict(settings), **asdict(shard)}
@@ -443,7 +444,7 @@ def _index_shard(shard: Shard, folder: Path, settings: Settings, probe: bool) ->
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
         if json.loads(table.schema.metadata[KEY])["made"] == made:
             return table
-    table = settings.scan(probe)(shard)
+    table = scan(shard)
     metadata = {KEY: json.dumps({**json.loads(table.schema.metadata[KEY]), "made": made})}
     table = table.replace_schema_metadata(metadata)
     with naming(file), atomic_write(file) as stream, pa.ipc.new_file(stream, table.schema) as writer:

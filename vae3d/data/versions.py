@@ -45,6 +45,22 @@ def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
     return version
 
 
+def _stored_version(path: str, hashed: bool) -> dict[str, Any] | None:
+    try:
+        size, version = size_and_version(path)
+        content = local_range(path).open() if hashed else None
+    except (OSError, MediaError):
+        return None
+    found: dict[str, Any] = {"bytes": size, "modified" if isinstance(version, int) else "version": version}
+    if content is not None:
+        with content:
+            digest = hashlib.sha256()
+            while block := content.read(2**20):
+                digest.update(block)
+            found["sha256"] = digest.hexdigest()
+    return found
+
+
 def file_stamps(paths: Iterable[str]) -> dict[str, list[int] | None]:
     """file_stamp of each distinct path, in threads. Of members of tars: their own bytes and the time of the tar, which
     is looked up once per tar."""

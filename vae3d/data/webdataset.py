@@ -25,6 +25,7 @@ from vae3d.data.storage import find_objects, is_url, list_urls, size_and_version
 from vae3d.data.tar_index import (
     INDEX,
     THREADS,
+    Scan,
     Settings,
     Shard,
     build_index,
@@ -67,7 +68,8 @@ class WebDataset:
         index, shards, where = open_index(self.paths, Settings("media", self.media), self.index)
         table = rows_of(index, shards)
         missing = int(table["num_frames"].isna().sum())
-        self.notes = [f"{plural(len(table), 'sample')} in {plural(len(shards), 'shard')}, by {where}"]
+        used = plural(len(pc.unique(index["shard"])), "shard")
+        self.notes = [f"{plural(len(table), 'sample')} in {used}, by {where}"]
         if missing:
             self.notes.append(f"{missing} of them without num_frames: `vae3d index --probe` stores it in the index")
         return table
@@ -135,11 +137,11 @@ def find_shards(patterns: Iterable[str]) -> list[Shard]:
 
 
 def open_index(
-    patterns: Sequence[str], settings: Settings, index: str | None = None
+    patterns: Sequence[str], settings: Settings, index: str | None = None, scan: Scan | None = None
 ) -> tuple[pa.Table, list[str], str]:
     """The index of tar shards, made now if there is none; absolute paths of its shards; and where it is.
 
-    Raises DataError.
+    scan: see build_index. Raises DataError.
     """
     if len(patterns) == 1 and patterns[0].endswith(".arrow"):
         return _checked_index(patterns[0], settings, None)
@@ -163,7 +165,7 @@ def open_index(
         own = not is_url(beside) and not os.path.exists(beside) and os.access(os.path.dirname(beside), os.W_OK)
         out = Path(beside) if own else cached
         log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
-        build_index(shards, out, settings, workers=processor_count())
+        build_index(shards, out, settings, scan=scan, workers=processor_count())
         return _checked_index(str(out), settings, paths)
     return _checked_index(str(cached), settings, paths)
 

@@ -87,7 +87,7 @@ class TarLatentCache(LatentCache):
     ) -> None:
         self.name, self.seed = str(path), seed
         try:
-            table, shards, _ = open_index([self.name], Settings("latents"))
+            table, shards, _ = open_index([self.name], Settings("latents"), scan=latent_rows)
         except DataError as error:
             raise CacheError(str(error)) from error
         self._top = _folder_with_meta(shards[0])
