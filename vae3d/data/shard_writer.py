@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from vae3d.data.dataset_rows import is_row, open_row
-from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
+from vae3d.data.images import IMAGE_SUFFIXES, image_info, is_sequence
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import probe
 from vae3d.data.readers import VIDEO_SUFFIXES
@@ -131,14 +130,14 @@ def write_shards(entries: Sequence[Entry], spans: Sequence[range], out: Path, wo
     """
     files = [out / f"{number:06d}.tar" for number in range(len(spans))]
     todo = [number for number, file in enumerate(files) if not file.is_file()]
-    with progress(total=len(files), unit="shard", desc="writing") as bar, ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    with progress(total=len(files), unit="shard", desc="writing") as bar:
         bar.update(len(files) - len(todo))
         try:
             for _ in pool.map(lambda number: _write_shard(files[number], entries, spans[number]), todo):
                 bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, those that have not begun
     build_index([find_shard(str(file)) for file in files], out / INDEX, Settings(), workers=workers)
     return files
 
@@ -187,11 +186,7 @@ def read_file(path: str) -> tuple[bytes, str]:
 
 
 def _image_extension(path: str, content: bytes) -> str:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            kind = str(image.format).lower()
-    except Exception as error:  # Pillow raises many
-        raise MediaError(path, f"is no image: {error}") from error
+    kind = image_info(Path(path), io.BytesIO(content)).codec
     return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
 
 

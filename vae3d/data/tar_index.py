@@ -30,6 +30,8 @@ import pyarrow.compute as pc
 
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.probe import read_metadata
+from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import SPLITS
 from vae3d.data.segments import SEGMENT_ERROR
 from vae3d.data.storage import is_url, member_path, open_range, size_and_version
@@ -283,8 +285,6 @@ def _media_member(path: str, sample: Sample, media: str | None) -> Member:
 
 
 def _is_media(extension: str) -> bool:
-    from vae3d.data.readers import VIDEO_SUFFIXES
-
     return os.path.splitext(f"x.{extension}")[1] in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
@@ -342,8 +342,6 @@ def _wrong(column: str, value: Any) -> str | None:
 
 def _probed(shard: Shard, table: pa.Table) -> pa.Table:
     """The table with all sizes, counts and rates; what does not open gets an error."""
-    from vae3d.data.probe import read_metadata
-
     names = (*INTEGERS, "fps")
     columns = {name: table[name].to_pylist() for name in (*names, "error")}
     for row, path in enumerate(member_paths(table, [shard.path] * len(table))):

@@ -111,18 +111,12 @@ def list_shards(path: str) -> list[str]:
     if is_url(path):
         found = list_urls(path) if is_tar(path) else [url for url in find_objects(path) if url.endswith(".tar")]
     elif os.path.isdir(path):
-        found = [os.path.join(path, name) for name in _tars_under(path)]
+        found = sorted(glob(os.path.join(escape(path), "**", "*.tar"), recursive=True))
     else:
         found = list_urls(path)
     if not found:
         raise DataError(f"{path}: no tar files are there")
     return found if is_url(path) else list(map(os.path.abspath, found))
-
-
-def _tars_under(folder: str) -> list[str]:
-    from vae3d.data.sources import files_under  # which imports this module
-
-    return [name for name in files_under(folder) if name.endswith(".tar")]
 
 
 def find_shards(patterns: Iterable[str]) -> list[Shard]:
