@@ -54,6 +54,7 @@ INTEGERS = ("num_frames", "height", "width")
 FLOATS = ("fps", "start", "end")
 INTEGER_TYPES = ((pa.int8(), 7), (pa.int16(), 15), (pa.int32(), 31), (pa.int64(), 63))
 TEXTS = ("text", "label", "split", "name", "error")
+COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # As webdataset splits a name: up to the first dot of its last component.
 MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
@@ -97,6 +98,8 @@ class Sample(NamedTuple):
 
 def find_shard(path: str) -> Shard:
     """A tar file as it is now. Raises DataError if it does not exist."""
+    if path.lower().endswith(COMPRESSED_TAR):
+        raise DataError(f"{path} is compressed; single samples can be read of plain tars only: decompress it")
     member_path(path, 0, 0, "x")  # raises for a name that paths of members cannot have
     if is_url(path):
         try:
@@ -418,7 +421,7 @@ def build_index(
     table = _joined([tables[shard.path] for shard in shards], shards, out, settings)
     if not len(table):
         raise DataError(f"{shards[0].path}{' and all others have' if len(shards) > 1 else ' has'} no samples")
-    check_unique(table)
+    check_unique(table, [shard.path for shard in shards])
     with naming(out), atomic_write(out) as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
     shutil.rmtree(parts, ignore_errors=True)
@@ -516,22 +519,23 @@ def _narrowest(smallest: int, largest: int) -> pa.DataType:
     return next(kind for kind, bits in INTEGER_TYPES if -(2**bits) <= smallest <= largest < 2**bits)
 
 
-def check_unique(table: pa.Table) -> None:
-    """Raise DataError that names a key which two samples have."""
+def check_unique(table: pa.Table, shards: Sequence[str]) -> None:
+    """Raise DataError that names a key which two samples have, and their shards. shards: their paths, by number."""
     keys = table["key"].to_pandas()
     repeated = keys.duplicated(keep="first").to_numpy()
     if not repeated.any():
         return
     second = int(repeated.argmax())
     first = int((keys == keys.iloc[second]).to_numpy().argmax())
-    shards = [table["shard"][row].as_py() for row in (first, second)]
-    if shards[0] == shards[1]:
+    numbers = table["shard"].combine_chunks().indices
+    one, other = (shards[numbers[row].as_py()] for row in (first, second))
+    if one == other:
         raise DataError(
-            f"{shards[0]} has the key {keys.iloc[second]} twice; the members of a sample must follow each other "
+            f"{one} has the key {keys.iloc[second]} twice; the members of a sample must follow each other "
             "(tar --sort=name)"
         )
     raise DataError(
-        f"{shards[0]} and {shards[1]} both have the key {keys.iloc[second]} ({plural(int(repeated.sum()), 'key')} in "
+        f"{one} and {other} both have the key {keys.iloc[second]} ({plural(int(repeated.sum()), 'key')} in "
         "all); is a shard there twice? Keys identify samples; scripts/make_shards.py writes shards with keys of their "
         "own"
     )

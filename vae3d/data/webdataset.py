@@ -23,6 +23,7 @@ from vae3d.data.media import DataError, MediaError
 from vae3d.data.rows import rows_from_paths
 from vae3d.data.storage import find_objects, is_url, list_urls, size_and_version
 from vae3d.data.tar_index import (
+    COMPRESSED_TAR,
     INDEX,
     THREADS,
     Scan,
@@ -41,7 +42,7 @@ from vae3d.data.workers import processor_count
 from vae3d.hashing import json_hash
 from vae3d.text import plural
 
-TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # the compressed ones raise a clear error
+TAR = (".tar", *COMPRESSED_TAR)  # the compressed ones raise a clear error
 NUMBERS = ("num_frames", "height", "width", "fps", "start", "end")
 log = logging.getLogger("vae3d")
 
