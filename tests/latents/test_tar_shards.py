@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 
 import pytest
 import torch
 
+from tests import http_server
 from tests.latents import caches
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.shards import CacheError
@@ -58,11 +60,26 @@ def test_another_autoencoder_a_changed_tar_and_a_missing_meta_are_errors(cached,
     tar.write_bytes(content)
     with pytest.raises(CacheError, match=f"{tar} has another modification time"):
         open_cache(copy / "webdataset")
-    import os
-
     os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(CacheError, match=r"checksum|NaN"):
         open_cache(copy / "webdataset", verify=True)
     (copy / "meta.json").unlink()
     with pytest.raises(CacheError, match=r"no meta\.json"):
         open_cache(copy / "webdataset")
+
+
+def test_shards_at_a_url_are_read_by_one_range_per_entry(cached, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    copy = shutil.copytree(cached, tmp_path / "copy")
+    (copy / "webdataset/index.arrow").unlink(missing_ok=True)
+    count = len(list((copy / "webdataset").glob("*.tar")))
+    whole = LatentCache(cached)
+    with http_server.serve(copy) as store:
+        tars = open_cache(f"{store.url}/webdataset/{{00000..{count - 1:05d}}}.tar")
+        store.requests.clear()
+        for index in range(len(whole)):
+            ours, theirs = tars.moments(index), whole.moments(index)
+            assert torch.equal(ours.mean, theirs.mean)
+            assert torch.equal(ours.std, theirs.std)
+        assert len(store.requests) == len(whole)
+        assert tars.statistics == whole.statistics
