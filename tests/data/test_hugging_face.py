@@ -17,7 +17,7 @@ from PIL import Image
 from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
-from vae3d.data import dataset_rows, probe
+from vae3d.data import dataset_rows, hugging_face, probe
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
@@ -68,7 +68,8 @@ def alone(tmp_path, monkeypatch):
 
 
 def forget():
-    for cached in (dataset_rows.open_splits, dataset_rows.encoded, dataset_rows._version):
+    rows = dataset_rows
+    for cached in (rows.open_splits, rows.open_stream, rows.encoded, rows.mapped, rows._version, hugging_face._shards):
         cached.cache_clear()
 
 
@@ -159,7 +160,7 @@ def test_splits_and_columns_are_chosen(tmp_path):
     with pytest.raises(DataError, match=r"data\.source\.val_split=x: "):
         HuggingFace(tmp_path / "a", val_split="x", column="image").table()
     hf.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "b")
-    with pytest.raises(DataError, match=r"holds images in none of its columns \(text\)$"):
+    with pytest.raises(DataError, match=r"holds images or videos in none of its columns \(text\)$"):
         HuggingFace(tmp_path / "b").table()
 
 
@@ -174,9 +175,9 @@ def test_what_is_no_dataset_is_refused(tmp_path):
     rows(2).save_to_disk(tmp_path / "saved")
     with pytest.raises(MediaError, match=r"2\.hfimage: the dataset has 2 rows, counted from 0"):
         open_media(tmp_path / "saved/train/image/2.hfimage")
-    with pytest.raises(MediaError, match=r"has no split `val` with images in a column `image`"):
+    with pytest.raises(MediaError, match=r"has no split `val` with images or videos in a column `image`"):
         open_media(tmp_path / "saved/val/image/0.hfimage")
-    with pytest.raises(MediaError, match=r"has no split `train` with images in a column `label`"):
+    with pytest.raises(MediaError, match=r"has no split `train` with images or videos in a column `label`"):
         open_media(tmp_path / "saved/train/label/0.hfimage")
 
 

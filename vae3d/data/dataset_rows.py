@@ -1,9 +1,11 @@
-"""Images in local Hugging Face datasets, addressed by paths:
+"""Images and videos in local Hugging Face datasets, addressed by paths (rows count from 0):
 
-    /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfimage        (rows count from 0)
+    /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfimage
+    /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfvideo
 
-A dataset is opened once per process and memory-mapped: processes share its pages, and only requested rows are read.
-Needs the package datasets (the extra `huggingface`), which never goes online here.
+A row's encoded bytes are a range of an Arrow file, which is memory-mapped: processes share its pages, and only the
+requested rows are read. Needs the package datasets (the extra `huggingface`). Goes online only for streams, and only
+with VAE3D_ONLINE=1.
 """
 
 from __future__ import annotations
@@ -12,14 +14,20 @@ import io
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 from urllib.parse import quote, unquote
 
+import numpy as np
+import pyarrow as pa
 import yaml
 
+from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, MediaError, one_line
 from vae3d.data.tables import kind_of
 from vae3d.text import plural
@@ -27,33 +35,51 @@ from vae3d.text import plural
 if TYPE_CHECKING:
     import datasets
 
-SUFFIX = ".hfimage"
+IMAGE, VIDEO = "image", "video"
+SUFFIXES = {IMAGE: ".hfimage", VIDEO: ".hfvideo"}
 SAVED = ("dataset_dict.json", "state.json")  # of DatasetDict.save_to_disk, and of Dataset.save_to_disk
 TABLES = (".parquet", ".arrow")
+SHARDS_OF_SAVED = 64  # into which a stream divides a split that save_to_disk wrote, which is read at random anyway
+STORED = {"bytes", "path"}  # fields of an image or a video in Arrow
+IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, BMP, TIFF; WebP starts as AVI does
 
 
-def row_path(folder: str | Path, split: str, column: str, row: int) -> str:
-    """The path of a row's image, for open_media."""
-    return os.path.join(os.path.abspath(folder), quote(split, ""), quote(column, ""), f"{row}{SUFFIX}")
+def row_path(folder: str | Path, split: str, column: str, row: int | str, kind: str = IMAGE) -> str:
+    """The path of a row's image or video, for open_media."""
+    return os.path.join(os.path.abspath(folder), quote(split, ""), quote(column, ""), f"{row}{SUFFIXES[kind]}")
 
 
 def is_row(path: str | Path) -> bool:
-    return str(path).endswith(SUFFIX)
+    return str(path).endswith(tuple(SUFFIXES.values()))
+
+
+def is_image_row(path: str | Path) -> bool:
+    return str(path).endswith(SUFFIXES[IMAGE])
 
 
 def open_row(path: str | Path) -> BinaryIO:
-    """The encoded image of a row. Raises MediaError if the row does not exist, or has no image."""
-    folder, split, column, row = _parts(path)
+    """The encoded image or video of a row. Raises MediaError if the row does not exist, or is empty."""
+    column, row = _locate(path)
+    return io.BytesIO(column.content(row))
+
+
+def row_range(path: str | Path) -> tuple[Path, int, int]:
+    """Where the bytes of a row are: the Arrow file, and offset and size in it. Raises MediaError as open_row does."""
+    column, row = _locate(path)
+    return column.range(row)
+
+
+def _locate(path: str | Path) -> tuple[Column, int]:
+    folder, split, name, row = _parts(path)
     try:
-        images = encoded(folder, split, column)
+        column = mapped(folder, split, name)
     except DataError as error:
         raise MediaError(path, str(error)) from error
-    if row >= len(images):
-        raise MediaError(path, f"the dataset has {plural(len(images), 'row')}, counted from 0")
-    image = images[row][column][0]
-    if not image.is_valid or not image["bytes"].is_valid:
-        raise MediaError(path, "has no image")
-    return io.BytesIO(image["bytes"].as_py())
+    if row >= len(column):
+        raise MediaError(path, f"the dataset has {plural(len(column), 'row')}, counted from 0")
+    if column.is_null(row):
+        raise MediaError(path, f"has no {IMAGE if is_image_row(path) else VIDEO}")
+    return column, row
 
 
 def version_of(path: str | Path) -> list[int] | None:
@@ -72,54 +98,226 @@ def _version(folder: str, split: str, column: str) -> tuple[int, int]:
 
 def _parts(path: str | Path) -> tuple[str, str, str, int]:
     """Folder, split, column and row. Raises MediaError."""
-    found = re.fullmatch(rf"(.+)/([^/]+)/([^/]+)/([0-9]+){re.escape(SUFFIX)}", str(path))
+    found = re.fullmatch(r"(.+)/([^/]+)/([^/]+)/([0-9]+)(\.hfimage|\.hfvideo)", str(path))
     if not found:
-        raise MediaError(path, f"is no row of a dataset: FOLDER/SPLIT/COLUMN/ROW{SUFFIX}")
+        kind = IMAGE if is_image_row(path) else VIDEO
+        raise MediaError(path, f"is no row of a dataset: FOLDER/SPLIT/COLUMN/ROW{SUFFIXES[kind]}")
     return found[1], unquote(found[2]), unquote(found[3]), int(found[4])
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows of one record batch. offsets: [rows + 1], of the bytes from `start` in the file; null: [rows] bool, or None
+    if all rows have bytes."""
+
+    file: Path
+    content: pa.Buffer  # the whole file, memory-mapped
+    start: int
+    offsets: np.ndarray
+    null: np.ndarray | None
+
+
+class Column:
+    """The encoded bytes of a column of images or videos, in memory-mapped Arrow files.
+
+    files: of the column's split, in order. rows: that all of them have. Raises DataError for compressed files.
+    """
+
+    def __init__(self, files: list[str], name: str, rows: int) -> None:
+        self.chunks = [chunk for file in files for chunk in _chunks(file, name)]
+        self.ends = np.cumsum([len(chunk.offsets) - 1 for chunk in self.chunks], dtype=np.int64)
+        if len(self) != rows:
+            raise DataError(
+                f"the Arrow files of column `{name}` ({', '.join(files[:3])}) have {plural(len(self), 'row')}, the "
+                f"dataset has {rows}; write it again with save_to_disk"
+            )
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def is_null(self, row: int) -> bool:
+        chunk, i = self._find(row)
+        return chunk.null is not None and bool(chunk.null[i])
+
+    def range(self, row: int) -> tuple[Path, int, int]:
+        """File, offset, and size of a row's bytes."""
+        chunk, i = self._find(row)
+        first, last = chunk.offsets[i : i + 2].tolist()
+        return chunk.file, chunk.start + first, last - first
+
+    def content(self, row: int) -> pa.Buffer:
+        """The bytes of a row, not copied."""
+        _, offset, size = self.range(row)
+        return self._find(row)[0].content.slice(offset, size)
+
+    def nulls(self) -> np.ndarray:
+        """[rows] bool: without bytes. Reads no bytes."""
+        parts = [np.zeros(len(c.offsets) - 1, bool) if c.null is None else c.null for c in self.chunks]
+        return np.concatenate(parts) if parts else np.zeros(0, bool)
+
+    def _find(self, row: int) -> tuple[_Chunk, int]:
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        return self.chunks[number], row - (int(self.ends[number - 1]) if number else 0)
+
+
+def _chunks(file: str, name: str) -> list[_Chunk]:
+    with pa.memory_map(file) as source:
+        content = source.read_buffer()
+    found = []
+    for batch in pa.ipc.open_stream(content):
+        stored = batch.column(name)
+        values = stored.field("bytes")
+        null = None
+        if stored.null_count or values.null_count:
+            null = ~np.asarray(stored.is_valid()) | ~np.asarray(values.is_valid())
+        _, offsets, data = values.buffers() if len(values) and values.type != pa.null() else (None, None, None)
+        kind = np.int64 if pa.types.is_large_binary(values.type) else np.int32
+        if offsets is None:
+            starts = np.zeros(len(values) + 1, kind)
+        else:
+            starts = np.frombuffer(offsets, kind)[values.offset : values.offset + len(values) + 1]
+        start = data.address - content.address if data is not None and data.size else 0
+        if not 0 <= start <= content.size:
+            raise DataError(f"{file} is compressed; write the dataset again with save_to_disk, which does not compress")
+        found.append(_Chunk(Path(file), content, start, starts, null))
+    return found
+
+
+@lru_cache(maxsize=8)
+def mapped(folder: str, split: str, column: str) -> Column:
+    """The bytes of a column. Raises DataError."""
+    rows = encoded(folder, split, column)
+    return Column([file["filename"] for file in rows.cache_files], column, len(rows))
 
 
 @lru_cache(maxsize=8)
 def encoded(folder: str, split: str, column: str) -> datasets.Dataset:
-    """The column alone, as Arrow tables: images are neither decoded nor copied. Raises DataError."""
+    """The column alone, as Arrow tables: images and videos are neither decoded nor copied. Raises DataError."""
     splits = open_splits(folder)
-    if split not in splits or column not in image_columns(splits[split]):
-        raise DataError(f"{folder} has no split `{split}` with images in a column `{column}`")
+    if split not in splits or column not in media_columns(splits[split].features):
+        raise DataError(f"{folder} has no split `{split}` with images or videos in a column `{column}`")
     return splits[split].select_columns([column]).with_format("arrow")
 
 
-def image_columns(rows: datasets.Dataset) -> list[str]:
-    """Columns of images, or of their stored form {bytes, path}."""
-    image = _library().Image
-    stored = {"bytes", "path"}
-    return [
-        name
-        for name, kind in rows.features.items()
-        if isinstance(kind, image) or (isinstance(kind, dict) and set(kind) == stored)
-    ]
+def media_columns(features: Mapping[str, Any], first: Callable[[str], Any] = lambda column: None) -> dict[str, str]:
+    """Column -> "image" or "video".
+
+    A column of {bytes, path} that names no type is what the suffix of its first row's path says or, without one, the
+    first bytes. first: a column -> the first row's {bytes, path}, or None if there is none.
+    """
+    library = _library()
+    kinds = {library.Image: IMAGE, getattr(library, "Video", library.Image): VIDEO}
+    found = {}
+    for name, kind in features.items():
+        if type(kind) in kinds:
+            found[name] = kinds[type(kind)]
+        elif isinstance(kind, dict) and set(kind) == STORED:
+            found[name] = _kind_of_content(first(name))
+    return found
+
+
+def nested_columns(features: Mapping[str, Any]) -> list[str]:
+    """Columns that are lists or structures of images or videos."""
+    media = set(media_columns(features))
+    return [name for name, kind in features.items() if name not in media and _holds_media(kind)]
+
+
+def _holds_media(kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return any(map(_holds_media, kind.values()))
+    if isinstance(kind, list | tuple):
+        return any(map(_holds_media, kind))
+    return bool(media_columns({"": kind})) or (hasattr(kind, "feature") and _holds_media(kind.feature))
+
+
+def _kind_of_content(stored: Any) -> str:
+    path, content = (stored or {}).get("path"), (stored or {}).get("bytes") or b""
+    if path and Path(path).suffix:
+        return IMAGE if Path(path).suffix.lower() in IMAGE_SUFFIXES else VIDEO
+    is_image = content.startswith(IMAGE_STARTS) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
+    return IMAGE if is_image or not content else VIDEO
 
 
 @lru_cache(maxsize=4)
 def open_splits(folder: str) -> dict[str, datasets.Dataset]:
     """All splits of a dataset. Raises DataError if the folder holds none."""
     library = _library()
+    _check_local(folder)
+    with opening_errors(folder):
+        load = library.load_from_disk if is_saved(folder) else library.load_dataset
+        opened = load(folder, keep_in_memory=False)  # memory-mapped, also if IN_MEMORY_MAX_SIZE is set
+    return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+
+
+@lru_cache(maxsize=4)
+def open_stream(path: str) -> dict[str, datasets.IterableDataset]:
+    """All splits of a dataset, to be read in the order of its files; images and videos are not decoded.
+
+    path: a folder or, with VAE3D_ONLINE=1, OWNER/NAME on the hub. Raises DataError.
+    """
+    library = _library()
+    if os.path.isdir(path) or not is_hub_name(path):
+        _check_local(path)
+    elif not is_online():
+        raise DataError(
+            f"{path}: no such folder; VAE3D_ONLINE=1 in the environment allows to stream it from the hub; or get it "
+            f"with: {download_command(path)}"
+        )
+    if is_saved(path):
+        opened: Any = {
+            name: rows.to_iterable_dataset(num_shards=min(len(rows), SHARDS_OF_SAVED) or 1)
+            for name, rows in open_splits(path).items()
+        }
+    else:
+        with opening_errors(path):
+            opened = library.load_dataset(path, streaming=True)
+    return {name: rows if rows.features is None else rows.decode(False) for name, rows in opened.items()}
+
+
+@contextmanager
+def opening_errors(path: str) -> Iterator[None]:
+    """Turn errors of the package into DataError."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        pa.ArrowException,
+        _library().exceptions.DatasetsError,
+    ) as error:
+        raise DataError(f"{path} cannot be opened as a dataset: {one_line(error, 500)}") from error
+
+
+def _check_local(folder: str) -> None:
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder{how_to_download(folder)}")
     if remote := _remote_file(Path(folder)):
         raise DataError(f"{folder}: the data files that its README.md names are on the network ({remote})")
-    try:
-        opened = library.load_from_disk(folder) if is_saved(folder) else library.load_dataset(folder)
-    except (OSError, ValueError, ImportError, KeyError, library.exceptions.DatasetsError) as error:
-        raise DataError(f"{folder} cannot be opened as a dataset: {one_line(error, 500)}") from error
-    return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+
+
+def is_online() -> bool:
+    """Whether the user allows that datasets are streamed from the hub."""
+    return os.environ.get("VAE3D_ONLINE") == "1"
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Whether `path` may be the name of a dataset on the hub, OWNER/NAME."""
+    is_file_name = kind_of(path) is not None or Path(path).suffix == ".arrow"
+    return not is_file_name and bool(re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)))
 
 
 def how_to_download(path: str | Path) -> str:
     """A hint if `path`, which does not exist, may be the name of a dataset on the hub; else empty."""
-    is_file_name = kind_of(path) is not None or Path(path).suffix == ".arrow"
-    if is_file_name or not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)):
+    if not is_hub_name(path):
         return ""
-    name = Path(path).name
-    return f"; if it is a dataset on the hub, get it with: hf download {path} --repo-type dataset --local-dir {name}"
+    streamed = "VAE3D_ONLINE=1 in the environment and data=hf_videos data.source.streaming=true"
+    return f"; if it is a dataset on the hub, get it with: {download_command(path)}; or stream it: {streamed}"
+
+
+def download_command(name: str | Path) -> str:
+    return f"hf download {name} --repo-type dataset --local-dir {Path(name).name}"
 
 
 def is_saved(folder: str | Path) -> bool:
@@ -133,7 +331,8 @@ def has_tables(folder: str | Path) -> bool:
 
 
 def _library() -> ModuleType:
-    os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # read when the package is imported
+    if not is_online():
+        os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # read when the package is imported
     try:
         import datasets
     except ImportError as error:

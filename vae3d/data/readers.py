@@ -6,12 +6,14 @@ in which a decoder returns them.
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +23,11 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from vae3d.data.dataset_rows import is_row, open_row
+from vae3d.data.dataset_rows import is_image_row, is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
+from vae3d.data.memory_file import memory_file
 from vae3d.data.video_index import (
     KEYS_BACK,
     FrameSource,
@@ -38,6 +41,7 @@ from vae3d.data.video_index import (
 )
 from vae3d.text import plural
 
+T = TypeVar("T")
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".asf", ".flv", ".ogv", ".gif"),
@@ -54,7 +58,7 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: 
     """
     path = Path(path)
     if is_row(path):
-        return ImageReader(path, open_row(path), alpha)
+        return open_encoded(path, open_row(path).getvalue(), is_image_row(path), reader, threads, alpha)
     if is_sequence(path):
         return SequenceReader(path, alpha)
     _require_file(path)
@@ -64,6 +68,51 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: 
     if suffix not in VIDEO_SUFFIXES:
         raise MediaError(path, f"unknown extension {suffix!r}; known: {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return READERS[reader](path, threads, alpha)
+
+
+def open_encoded(
+    path: str | Path,
+    content: bytes,
+    image: bool,
+    reader: str = "auto",
+    threads: int = 1,
+    alpha: bool | None = False,
+) -> Reader:
+    """Open an encoded image or video in memory; `path` is its name in messages. Otherwise as open_media."""
+    path = Path(path)
+    if not content:
+        raise MediaError(path, "is empty (0 bytes)")
+    if image:
+        return ImageReader(path, io.BytesIO(content), alpha)
+    return _InMemory(path, content, lambda file: READERS[reader](file, threads, alpha))
+
+
+class _InMemory:
+    """A reader of a video in memory, which its library opens by the name of a file that only memory holds."""
+
+    def __init__(self, path: Path, content: bytes, opener: Callable[[Path], Reader]) -> None:
+        self.path, self.file = path, memory_file(content)
+        self.reader: Reader | None = None
+        try:
+            self.reader = self._named(lambda: opener(self.file.path))
+        except MediaError:
+            self.file.close()
+            raise
+        self.info, self.alpha = self.reader.info, self.reader.alpha
+        self.times = getattr(self.reader, "times", None)
+
+    def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
+        return self._named(lambda: self.reader.read(indices, size))
+
+    def close(self) -> None:
+        self.reader.close()
+        self.file.close()
+
+    def _named(self, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except MediaError as error:
+            raise MediaError(self.path, error.reason) from error
 
 
 def open_pair(first: str | Path, second: str | Path, threads: int = 1) -> tuple[Reader, Reader]:
@@ -90,7 +139,7 @@ def media_info(path: str | Path) -> MediaInfo:
     """Metadata of what open_media opens; of an image from its header, in 50 microseconds. Raises MediaError, though not
     for transparent pixels."""
     path = Path(path)
-    if is_row(path):
+    if is_image_row(path):
         return image_info(path, open_row(path))
     if is_image(path):
         _require_file(path)
@@ -101,7 +150,7 @@ def media_info(path: str | Path) -> MediaInfo:
 
 def is_image(path: str | Path) -> bool:
     """Whether open_media opens it as a single image."""
-    return is_row(path) or (str(path).lower().endswith(IMAGE_SUFFIXES) and not is_sequence(path))
+    return is_image_row(path) or (str(path).lower().endswith(IMAGE_SUFFIXES) and not is_sequence(path))
 
 
 def _require_file(path: Path) -> None:

@@ -46,6 +46,7 @@ from av.video.stream import VideoStream
 from pydantic import TypeAdapter
 
 from vae3d.data.media import MediaError, MediaInfo, Size, one_line
+from vae3d.data.memory_file import is_memory_file
 from vae3d.io import atomic_write
 
 VERSION = 4  # of the cache; start value of its CRC-32, so that files of other versions are rebuilt
@@ -754,6 +755,8 @@ _kept_lock = threading.Lock()
 
 def open_source(path: Path, threads: int = 1) -> FrameSource:
     """The source of a file: one that was kept, if the file has not changed since. Raises MediaError."""
+    if is_memory_file(path):  # has no version by which to find it again
+        return FrameSource(path, build(path), threads)
     stat = path.stat()
     version = (os.path.abspath(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, cache_folder())
     if threads == 1:
