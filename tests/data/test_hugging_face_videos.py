@@ -23,7 +23,7 @@ from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import is_image, media_info, open_media
 from vae3d.data.sources import open_source
-from vae3d.data.streaming import Position, ShuffledItems, StreamingData, StreamingSchedule, open_item, stream_notes
+from vae3d.data.streaming import Position, ShuffledItems, StreamingData, StreamingSchedule, opened, stream_notes
 
 hf = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("alone", "fresh_accelerate")
@@ -93,15 +93,14 @@ def test_videos_are_read_as_from_their_files(kind, clips, request):
 
 def test_the_bytes_of_a_row_are_a_range_of_the_arrow_file(saved, clips):
     for i in (0, 3, COUNT - 1):
-        file, offset, size = row_range(f"{saved}/train/video/{i}.hfvideo")
-        assert file.read_bytes()[offset : offset + size] == clips[i].read_bytes()
+        assert row_range(f"{saved}/train/video/{i}.hfvideo").read() == clips[i].read_bytes()
 
 
 def test_several_record_batches_and_files(clips, tmp_path):
     rows(clips).save_to_disk(tmp_path / "set", num_shards=2)
     forget()
     table = HuggingFace(tmp_path / "set").table()
-    files = {row_range(path)[0].name for path in table["path"]}
+    files = {row_range(path).file.name for path in table["path"]}
     assert files == {"data-00000-of-00002.arrow", "data-00001-of-00002.arrow"}
     np.testing.assert_array_equal(pixels(table["path"][COUNT - 1]), pixels(clips[-1]))
 
@@ -183,9 +182,8 @@ def test_a_stream_gives_the_frames_of_the_files(kind, clips, request):
     for clip in clips:
         item = found[clip.read_bytes()]
         assert item.path.endswith(".hfvideo")
-        reader = open_item(item, SETTINGS)
-        np.testing.assert_array_equal(reader.read(range(reader.info.num_frames)), pixels(clip))
-        reader.close()
+        with opened(item, SETTINGS) as reader:
+            np.testing.assert_array_equal(reader.read(range(reader.info.num_frames)), pixels(clip))
     if kind == "repository":
         assert [item.path for item in stream.read(0, 1)] == [item.path for item in stream.read(0)][1:]
 

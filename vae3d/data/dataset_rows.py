@@ -29,6 +29,7 @@ import yaml
 
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.storage import FileRange
 from vae3d.data.tables import kind_of
 from vae3d.text import plural
 
@@ -63,10 +64,14 @@ def open_row(path: str | Path) -> BinaryIO:
     return io.BytesIO(column.content(row))
 
 
-def row_range(path: str | Path) -> tuple[Path, int, int]:
-    """Where the bytes of a row are: the Arrow file, and offset and size in it. Raises MediaError as open_row does."""
+def row_range(path: str | Path) -> FileRange:
+    """The range of an Arrow file that holds a row. Raises MediaError as open_row does, and if the row has no bytes."""
     column, row = _locate(path)
-    return column.range(row)
+    file, offset, size = column.range(row)
+    if not size:
+        raise MediaError(path, "is empty (0 bytes)")
+    stat = os.stat(file)
+    return FileRange(str(path), file, offset, size, (stat.st_size, stat.st_mtime_ns), (stat.st_dev, stat.st_ino))
 
 
 def _locate(path: str | Path) -> tuple[Column, int]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 NO_LABEL = -1  # of test sets whose labels are kept secret
 HELD_OUT = ("validation", "valid", "val", "test")  # the first that exists is the validation split
+TEXTS = ("string", "large_string")  # types
 CAPTIONS = ("text", "caption", "prompt")  # the first that exists gives the captions
 
 
@@ -133,7 +134,7 @@ class HuggingFace:
         raise DataError(f"{setting}{folder} holds {found}{hint}")
 
     def _text_column(self, folder: str, features: Mapping[str, Any]) -> str | None:
-        texts = [name for name, kind in features.items() if getattr(kind, "dtype", None) in ("string", "large_string")]
+        texts = [name for name, kind in features.items() if getattr(kind, "dtype", None) in TEXTS]
         if self.text_column is None:
             return next((name for name in CAPTIONS if name in texts), None)
         if self.text_column not in texts:

@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-DESCRIPTORS = Path("/proc/self/fd")
-PREFIX = "vae3d-memory-"  # of temporary files
+from vae3d.data.storage import FileRange
 
 
-@dataclass(frozen=True)
-class MemoryFile:
-    """path: opens in this process, until `close`."""
-
-    path: Path
-    close: Callable[[], None]
-
-
-def memory_file(content: bytes) -> MemoryFile:
-    """A file with this content: in memory on Linux, elsewhere a temporary one."""
+@contextmanager
+def memory_file(name: str, content: bytes) -> Iterator[FileRange]:
+    """A file with this content, within the block: in memory on Linux, elsewhere a temporary one. name: for messages."""
     if not hasattr(os, "memfd_create"):
-        file = tempfile.NamedTemporaryFile(prefix=PREFIX)  # noqa: SIM115
-        file.write(content)
-        file.flush()
-        return MemoryFile(Path(file.name), file.close)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            yield FileRange(name, Path(file.name), 0, len(content), ())
+        return
     descriptor = os.memfd_create("vae3d")
-    with open(descriptor, "wb", closefd=False) as stream:
-        stream.write(content)
-    return MemoryFile(DESCRIPTORS / str(descriptor), lambda: os.close(descriptor))
-
-
-def is_memory_file(path: Path) -> bool:
-    return path.parent == DESCRIPTORS or path.name.startswith(PREFIX)
+    try:
+        with open(descriptor, "wb", closefd=False) as stream:
+            stream.write(content)
+        yield FileRange(name, Path(f"/proc/self/fd/{descriptor}"), 0, len(content), ())
+    finally:
+        os.close(descriptor)

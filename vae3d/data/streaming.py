@@ -11,10 +11,11 @@ integers, from which the same command goes on with the same clips. With other ra
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -37,8 +38,10 @@ from vae3d.data.clips import (
     read_clip,
     to_sample,
 )
+from vae3d.data.images import ImageReader
 from vae3d.data.media import DataError, MediaError, Reader
-from vae3d.data.readers import open_encoded
+from vae3d.data.memory_file import memory_file
+from vae3d.data.readers import READERS
 from vae3d.data.rows import rows_from_paths
 from vae3d.data.workers import load
 from vae3d.seeding import seed_of
@@ -243,7 +246,7 @@ class ClipStream(IterableDataset):
             item = next(items)
             self.read += 1
             try:
-                with closing(open_item(item, self.settings)) as reader:
+                with opened(item, self.settings) as reader:
                     if has_clip(reader, self.settings, index.frames):
                         sample = augmented_clip(reader, item.path, index, self.settings, self.schedule.seed)
                         return replace(sample, errors=errors)
@@ -265,14 +268,22 @@ class ClipStream(IterableDataset):
         )
 
 
-def open_item(item: StreamItem, settings: ClipSettings) -> Reader:
-    """Raises MediaError."""
-    if item.content is None:
-        return open_frames(item.path, settings)
-    if settings.depth is not None:
-        raise MediaError(item.path, "is no file; data.depth reads files")
-    alpha = settings.channels == 4
-    return open_encoded(item.path, item.content, item.kind == "image", settings.reader, alpha=alpha)
+@contextmanager
+def opened(item: StreamItem, settings: ClipSettings) -> Iterator[Reader]:
+    """A reader of an item within the block. Raises MediaError."""
+    with ExitStack() as stack:
+        if item.content is None:
+            reader = open_frames(item.path, settings)
+        elif settings.depth is not None:
+            raise MediaError(item.path, "is no file; data.depth reads files")
+        elif not item.content:
+            raise MediaError(item.path, f"has no {item.kind}")
+        elif item.kind == "image":
+            reader = ImageReader(item.path, io.BytesIO(item.content), settings.channels == 4)
+        else:
+            file = stack.enter_context(memory_file(item.path, item.content))
+            reader = READERS[settings.reader](file, 1, settings.channels == 4)
+        yield stack.enter_context(closing(reader))
 
 
 def has_clip(reader: Reader, settings: ClipSettings, frames: int) -> bool:
@@ -290,7 +301,7 @@ def has_clip(reader: Reader, settings: ClipSettings, frames: int) -> bool:
 class StreamingData:
     """The data of a training run from a stream; see loader.TrainingData, which has the same interface."""
 
-    stream: Stream
+    stream: ShardedStream
     schedule: StreamingSchedule
     settings: ClipSettings
     shuffle: int
@@ -459,7 +470,7 @@ def first_clips(
         if found == count or number == limit:
             break
         try:
-            with closing(open_item(item, settings)) as reader:
+            with opened(item, settings) as reader:
                 if has_clip(reader, settings, frames):
                     found += 1
                     if (found - 1) % world_size == rank:
