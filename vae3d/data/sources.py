@@ -27,7 +27,7 @@ from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
-from vae3d.data.storage import find_objects, folder_of, is_stored, list_urls, split_member, suffix_of
+from vae3d.data.storage import find_objects, folder_of, is_stored, list_urls, local_name, split_member, suffix_of
 from vae3d.data.tables import JSON, kind_of, read_table
 
 ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
@@ -43,6 +43,7 @@ class Source(Protocol):
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder, else a
     Folder. path: local or a URL. Raises DataError for a file of another kind."""
+    path = local_name(str(path)) or path
     stored = is_stored(path)
     if not stored and holds_dataset(path):
         return HuggingFace(path)
@@ -88,6 +89,7 @@ class Folder:
     """
 
     def __init__(self, path: str | Path) -> None:
+        path = local_name(str(path)) or path
         self.path = path if is_stored(path) else Path(path)
 
     def table(self) -> pd.DataFrame:

@@ -63,7 +63,7 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries at most, doubled e
 TIMEOUT = 60.0  # seconds without a byte, over HTTP; s3fs and gcsfs have their own limits
 PIECE = 2**26  # bytes of a range read; a larger object is read in pieces
 LOG_EVERY = 60.0  # seconds between two lines about retries
-KNOWN_VERSIONS = 2**18  # objects whose size and version a process remembers
+KNOWN_VERSIONS = 2**16  # objects whose size and version a process remembers
 
 DEFAULT_GIB = 20.0
 GIB = 2**30
@@ -151,6 +151,7 @@ def suffix_of(path: str | Path) -> str:
 
 def resolve(root: str | Path, name: str) -> str:
     """The stored path `name`, relative to `root`, a folder or a URL, unless it is absolute."""
+    name = local_name(name) or name
     if is_url(name):
         return name
     member = split_member(name)
@@ -174,8 +175,8 @@ def folder_of(path: str | Path) -> str | Path:
     return os.fspath(path).rpartition("/")[0]
 
 
-def _local_name(path: str) -> str | None:
-    """The local path of a file or of a file:// URL; None for a remote URL."""
+def local_name(path: str) -> str | None:
+    """The path of a local file or of a file:// URL; None for other URLs."""
     protocol = URL.match(path)
     if protocol is None:
         return path
@@ -282,7 +283,7 @@ def local_range(path: str | Path) -> FileRange:
     name = os.fspath(path)
     member = split_member(name)
     tar, offset, size, _ = member or (name, 0, None, "")
-    local = _local_name(tar)
+    local = local_name(tar)
     if local is None:
         size, version = size_and_version(name)
         return FileRange(name, _cached(name, size, version), 0, size, (size, version))
@@ -315,7 +316,7 @@ def size_and_version(path: str | Path) -> tuple[int, int | str]:
     name = os.fspath(path)
     member = split_member(name)
     tar, offset, size, _ = member or (name, 0, None, "")
-    local = _local_name(tar)
+    local = local_name(tar)
     if local is not None:
         stat = _stat(name, local)
         total, version = stat.st_size, stat.st_mtime_ns
@@ -349,7 +350,7 @@ def open_range(url: str | Path, offset: int, size: int) -> bytes:
     """
     url = os.fspath(url)
     name = f"{url} (bytes {offset} to {offset + size})"
-    local = _local_name(url)
+    local = local_name(url)
     if local is None:
         return _fetch(url, offset, size, name)
     try:
@@ -597,11 +598,9 @@ def _count_retry(url: str, state: RetryCallState) -> None:
 
 def _status_of(error: BaseException) -> int | None:
     """The HTTP status of an error: of aiohttp, gcsfs, or of libraries that keep the response."""
-    response = getattr(error, "response", None)
-    for value in (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None)):
-        if isinstance(value, int) and 100 <= value < 600:
-            return value
-    return None
+    places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
+    found = (getattr(holder, name, None) for holder, name in places)
+    return next((value for value in found if isinstance(value, int) and 100 <= value < 600), None)
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -625,7 +624,8 @@ def _lasting(error: Exception, url: str, name: str) -> Exception:
     """The error to raise; `error` itself if it is a bug."""
     status = _status_of(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return MediaError(name, f"no such object{f' (status {status})' if status else ''}")
+        what = f"no such object (status {status})" if status else "no such object or bucket"
+        return MediaError(name, what)
     denied = isinstance(error, PermissionError) or status in (401, 403)
     if denied or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         protocol = url.partition(":")[0].upper()
@@ -640,6 +640,8 @@ def _lasting(error: Exception, url: str, name: str) -> Exception:
 def _described(error: BaseException) -> str:
     status = _status_of(error)
     text = one_line(error, 200)
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return "no answer in time"
     if status:
         return f"status {status}" + (f" {error.message}" if getattr(error, "message", "") else "")
     return text if type(error).__name__ in text else f"{type(error).__name__}: {text}"
@@ -699,7 +701,7 @@ def _cached(name: str, size: int, version: int | str) -> Path:
 
 
 def _read_piece(url: str, offset: int, size: int, name: str) -> bytes:
-    return open_range(url, offset, size) if _local_name(url) is not None else _fetch(url, offset, size, name)
+    return open_range(url, offset, size) if local_name(url) is not None else _fetch(url, offset, size, name)
 
 
 def _unusable(error: OSError) -> StorageError:
@@ -787,7 +789,7 @@ def list_urls(pattern: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    local = _local_name(pattern)
+    local = local_name(pattern)
     if local is not None:
         names = sorted(glob.glob(glob.escape(local).replace("[*]", "*"), recursive=True))
         return [f"file://{name}" if local != pattern else name for name in names]
