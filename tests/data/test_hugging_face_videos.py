@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,12 +19,12 @@ from vae3d.config.issues import ConfigError
 from vae3d.data import streaming
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.clips import ClipSettings
-from vae3d.data.dataset_rows import row_range
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import is_image, media_info, open_media
 from vae3d.data.sources import open_source
+from vae3d.data.storage import name_of, split_member
 from vae3d.data.streaming import Position, ShuffledItems, StreamingData, StreamingSchedule, opened, stream_notes
 
 hf = pytest.importorskip("datasets")
@@ -79,7 +81,7 @@ def test_videos_are_read_as_from_their_files(kind, clips, request):
     folder = request.getfixturevalue(kind)
     source = open_source(folder)
     table = source.table()
-    assert table["path"].tolist()[0] == f"{folder}/train/video/0.hfvideo"
+    assert name_of(table["path"][COUNT]) == "validation/video/0.hfvideo"
     assert table["split"].tolist() == ["train"] * COUNT + ["val"] * 2
     assert table["num_frames"].isna().all()
     assert source.notes == [f"videos in the column video of {folder}: {COUNT} of train (train), 2 of validation (val)"]
@@ -91,16 +93,23 @@ def test_videos_are_read_as_from_their_files(kind, clips, request):
     assert train["num_frames"].tolist() == [4 + i for i in range(COUNT)]
 
 
-def test_the_bytes_of_a_row_are_a_range_of_the_arrow_file(saved, clips):
-    for i in (0, 3, COUNT - 1):
-        assert row_range(f"{saved}/train/video/{i}.hfvideo").read() == clips[i].read_bytes()
+def test_a_row_is_a_range_of_the_arrow_file_that_is_read_without_the_package(saved, clips, monkeypatch):
+    path = HuggingFace(saved).table()["path"][3]
+    file, offset, size, name = split_member(path)
+    assert (file, name) == (f"{saved}/train/data-00000-of-00001.arrow", "train/video/3.hfvideo")
+    with open(file, "rb") as stream:
+        stream.seek(offset)
+        assert stream.read(size) == clips[3].read_bytes()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    forget()
+    np.testing.assert_array_equal(pixels(path), pixels(clips[3]))
 
 
 def test_several_record_batches_and_files(clips, tmp_path):
     rows(clips).save_to_disk(tmp_path / "set", num_shards=2)
     forget()
     table = HuggingFace(tmp_path / "set").table()
-    files = {row_range(path).file.name for path in table["path"]}
+    files = {Path(split_member(path)[0]).name for path in table["path"]}
     assert files == {"data-00000-of-00002.arrow", "data-00001-of-00002.arrow"}
     np.testing.assert_array_equal(pixels(table["path"][COUNT - 1]), pixels(clips[-1]))
 
@@ -114,19 +123,18 @@ def test_external_files_are_files_and_empty_rows_errors(clips, tmp_path):
     pd.DataFrame({"video": values}).to_parquet(folder / "train.parquet")
     table = HuggingFace(folder).table()
     assert table["path"].tolist() == [
-        str(clips[0]), f"{folder}/train/video/1.hfvideo", f"{folder}/train/video/2.hfvideo", f"{folder}/missing.mp4"
+        str(clips[0]), *table["path"][1:3], f"{folder}/missing.mp4"
     ]  # fmt: skip
     assert table["error"].tolist() == [None, "has no video", None, None]
     np.testing.assert_array_equal(pixels(table["path"][2]), pixels(clips[2]))
-    with pytest.raises(MediaError, match=r"1\.hfvideo: has no video"):
+    with pytest.raises(MediaError, match=r"1\.hfvideo: is empty"):
         open_media(table["path"][1])
 
 
 def test_a_damaged_row_is_named(clips, tmp_path):
     values = [{"bytes": content, "path": None} for content in (b"junk" * 99, clips[0].read_bytes()[:900])]
     hf.Dataset.from_dict({"video": values}, features=hf.Features({"video": hf.Video()})).save_to_disk(tmp_path / "set")
-    for row in range(2):
-        path = f"{tmp_path}/set/train/video/{row}.hfvideo"
+    for path in HuggingFace(tmp_path / "set").table()["path"]:
         with pytest.raises(MediaError) as raised:
             open_media(path)
         assert raised.value.path == path

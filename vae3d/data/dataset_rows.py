@@ -1,35 +1,32 @@
-"""Images and videos in local Hugging Face datasets, addressed by paths (rows count from 0):
+"""Images and videos in datasets of Hugging Face. A table addresses a row by the range of an Arrow file that holds it:
 
-    /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfimage
-    /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfvideo
+    /folder/data-00000-of-00001.arrow@OFFSET+SIZE/SPLIT/COLUMN/ROW.hfimage        (rows count from 0)
+    /folder/data-00000-of-00001.arrow@OFFSET+SIZE/SPLIT/COLUMN/ROW.hfvideo
 
-A row's encoded bytes are a range of an Arrow file, which is memory-mapped: processes share its pages, and only the
-requested rows are read. Needs the package datasets (the extra `huggingface`). Goes online only for streams, and only
-with VAE3D_ONLINE=1.
+which storage.py opens as it opens members of tars; so reading needs no package and no memory. What lists the rows needs
+the package datasets (the extra `huggingface`), which goes online only for streams, and only with VAE3D_ONLINE=1.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
-from urllib.parse import quote, unquote
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
 import yaml
 
 from vae3d.data.images import IMAGE_SUFFIXES
-from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.storage import FileRange
+from vae3d.data.media import DataError, one_line
+from vae3d.data.storage import HF_IMAGE, HF_VIDEO
 from vae3d.data.tables import kind_of
 from vae3d.text import plural
 
@@ -37,7 +34,7 @@ if TYPE_CHECKING:
     import datasets
 
 IMAGE, VIDEO = "image", "video"
-SUFFIXES = {IMAGE: ".hfimage", VIDEO: ".hfvideo"}
+SUFFIXES = {IMAGE: HF_IMAGE, VIDEO: HF_VIDEO}
 SAVED = ("dataset_dict.json", "state.json")  # of DatasetDict.save_to_disk, and of Dataset.save_to_disk
 TABLES = (".parquet", ".arrow")
 SHARDS_OF_SAVED = 64  # into which a stream divides a split that save_to_disk wrote, which is read at random anyway
@@ -45,163 +42,62 @@ STORED = {"bytes", "path"}  # fields of an image or a video in Arrow
 IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, BMP, TIFF; WebP starts as AVI does
 
 
-def row_path(folder: str | Path, split: str, column: str, row: int | str, kind: str = IMAGE) -> str:
-    """The path of a row's image or video, for open_media."""
-    return os.path.join(os.path.abspath(folder), quote(split, ""), quote(column, ""), f"{row}{SUFFIXES[kind]}")
+def member_name(split: str, column: str, row: int | str, kind: str) -> str:
+    """SPLIT/COLUMN/ROW with a suffix, the name of a row's image or video."""
+    return f"{quote(split, '')}/{quote(column, '')}/{row}{SUFFIXES[kind]}"
 
 
-def is_row(path: str | Path) -> bool:
-    return str(path).endswith(tuple(SUFFIXES.values()))
+def row_paths(rows: datasets.Dataset, split: str, column: str, kind: str) -> tuple[list[str], np.ndarray]:
+    """(path of every row, [rows] whether it has no bytes). No bytes are read. Raises DataError."""
+    before, after = member_name(split, column, "\0", kind).split("\0")
+    paths, empty = [], []
+    for file in (entry["filename"] for entry in rows.cache_files):
+        offsets, sizes, null = _ranges(file, column)
+        first = len(paths)
+        paths += [
+            f"{file}@{offset}+{size}/{before}{row}{after}"
+            for row, (offset, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True), first)
+        ]
+        empty.append(null)
+    if len(paths) != len(rows):
+        raise DataError(
+            f"the Arrow files of the split {split} ({rows.cache_files[0]['filename']}, ...) have "
+            f"{plural(len(paths), 'row')}, the dataset has {len(rows)}; write it again with save_to_disk"
+        )
+    return paths, np.concatenate([*empty, np.zeros(0, bool)])
 
 
-def is_image_row(path: str | Path) -> bool:
-    return str(path).endswith(SUFFIXES[IMAGE])
-
-
-def open_row(path: str | Path) -> BinaryIO:
-    """The encoded image or video of a row. Raises MediaError if the row does not exist, or is empty."""
-    column, row = _locate(path)
-    return io.BytesIO(column.content(row))
-
-
-def row_range(path: str | Path) -> FileRange:
-    """The range of an Arrow file that holds a row. Raises MediaError as open_row does, and if the row has no bytes."""
-    column, row = _locate(path)
-    file, offset, size = column.range(row)
-    if not size:
-        raise MediaError(path, "is empty (0 bytes)")
-    stat = os.stat(file)
-    return FileRange(str(path), file, offset, size, (stat.st_size, stat.st_mtime_ns), (stat.st_dev, stat.st_ino))
-
-
-def _locate(path: str | Path) -> tuple[Column, int]:
-    folder, split, name, row = _parts(path)
-    try:
-        column = mapped(folder, split, name)
-    except DataError as error:
-        raise MediaError(path, str(error)) from error
-    if row >= len(column):
-        raise MediaError(path, f"the dataset has {plural(len(column), 'row')}, counted from 0")
-    if column.is_null(row):
-        raise MediaError(path, f"has no {IMAGE if is_image_row(path) else VIDEO}")
-    return column, row
-
-
-def version_of(path: str | Path) -> list[int] | None:
-    """Bytes and modification time (ns) of the files of a row's dataset; None if it cannot be opened."""
-    try:
-        return list(_version(*_parts(path)[:3]))
-    except (DataError, MediaError, OSError):
-        return None
-
-
-@lru_cache(maxsize=8)
-def _version(folder: str, split: str, column: str) -> tuple[int, int]:
-    stats = [os.stat(file["filename"]) for file in encoded(folder, split, column).cache_files]
-    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
-
-
-def _parts(path: str | Path) -> tuple[str, str, str, int]:
-    """Folder, split, column and row. Raises MediaError."""
-    found = re.fullmatch(r"(.+)/([^/]+)/([^/]+)/([0-9]+)(\.hfimage|\.hfvideo)", str(path))
-    if not found:
-        kind = IMAGE if is_image_row(path) else VIDEO
-        raise MediaError(path, f"is no row of a dataset: FOLDER/SPLIT/COLUMN/ROW{SUFFIXES[kind]}")
-    return found[1], unquote(found[2]), unquote(found[3]), int(found[4])
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Rows of one record batch. offsets: [rows + 1], of the bytes from `start` in the file; null: [rows] bool, or None
-    if all rows have bytes."""
-
-    file: Path
-    content: pa.Buffer  # the whole file, memory-mapped
-    start: int
-    offsets: np.ndarray
-    null: np.ndarray | None
-
-
-class Column:
-    """The encoded bytes of a column of images or videos, in memory-mapped Arrow files.
-
-    files: of the column's split, in order. rows: that all of them have. Raises DataError for compressed files.
-    """
-
-    def __init__(self, files: list[str], name: str, rows: int) -> None:
-        self.chunks = [chunk for file in files for chunk in _chunks(file, name)]
-        self.ends = np.cumsum([len(chunk.offsets) - 1 for chunk in self.chunks], dtype=np.int64)
-        if len(self) != rows:
-            raise DataError(
-                f"the Arrow files of column `{name}` ({', '.join(files[:3])}) have {plural(len(self), 'row')}, the "
-                f"dataset has {rows}; write it again with save_to_disk"
-            )
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def is_null(self, row: int) -> bool:
-        chunk, i = self._find(row)
-        return chunk.null is not None and bool(chunk.null[i])
-
-    def range(self, row: int) -> tuple[Path, int, int]:
-        """File, offset, and size of a row's bytes."""
-        chunk, i = self._find(row)
-        first, last = chunk.offsets[i : i + 2].tolist()
-        return chunk.file, chunk.start + first, last - first
-
-    def content(self, row: int) -> pa.Buffer:
-        """The bytes of a row, not copied."""
-        _, offset, size = self.range(row)
-        return self._find(row)[0].content.slice(offset, size)
-
-    def nulls(self) -> np.ndarray:
-        """[rows] bool: without bytes. Reads no bytes."""
-        parts = [np.zeros(len(c.offsets) - 1, bool) if c.null is None else c.null for c in self.chunks]
-        return np.concatenate(parts) if parts else np.zeros(0, bool)
-
-    def _find(self, row: int) -> tuple[_Chunk, int]:
-        number = int(np.searchsorted(self.ends, row, side="right"))
-        return self.chunks[number], row - (int(self.ends[number - 1]) if number else 0)
-
-
-def _chunks(file: str, name: str) -> list[_Chunk]:
+def _ranges(file: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """([rows] offset in the file and size of the bytes of a column, whether there are none). Raises DataError."""
     with pa.memory_map(file) as source:
         content = source.read_buffer()
-    found = []
+    counts, begins = [], []  # of each record batch: its rows, and where its bytes begin in the file
+    rows = 0
+    offsets, nulls = [np.zeros(0, np.int64)], []  # nulls: (first row, mask) of batches with rows without bytes
     for batch in pa.ipc.open_stream(content):
-        stored = batch.column(name)
+        stored = batch.column(column)
         values = stored.field("bytes")
-        null = None
+        count = len(values)
         if stored.null_count or values.null_count:
-            null = ~np.asarray(stored.is_valid()) | ~np.asarray(values.is_valid())
-        _, offsets, data = values.buffers() if len(values) and values.type != pa.null() else (None, None, None)
-        kind = np.int64 if pa.types.is_large_binary(values.type) else np.int32
-        if offsets is None:
-            starts = np.zeros(len(values) + 1, kind)
+            nulls.append((rows, ~(np.asarray(stored.is_valid()) & np.asarray(values.is_valid()))))
+        _, places, data = values.buffers() if values.type != pa.null() else (None, None, None)
+        if places is None or data is None or not data.size:
+            offsets.append(np.zeros(count + 1, np.int64))
+            begins.append(0)
         else:
-            starts = np.frombuffer(offsets, kind)[values.offset : values.offset + len(values) + 1]
-        start = data.address - content.address if data is not None and data.size else 0
-        if not 0 <= start <= content.size:
-            raise DataError(f"{file} is compressed; write the dataset again with save_to_disk, which does not compress")
-        found.append(_Chunk(Path(file), content, start, starts, null))
-    return found
-
-
-@lru_cache(maxsize=8)
-def mapped(folder: str, split: str, column: str) -> Column:
-    """The bytes of a column. Raises DataError."""
-    rows = encoded(folder, split, column)
-    return Column([file["filename"] for file in rows.cache_files], column, len(rows))
-
-
-@lru_cache(maxsize=8)
-def encoded(folder: str, split: str, column: str) -> datasets.Dataset:
-    """The column alone, as Arrow tables: images and videos are neither decoded nor copied. Raises DataError."""
-    splits = open_splits(folder)
-    if split not in splits or column not in media_columns(splits[split].features):
-        raise DataError(f"{folder} has no split `{split}` with images or videos in a column `{column}`")
-    return splits[split].select_columns([column]).with_format("arrow")
+            kind = np.dtype(np.int64 if pa.types.is_large_binary(values.type) else np.int32)
+            offsets.append(np.frombuffer(places, kind, count + 1, values.offset * kind.itemsize))
+            begins.append(data.address - content.address)
+        counts.append(count)
+        rows += count
+    if any(not 0 <= begin <= content.size for begin in begins):
+        raise DataError(f"{file} is compressed; write the dataset again with save_to_disk, which does not compress")
+    starts = np.concatenate([batch[:-1] for batch in offsets]).astype(np.int64)
+    ends = np.concatenate([batch[1:] for batch in offsets]).astype(np.int64)
+    empty = np.zeros(len(starts), bool)
+    for first, mask in nulls:
+        empty[first : first + len(mask)] = mask
+    return starts + np.repeat(begins, counts).astype(np.int64), ends - starts, empty
 
 
 def media_columns(features: Mapping[str, Any], first: Callable[[str], Any] = lambda column: None) -> dict[str, str]:

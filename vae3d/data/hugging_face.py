@@ -18,14 +18,13 @@ import pyarrow.compute as pc
 from vae3d.data.dataset_rows import (
     IMAGE,
     VIDEO,
-    encoded,
-    mapped,
     media_columns,
+    member_name,
     nested_columns,
     open_splits,
     open_stream,
     opening_errors,
-    row_path,
+    row_paths,
 )
 from vae3d.data.media import DataError
 from vae3d.data.rows import rows_from_paths
@@ -146,7 +145,8 @@ class HuggingFace:
 
 
 class HuggingFaceStream:
-    """The rows of a split, by shards (files, or parts of them); see streaming.ShardedStream. Opened where it is read."""
+    """The rows of a split, by shards (files, or parts of them); see streaming.ShardedStream. Opened where it is
+    read."""
 
     def __init__(self, path: str, split: str, column: str, kind: str) -> None:
         self.path, self.split, self.column, self.kind = path, split, column, kind
@@ -170,7 +170,7 @@ class HuggingFaceStream:
 
     def _item(self, row: str, stored: Mapping[str, Any]) -> StreamItem:
         content, path = stored.get("bytes"), stored.get("path")
-        name = row_path(self.path, self.split, self.column, row, self.kind)
+        name = f"{self.path}/{member_name(self.split, self.column, row, self.kind)}"
         if content is not None or not path:
             return StreamItem(name, content or b"", self.kind)
         if "::" in path:  # a member of an archive
@@ -191,20 +191,19 @@ def _first(rows: datasets.Dataset, column: str) -> Any:
 
 def _rows(folder: str, split: str, column: str, kind: str, text: str | None) -> pd.DataFrame:
     """The rows of a split. Where only the path of an image or a video is stored, the row is that file."""
-    count = len(encoded(folder, split, column))
-    start, end = row_path(folder, split, column, "\0", kind).split("\0")
-    paths = [f"{start}{row}{end}" for row in range(count)]
-    errors: list[str | None] = [None] * count
-    if len(external := np.flatnonzero(mapped(folder, split, column).nulls())):
-        stored = encoded(folder, split, column)[:][column]
+    rows = open_splits(folder)[split]
+    paths, external = row_paths(rows, split, column, kind)
+    errors: list[str | None] = [None] * len(paths)
+    columns = rows.with_format("arrow")
+    if len(external := np.flatnonzero(external)):
+        stored = columns.select_columns([column])[:][column]
         files = pc.struct_field(stored, "path").take(pa.array(external)).to_pylist()
         for row, file in zip(external.tolist(), files, strict=True):
             if file:
                 paths[row] = os.path.join(folder, file)
             else:
                 errors[row] = f"has no {kind}"
-    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(count)])
-    columns = open_splits(folder)[split].with_format("arrow")
+    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))])
     if "label" in columns.column_names:
         table["label"] = _labels(columns.select_columns(["label"])[:]["label"])
     if text is not None and text in columns.column_names:

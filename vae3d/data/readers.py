@@ -21,11 +21,19 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from vae3d.data.dataset_rows import is_image_row, is_row, open_row, row_range
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
-from vae3d.data.storage import FileRange, RangeFile, is_stored, local_range, size_and_version, suffix_of
+from vae3d.data.storage import (
+    HF_IMAGE,
+    HF_VIDEO,
+    FileRange,
+    RangeFile,
+    is_stored,
+    local_range,
+    size_and_version,
+    suffix_of,
+)
 from vae3d.data.video_index import (
     KEYS_BACK,
     FrameSource,
@@ -46,9 +54,9 @@ VIDEO_SUFFIXES = (
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool | None = False) -> Reader:
-    """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
+    """Open a video or image by its extension, or an image sequence (`*` in the name).
 
-    path: a local file, a URL, or a member of a tar (see storage.py).
+    path: a local file, a URL, a member of a tar, or a row of a dataset (see storage.py).
 
     reader: pyav, decord, torchcodec, or auto, which is pyav: it reads all that the others read, and measures faster
     (docs/speed.md). threads: for decoding.
@@ -58,17 +66,13 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: 
     """
     if not is_stored(path):
         path = Path(path)
-    if is_image_row(path):
-        return ImageReader(path, open_row(path), alpha)
-    if is_row(path):
-        return READERS[reader](row_range(path), threads, alpha)
     if is_sequence(path):
         return SequenceReader(path, alpha)
     _require_file(path)
     suffix = suffix_of(path)
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in (*IMAGE_SUFFIXES, HF_IMAGE):
         return ImageReader(path, alpha=alpha)
-    if suffix not in VIDEO_SUFFIXES:
+    if suffix not in (*VIDEO_SUFFIXES, HF_VIDEO):
         raise MediaError(path, f"unknown extension {suffix!r}; known: {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return READERS[reader](path, threads, alpha)
 
@@ -98,8 +102,6 @@ def media_info(path: str | Path) -> MediaInfo:
     for transparent pixels."""
     if not is_stored(path):
         path = Path(path)
-    if is_image_row(path):
-        return image_info(path, open_row(path))
     if is_image(path):
         _require_file(path)
         return image_info(path)
@@ -109,7 +111,7 @@ def media_info(path: str | Path) -> MediaInfo:
 
 def is_image(path: str | Path) -> bool:
     """Whether open_media opens it as a single image."""
-    return is_image_row(path) or (suffix_of(path) in IMAGE_SUFFIXES and not is_sequence(path))
+    return suffix_of(path) in (*IMAGE_SUFFIXES, HF_IMAGE) and not is_sequence(path)
 
 
 def _require_file(path: str | Path) -> None:

@@ -4,6 +4,7 @@
     https://host/a.mp4  s3://  gs://  hf://  file://     an object, read with fsspec
     /data/0.tar@1536+238464/clips/a.mp4                  TAR@OFFSET+SIZE/MEMBER: SIZE bytes of an uncompressed tar
     s3://bucket/0.tar@1536+238464/clips/a.mp4            the same in a tar of a store
+    /data/0.arrow@840+238464/train/video/7.hfvideo       a row of a dataset of Hugging Face, see dataset_rows.py
 
 local_range gives the local file and the range of bytes of any of them. A local tar is read in place. A remote object,
 or a member of a remote tar, is fetched by one range read into $VAE3D_CACHE/objects, which holds at most
@@ -55,8 +56,9 @@ PACKAGES = {  # protocol -> extra of setup.cfg, the package that fsspec needs
     "gs": ("gcs", "gcsfs"),
     "hf": (None, "huggingface_hub"),
 }
+HF_IMAGE, HF_VIDEO = ".hfimage", ".hfvideo"  # suffixes of rows of datasets
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-MEMBER = re.compile(r"(.+?\.tar(?:\?.*?)?)@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL)
+MEMBER = re.compile(r"(.+?\.(?:tar|arrow)(?:\?.*?)?)@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL)
 
 TRIES = 8  # of a request
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries at most, doubled each time; the actual wait is random
@@ -246,7 +248,7 @@ class FileRange:
     @property
     def is_plain(self) -> bool:
         """Whether it is a local file and no more."""
-        return not self.offset and not is_stored(self.name)
+        return not is_stored(self.name)
 
     def __str__(self) -> str:
         return self.name
@@ -291,7 +293,7 @@ def local_range(path: str | Path) -> FileRange:
     if size is None:
         size = stat.st_size
     elif offset + size > stat.st_size:
-        raise MediaError(name, f"the tar ends at byte {stat.st_size}, before this member; index it again")
+        raise MediaError(name, f"{tar} ends at byte {stat.st_size}, before this member; index it again")
     version = (stat.st_size, stat.st_mtime_ns)
     return FileRange(name, Path(local), offset, size, version, (stat.st_dev, stat.st_ino))
 
@@ -323,7 +325,7 @@ def size_and_version(path: str | Path) -> tuple[int, int | str]:
     else:
         total, version = _remote_version(tar, name)
     if size is not None and offset + size > total:
-        raise MediaError(name, f"the tar ends at byte {total}, before this member; index it again")
+        raise MediaError(name, f"{tar} ends at byte {total}, before this member; index it again")
     return (total if size is None else size), version
 
 
