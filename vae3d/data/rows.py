@@ -1,8 +1,8 @@
 """The table of files that every source returns: one row per file, or per part of a file. Nothing is decoded.
 
 Columns:
-    path        absolute; with a `*` for the numbers of the images of a sequence; or a dataset row (see dataset_rows),
-                a URL or a member of a tar (see storage)
+    path        absolute; with a `*` for the numbers of the images of a sequence; or a URL, a member of a tar or a row
+                of a dataset (see storage)
     name        the path as the source gives it; its hash decides what is held out
     row         number of the row in the source, from 1, for messages
     num_frames, height, width, fps       of the whole file; NaN: unknown
@@ -24,7 +24,6 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from vae3d.data.dataset_rows import is_row
 from vae3d.data.images import is_sequence
 from vae3d.data.media import MediaError
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
@@ -112,14 +111,12 @@ def mark_missing_files(table: pd.DataFrame) -> None:
 
 
 def exists(path: str) -> bool:
-    """Whether a row's file exists: of a sequence its folder; of a dataset row always, as its table lists it."""
+    """Whether a row's file exists: of a sequence its folder."""
     return why_missing(path) is None
 
 
 def why_missing(path: str) -> str | None:
     """Why a row's file is not there; None if it is. Raises StorageError if its store does not answer."""
-    if is_row(path):
-        return None
     if is_stored(path):
         try:
             size_and_version(path)
