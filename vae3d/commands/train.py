@@ -142,8 +142,8 @@ def build_streaming_data(
         rows = source.stream("val")
         if rows is None:
             raise DataError(
-                f"{stream.name}: a stream holds no rows out: name a split in data.source.val_split, or set "
-                "validation.every=0"
+                f"{stream.name}: a stream holds no rows out: name a split in data.source.val_split (for shards, others "
+                "in data.source.val_path), or set validation.every=0"
             )
         held_out, errors = first_clips(rows, settings, validation.frames, validation.clips, rank, world_size)
     workers, note = usable_workers(data.workers)

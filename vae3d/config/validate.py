@@ -30,7 +30,7 @@ def _training_paths(config: TrainConfig) -> dict[str, Any]:
 def source_paths(source: Any) -> dict[str, Any]:
     if not isinstance(source, dict):
         return {}
-    found = {f"data.source.{key}": source.get(key) for key in ("path", "root")}
+    found = {f"data.source.{key}": source.get(key) for key in ("path", "root", "val_path")}
     if source.get("streaming") is True and os.environ.get("VAE3D_ONLINE") == "1":
         from vae3d.data.dataset_rows import is_hub_name  # imports pandas
 
