@@ -29,6 +29,7 @@ from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.storage import StorageError, member_path, open_range
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
+from vae3d.data.workers import load
 
 NAMES = ["clip.mp4", "stream.ts", "photo.png", "photo.jpg"]
 PLACES = ["tar", "http", "http tar", "s3", "s3 tar"]
@@ -388,6 +389,16 @@ def test_processes_share_the_cache(tmp_path, cache, monkeypatch):
     assert failed.value == 0
     assert sum(file.stat().st_size for file in objects(cache)) <= 50_000
     assert not list((cache / "objects").glob(f"*/*{storage.UNFINISHED}"))
+
+
+def test_the_error_of_a_worker_is_one_line(store, monkeypatch):
+    monkeypatch.setattr(storage, "TRIES", 1)
+    store.fail_every(1, 500)
+    path = f"{store.url}/clip.mp4"
+    with pytest.raises(StorageError) as error:
+        list(load(Frames([path]), workers=1, batch_size=None))
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
 
 
 class Frames:
