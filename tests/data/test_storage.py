@@ -29,6 +29,7 @@ from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.storage import StorageError, member_path, open_range
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
+from vae3d.data.workers import load
 
 NAMES = ["clip.mp4", "stream.ts", "photo.png", "photo.jpg"]
 PLACES = ["tar", "http", "http tar", "s3", "s3 tar"]
@@ -287,6 +288,16 @@ def test_large_objects_are_read_in_pieces(files, store, monkeypatch):
     assert len(store.requests) > (files / "clip.mp4").stat().st_size / 1000
 
 
+def test_settings_are_those_of_fsspec(store, monkeypatch):
+    """As from the variable FSSPEC_HTTP."""
+    store.token = "Bearer abc"
+    with pytest.raises(MediaError, match="denied"):
+        open_media(f"{store.url}/photo.png")
+    monkeypatch.setattr(storage, "_systems", {})
+    monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": store.token}})
+    assert open_media(f"{store.url}/photo.png").read([0]).shape == (1, 32, 40, 3)
+
+
 def test_lasting_errors_of_s3(bucket, cache):
     for path in (f"{bucket}/no.mp4", "s3://no-bucket/a.mp4"):
         with pytest.raises(MediaError, match="no such object") as error:
@@ -380,6 +391,16 @@ def test_processes_share_the_cache(tmp_path, cache, monkeypatch):
     assert not list((cache / "objects").glob(f"*/*{storage.UNFINISHED}"))
 
 
+def test_the_error_of_a_worker_is_one_line(store, monkeypatch):
+    monkeypatch.setattr(storage, "TRIES", 1)
+    store.fail_every(1, 500)
+    path = f"{store.url}/clip.mp4"
+    with pytest.raises(StorageError) as error:
+        list(load(Frames([path]), workers=1, batch_size=None))
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
 class Frames:
     """A data set of frame 5 of each path."""
 
@@ -444,6 +465,18 @@ def test_versions(tmp_path, cache):
             assert source_version(path, hashed=True)["sha256"] != hashed["sha256"]
         assert storage.local_range(paths[2]).read() == b"new"
         assert file_stamp(f"{store.url}/no.png") is source_version(f"{store.url}/no.png") is None
+
+
+def test_an_object_that_is_replaced_meanwhile(tmp_path, cache):
+    """Its pieces are not mixed; the next read takes the new one."""
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with serve(tmp_path) as store:
+        url = f"{store.url}/a.bin"
+        assert storage.size_and_version(url)[0] == 3
+        (tmp_path / "a.bin").write_bytes(b"other")
+        with pytest.raises(MediaError, match="replaced"):
+            storage.local_range(url)
+        assert storage.local_range(url).read() == b"other"
 
 
 def test_tables_of_urls(files, store, bucket, tmp_path):
