@@ -451,6 +451,10 @@ def test_sources_of_shards_are_recognised(shards, table, tmp_path):
     assert isinstance(open_source(f"{shards}/{{000000..000002}}.tar"), WebDataset)
     assert len(open_source(f"{shards}/*.tar").table()) == 12
     assert not is_shards(table.parent)
+    write_tar(tmp_path / "0.tar", samples(1))
+    assert isinstance(open_source(tmp_path), WebDataset)
+    shutil.copy(shards.parent / "shards/000000.tar", tmp_path / "a.mp4")
+    assert isinstance(open_source(tmp_path), Folder)
     with pytest.raises(DataError, match="data=webdataset"):
         Folder(shards / "000000.tar").table()
     with pytest.raises(DataError, match=r"000003\.tar: no such file"):

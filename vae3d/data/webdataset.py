@@ -178,8 +178,7 @@ def is_tar(path: str) -> bool:
 
 
 def is_shards(path: str | Path) -> bool:
-    """Whether a source is made of tar shards: by its name, or a folder that has tars in it and no other files of a
-    source."""
+    """Whether a path is that of tar shards, of their index, or a folder that has tars in it."""
     if is_tar(str(path)) or str(path).endswith(".arrow"):
         return True
     return not is_url(path) and os.path.isdir(path) and bool(glob(os.path.join(escape(str(path)), "*.tar")))
