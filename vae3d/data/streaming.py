@@ -55,11 +55,12 @@ LOOKED_AT = 10  # times as many held-out items as are needed
 
 class StreamItem(NamedTuple):
     """An image or a video. path: of a file, or a name for messages; content: its encoded bytes, None: `path` is a
-    file. kind: "image" or "video"."""
+    file. kind: "image" or "video". error: why it cannot be used; None: it can."""
 
     path: str
     content: bytes | None
     kind: str
+    error: str | None = None
 
 
 class ShardedStream(Protocol):
@@ -271,13 +272,15 @@ class ClipStream(IterableDataset):
 @contextmanager
 def opened(item: StreamItem, settings: ClipSettings) -> Iterator[Reader]:
     """A reader of an item within the block. Raises MediaError."""
+    if item.error is not None:
+        raise MediaError(item.path, item.error)
     with ExitStack() as stack:
         if item.content is None:
             reader = open_frames(item.path, settings)
         elif settings.depth is not None:
             raise MediaError(item.path, "is no file; data.depth reads files")
         elif not item.content:
-            raise MediaError(item.path, f"has no {item.kind}")
+            raise MediaError(item.path, "is empty (0 bytes)")
         elif item.kind == "image":
             reader = ImageReader(item.path, io.BytesIO(item.content), settings.channels == 4)
         else:
