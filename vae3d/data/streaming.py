@@ -280,7 +280,7 @@ def opened(item: StreamItem, settings: ClipSettings) -> Iterator[Reader]:
         elif settings.depth is not None:
             raise MediaError(item.path, "is no file; data.depth reads files")
         elif not item.content:
-            raise MediaError(item.path, f"has no {item.kind}")
+            raise MediaError(item.path, "is empty (0 bytes)")
         elif item.kind == "image":
             reader = ImageReader(item.path, io.BytesIO(item.content), settings.channels == 4)
         else:
