@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tests import tiny
 from tests.http_server import NO_RANGE, RESET, SHORT, SLOW, Store, serve
+from vae3d.config.check import path_issues
 from vae3d.data import storage
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata
@@ -30,6 +31,7 @@ from vae3d.data.storage import StorageError, member_path, open_range
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
 from vae3d.data.workers import load
+from vae3d.inference.reconstruct import identifier
 
 NAMES = ["clip.mp4", "stream.ts", "photo.png", "photo.jpg"]
 PLACES = ["tar", "http", "http tar", "s3", "s3 tar"]
@@ -141,6 +143,27 @@ def test_paths():
 )
 def test_paths_are_relative_to_the_root(root, name, path):
     assert storage.resolve(root, name) == path
+
+
+def test_names_of_results():
+    """As of a local file, without the query of a URL, which may be long."""
+    for path in (
+        "/a/clip.mp4",
+        "https://host/a/clip.mp4?key=1",
+        "/a/0.tar@1+2/b/clip.mp4",
+        "s3://b/0.tar@1+2/clip.mp4",
+    ):
+        assert identifier(3, path) == "000003_clip"
+
+
+def test_the_configuration_takes_urls_for_data_only():
+    assert not list(
+        path_issues({"data.source.path": "s3://b/a.csv", "source": "https://host/a.mp4", "data.source.root": "gs://b"})
+    )
+    assert [issue.key for issue in path_issues({"teacher.path": "s3://b/a.pth", "data.source.path": "no.csv"})] == [
+        "teacher.path",
+        "data.source.path",
+    ]
 
 
 @pytest.mark.smoke
