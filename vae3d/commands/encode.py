@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING
 
+from vae3d.config.latents import share_of
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.readers import is_image
 from vae3d.data.sources import Folder, Source, open_source
@@ -18,15 +19,33 @@ from vae3d.loading import instantiate, open_codec, require_file_channels
 from vae3d.models.interface import nearest_frames
 
 if TYPE_CHECKING:
+    import torch
+
     from vae3d.config.latents import EncodeConfig
 
 log = logging.getLogger("vae3d")
 
 
 def run(config: EncodeConfig) -> None:
-    """Write the latent cache that `config` describes, or resume it."""
+    """Write the latent cache that `config` describes, or resume it, or help other processes that write it."""
     ranks, device = init_inference(config.device)
     check_ranks_agree(asdict(config))
+    with ranks.main_process_first():  # it probes the files; the others read its cache
+        job = open_job(config, device)
+    check_ranks_agree(
+        {
+            "clips to encode": len(job.items),
+            "their names and order": json_hash([item.key for item in job.items]),
+            "their labels, splits and texts": json_hash([[item.label, item.split, item.text] for item in job.items]),
+        }
+    )
+    part, parts = share_of(config.shard)
+    index, count = part * ranks.num_processes + ranks.process_index, parts * ranks.num_processes
+    encode_cache(job, index, count, ranks.wait_for_everyone, quiet=not ranks.is_main_process)
+
+
+def open_job(config: EncodeConfig, device: torch.device) -> EncodeJob:
+    """The clips of the source, and the autoencoder on `device`."""
     codec = open_codec(
         config.checkpoint,
         pixel_range="uint8",
@@ -38,22 +57,20 @@ def run(config: EncodeConfig) -> None:
         tile_overlap=config.tile_overlap,
     )
     require_file_channels(codec.model, config.checkpoint)
+    job = replace(open_clips(config), codec=codec)
+    for note in (*padding(codec, job.transform), *tile_notes(codec)):
+        log.info(note)
+    return job
+
+
+def open_clips(config: EncodeConfig) -> EncodeJob:
+    """The clips of the source, without an autoencoder."""
     source = open_images_or_source(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
-    with ranks.main_process_first():  # it probes the files; the others read its cache
-        items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
-    check_ranks_agree(
-        {
-            "clips to encode": len(items),
-            "their names and order": json_hash([item.key for item in items]),
-            "their labels, splits and texts": json_hash([[item.label, item.split, item.text] for item in items]),
-        }
-    )
-    if ranks.is_main_process:
-        for note in (*getattr(source, "notes", ()), *padding(codec, transform), *tile_notes(codec)):
-            log.info(note)
-    job = EncodeJob(config, codec, items, errors, transform)
-    encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
+    items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
+    for note in getattr(source, "notes", ()):
+        log.info(note)
+    return EncodeJob(config, None, items, errors, transform)
 
 
 def open_images_or_source(config: EncodeConfig) -> Source:

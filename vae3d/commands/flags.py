@@ -201,6 +201,21 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def parse_encode_status(argv: Sequence[str] | None = None) -> Namespace:
+    """Show how much of a latent cache is encoded, and by which processes; see docs/latents.md.
+
+        vae3d encode-status latents/videos
+
+    Exits with status 0 if the cache is complete, 1 if it is not.
+    """
+    parser = _parser(parse_encode_status)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument(
+        "--stale", type=positive_float, default=120.0, help="as that setting of the encoding processes (120)"
+    )
+    return parser.parse_args(argv)
+
+
 def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
     """Compare autoencoders by their latents: how easy to diffuse, and how robust the decoders. See docs/latents.md.
 

@@ -80,8 +80,7 @@ class LatentCache(Dataset[Latent]):
             raise CacheError(f"{self.folder} is not complete; run the command that began it again")
         self.meta = read_meta(self.folder)
         self._check_same_source(codec, transform)
-        hint = "delete it, and run the command that made the cache again"
-        complete = shards.read_json(self.folder / COMPLETE, Complete, hint)
+        complete = read_complete(self.folder)
         self.shards = complete["shards"]
         self._check_integrity(verify)
         self.mode = self._mode(mode)
@@ -252,6 +251,12 @@ class Complete(TypedDict):
     shards: Count
     entries: Count
     sha256: Hashes
+
+
+def read_complete(folder: Path) -> dict[str, Any]:
+    """Read complete.json. Raises CacheError for a missing key and for a wrong value."""
+    hint = "delete it, and run the command that made the cache again"
+    return shards.read_json(folder / COMPLETE, Complete, hint)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
