@@ -45,7 +45,7 @@ class ShardEncoder:
         self.digest: str | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """{"id": numbers of shards} -> the same, once they are complete, and "error": None or why they are not."""
+        """{"id": numbers of shards} -> the same, once they are complete, and "error": why they are not, or ""."""
         numbers = batch["id"].tolist()
         try:
             if self.digest is None:
@@ -54,7 +54,7 @@ class ShardEncoder:
             encode_shards(self.job, numbers, self.digest, self.claims, quiet=True, wait=True)
         except UserError as error:  # as a value: Ray would show its own frames, and drop the type
             return {"id": numbers, "error": [str(error)] * len(numbers)}
-        return {"id": numbers, "error": [None] * len(numbers)}
+        return {"id": numbers, "error": [""] * len(numbers)}
 
 
 def encode(config: EncodeConfig, actors: int = 1, gpus: float = 0, cpus: float = 1) -> None:
@@ -80,7 +80,7 @@ def encode(config: EncodeConfig, actors: int = 1, gpus: float = 0, cpus: float =
         **options,
     )
     for row in encoded.iter_rows():
-        if row["error"] is not None:
+        if row["error"]:
             raise CacheError(row["error"])
     folder = Path(config.cache)
     with Claims(folder / CLAIMS, config.stale) as claims:

@@ -445,6 +445,8 @@ def finish(job: EncodeJob, digest: str, claims: Claims, wait: bool = True) -> bo
         if not wait:
             return False
         if missing:  # found unusable by another process
+            if job.codec is None:
+                raise CacheError(f"{job.folder}: shards {sorted(missing)[:MAX_SHOWN]} are not complete; run again")
             encode_shards(job, sorted(missing), digest, claims)
         else:
             time.sleep(min(POLL, claims.stale / BEATS))
