@@ -24,6 +24,7 @@ ENTRIES = {
     "infer": "infer.py",
     "eval": "eval/eval_common_metric.py",
     "check-data": None,
+    "index": None,
     "try": None,
     "app": None,
 }

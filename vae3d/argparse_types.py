@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 
 MAX_INT = 2**63 - 1
 
@@ -31,6 +32,19 @@ def finite_float(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return number
+
+
+def byte_size(text: str) -> int:
+    """Bytes: a number with B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB or TiB (powers of 1024)."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = (
+        0
+        if found is None
+        else int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+    )
+    if not 0 < size < MAX_INT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 500MB or 1GB")
+    return size
 
 
 def _int_from(text: str, minimum: int) -> int:

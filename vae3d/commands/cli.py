@@ -132,6 +132,8 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "sample": HydraCommand(
         "Draw samples from a latent diffusion model", "sample", "vae3d.config.diffusion:check_sampling"
     ),
+    "make-shards": ArgparseCommand("Write tar shards from any source", "vae3d.commands.flags:parse_make_shards"),
+    "index": ArgparseCommand("Index tar shards, for training from them", "vae3d.commands.flags:parse_index"),
     "check-data": ArgparseCommand("Find the files of a data set that cannot be read", "vae3d.data.check:parse"),
     "convert": ArgparseCommand(
         "Convert a checkpoint to the layout of another program", "vae3d.commands.flags:parse_convert"

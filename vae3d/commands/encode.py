@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from vae3d.config.latents import share_of
-from vae3d.data.image_folder import ImageFolder
-from vae3d.data.readers import is_image
-from vae3d.data.sources import Folder, Source, open_source
+from vae3d.data.image_folder import open_images_or_source
+from vae3d.data.sources import Source
 from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
@@ -30,8 +29,9 @@ def run(config: EncodeConfig) -> None:
     """Write the latent cache that `config` describes, or resume it, or help other processes that write it."""
     ranks, device = init_inference(config.device)
     check_ranks_agree(asdict(config))
+    codec = open_encoder(config, device)
     with ranks.main_process_first():  # it probes the files; the others read its cache
-        job = open_job(config, device)
+        job = open_job(config, codec)
     check_ranks_agree(
         {
             "clips to encode": len(job.items),
@@ -44,8 +44,8 @@ def run(config: EncodeConfig) -> None:
     encode_cache(job, index, count, ranks.wait_for_everyone, quiet=not ranks.is_main_process)
 
 
-def open_job(config: EncodeConfig, device: torch.device) -> EncodeJob:
-    """The clips of the source, and the autoencoder on `device`."""
+def open_encoder(config: EncodeConfig, device: torch.device) -> LatentCodec:
+    """The autoencoder on `device`."""
     codec = open_codec(
         config.checkpoint,
         pixel_range="uint8",
@@ -57,29 +57,25 @@ def open_job(config: EncodeConfig, device: torch.device) -> EncodeJob:
         tile_overlap=config.tile_overlap,
     )
     require_file_channels(codec.model, config.checkpoint)
-    job = replace(open_clips(config), codec=codec)
-    for note in (*padding(codec, job.transform), *tile_notes(codec)):
-        log.info(note)
-    return job
+    return codec
 
 
-def open_clips(config: EncodeConfig) -> EncodeJob:
-    """The clips of the source, without an autoencoder."""
-    source = open_images_or_source(config)
+def open_job(config: EncodeConfig, codec: LatentCodec | None = None) -> EncodeJob:
+    """The clips of the source. codec: None for a process that does not encode."""
+    source = source_of(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
     items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
-    for note in getattr(source, "notes", ()):
+    notes = (*padding(codec, transform), *tile_notes(codec)) if codec is not None else ()
+    for note in (*getattr(source, "notes", ()), *notes):
         log.info(note)
-    return EncodeJob(config, None, items, errors, transform)
+    return EncodeJob(config, codec, items, errors, transform)
 
 
-def open_images_or_source(config: EncodeConfig) -> Source:
-    """The data source; a folder of images only becomes an ImageFolder, whose subfolders name splits, as in training."""
+def source_of(config: EncodeConfig) -> Source:
+    """The data source; a folder of images only is an ImageFolder, as in training."""
     if not isinstance(config.source, str):
         return instantiate(config.source)
-    source = open_source(config.source, config.root)
-    images = isinstance(source, Folder) and source.path.is_dir() and source.table()["path"].map(is_image).all()
-    return ImageFolder(config.source) if images else source
+    return open_images_or_source(config.source, config.root)
 
 
 def padding(codec: LatentCodec, transform: Transform) -> list[str]:

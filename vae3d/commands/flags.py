@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vae3d.argparse_types import finite_float, non_negative_int, positive_float, positive_int
+from vae3d.argparse_types import byte_size, finite_float, non_negative_int, positive_float, positive_int
 from vae3d.metric_names import ALIAS, PRESET_METRICS, SUMMARIES
 
 LAYOUTS = (
@@ -113,6 +113,70 @@ def _port(text: str) -> int:
     return port
 
 
+def parse_index(argv: Sequence[str] | None = None) -> Namespace:
+    """Index tar shards, so that every sample of them is one range read; see docs/data.md.
+
+        vae3d index "shards/{000000..000999}.tar"
+        vae3d index shards --probe
+        vae3d index "https://host/shards/{000000..000999}.tar" --out shards.arrow
+
+    Reads the headers of all shards, not the videos. Writes index.arrow beside the shards; of shards at a URL into
+    $VAE3D_CACHE/shards, where data=webdataset finds it. A killed run goes on; shards that have not changed since the
+    last index are not read again. Shards of latents (writers=[webdataset] of vae3d encode) are indexed too.
+    """
+    parser = _parser(parse_index)
+    parser.add_argument(
+        "shards", nargs="+", help="tars, patterns ({000000..000999} or *) in quotes, a folder, or URLs of these"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write (index.arrow beside the shards)")
+    parser.add_argument("--media", metavar="EXT", help="the video or image of a sample, if it has several, such as mp4")
+    parser.add_argument(
+        "--probe", action="store_true", help="open samples without num_frames, height, width or fps, and store these"
+    )
+    parser.add_argument("--workers", type=positive_int, help="processes (one per processor)")
+    args = parser.parse_args(argv)
+    if args.out is not None and args.out.suffix != ".arrow":
+        parser.error(f"--out {args.out}: the name of an index ends with .arrow")
+    return args
+
+
+def parse_make_shards(argv: Sequence[str] | None = None) -> Namespace:
+    """Write tar shards, in the layout of webdataset, from any source; see docs/data.md.
+
+        python scripts/make_shards.py videos.csv shards --size 1GB
+        python scripts/make_shards.py photos shards --samples 10000 --shuffle 0 --probe
+
+    A sample has the file as it is (nothing is encoded again) and a .json with its text, label, split, start, end and,
+    where they are known, num_frames, height, width and fps. The same source and settings give the same bytes. A killed
+    run goes on. Writes index.arrow too. Train on the shards with data=webdataset data.source.path=OUT.
+    """
+    parser = _parser(parse_make_shards)
+    parser.add_argument(
+        "source", help="a table (.csv, .tsv, .parquet), a list (.json, .jsonl), a folder, a dataset, shards, or a URL"
+    )
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--size", type=byte_size, help="at most so large is a shard, such as 500MB (1GB)")
+    parser.add_argument("--samples", type=positive_int, help="at most so many samples are in a shard")
+    parser.add_argument("--shuffle", type=non_negative_int, metavar="SEED", help="in a random order")
+    parser.add_argument("--probe", action="store_true", help="open files whose frames, size or rate are not given")
+    parser.add_argument("--root", help="folder of relative paths in a table or list (its own)")
+    parser.add_argument(
+        "--max_broken", type=_share, default=0.0, help="leave out up to this share of files, if they cannot be read (0)"
+    )
+    parser.add_argument("--workers", type=positive_int, default=4, help="shards to write at a time (4)")
+    args = parser.parse_args(argv)
+    if args.size is None and args.samples is None:
+        args.size = 10**9
+    return args
+
+
+def _share(text: str) -> float:
+    share = finite_float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share, from 0 to below 1")
+    return share
+
+
 def parse_convert(argv: Sequence[str] | None = None) -> Namespace:
     """Convert a checkpoint to the layout of another program; see docs/checkpoints.md.
 
@@ -193,7 +257,7 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     scripts/convert_checkpoint.py writes from it. Without --out the export is rewritten; of a run, the newest.
     """
     parser = _parser(parse_latent_stats)
-    parser.add_argument("cache", type=Path)
+    parser.add_argument("cache", help="folder of a cache, or tar shards of latents, also at a URL")
     parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
     parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
     _add_export_arguments(parser)

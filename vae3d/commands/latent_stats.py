@@ -15,6 +15,7 @@ from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache
+from vae3d.latents.tar_shards import open_cache
 from vae3d.loading import load, open_codec
 from vae3d.text import plural
 
@@ -23,7 +24,7 @@ SHOWN = ("0.1", "50", "99.9")  # percentiles
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_latent_stats(argv)
-    cache = LatentCache(args.cache, verify=args.verify)
+    cache = open_cache(args.cache, verify=args.verify)
     print_statistics(
         cache,
         "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
@@ -57,7 +58,7 @@ def print_statistics(cache: LatentCache, hint: str) -> None:
 
 def write(args: Namespace) -> None:
     checkpoint, model = load_unscaled(args.write, args.out)
-    cache = LatentCache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
+    cache = open_cache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
     spec = load(rescale(checkpoint, model, scale_of_cache(cache, args.of_means), args)).spec
     print_normalized(
         cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per-channel", args.of_means

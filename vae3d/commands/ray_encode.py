@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae3d.commands.encode import open_clips, open_job
+from vae3d.commands.encode import open_encoder, open_job
 from vae3d.distributed import inference_device
 from vae3d.errors import UserError
 from vae3d.latents.cache import read_meta
@@ -39,7 +39,7 @@ class ShardEncoder:
 
     def __init__(self, config: EncodeConfig, folder: str) -> None:
         os.chdir(folder)
-        self.job = open_job(config, inference_device(config.device))
+        self.job = open_job(config, open_encoder(config, inference_device(config.device)))
         self.claims = Claims(self.job.folder / CLAIMS, config.stale)
         self.claims.__enter__()  # for the life of the actor
         self.digest: str | None = None
@@ -66,7 +66,7 @@ def encode(config: EncodeConfig, actors: int = 1, gpus: float = 0, cpus: float =
     import ray
     from ray.data import ActorPoolStrategy
 
-    job = open_clips(config)
+    job = open_job(config)
     # Not ray.data.range, whose tasks would wait forever where the actors have all CPUs.
     blocks = min(job.shards, BLOCKS * actors)
     numbers = ray.data.from_items([{"id": number} for number in range(job.shards)], override_num_blocks=blocks)

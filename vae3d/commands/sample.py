@@ -29,6 +29,7 @@ from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
+from vae3d.latents.tar_shards import open_cache
 from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.pixels import Quantized
@@ -153,7 +154,7 @@ def open_autoencoder(export: Export, config: SampleConfig, device: torch.device)
 
 
 def open_reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int], names: Sequence[str]) -> Reference:
-    cache = LatentCache(config.against, codec)
+    cache = open_cache(config.against, codec)
     if (cached := clip_and_latent_size(cache)[1]) != tuple(shape):
         cached, ours = (" x ".join(map(str, sizes)) for sizes in (cached, shape))
         raise UserError(f"against={config.against} has latents of {cached}, the samples are of {ours}")

@@ -31,10 +31,11 @@ from vae3d.diffusion.data import CachedLatents, LatentData
 from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.inference.scale import unscalable_reason
-from vae3d.latents.cache import NO_LABEL, LatentCache, class_names
+from vae3d.latents.cache import NO_LABEL, class_names
 from vae3d.latents.clips import labels_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
+from vae3d.latents.tar_shards import open_cache
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.precision import set_cudnn_benchmark
@@ -109,7 +110,7 @@ def latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_si
 
 def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     mode = None if config.vae.sample else "mean"
-    cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
+    cache = open_cache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
     size, latent_shape = diffusion_data.clip_and_latent_size(cache)
     labelled = config.labels != "none"
     if labelled:

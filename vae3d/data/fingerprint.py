@@ -11,9 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.rows import in_threads
 from vae3d.data.segments import SEGMENT
-from vae3d.data.versions import file_stamp
+from vae3d.data.versions import file_stamps
 from vae3d.restore import check_like
 from vae3d.seeding import seed_of
 from vae3d.text import plural
@@ -91,7 +90,7 @@ def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerpr
     rows = [seed_of(*row) for row in zip(table["name"], *(columns[name] for name in SEGMENT), strict=True)]
     facts = [seed_of(*map(_as_float, row)) for row in zip(*(columns[name] for name in FACTS), strict=True)]
     paths = table["path"].tolist()
-    stamps = in_threads(file_stamp, paths) if stat_files else {}
+    stamps = file_stamps(paths) if stat_files else {}
     files = np.array([(stamps.get(path) or [-1, -1])[:2] for path in paths], dtype=np.int64).reshape(-1, 2)
     return DataFingerprint(np.array(rows, np.int64), np.array(facts, np.int64), files, table["name"].tolist())
 

@@ -13,7 +13,8 @@ from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.media import DataError
 from vae3d.data.readers import is_image
 from vae3d.data.rows import SPLITS, mark_missing_files, rows_from_paths
-from vae3d.data.sources import files_under, holds_dataset, open_source
+from vae3d.data.sources import Folder, Source, files_under, holds_dataset, open_source
+from vae3d.data.storage import is_stored, suffix_of
 from vae3d.text import plural
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # name -> split
@@ -29,13 +30,13 @@ class ImageFolder:
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
-        self.path, self.root = Path(path), root
+        self.path, self.root = path if is_stored(path) else Path(path), root
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
         """Raises DataError if there are no images. Invalid rows of a table get an `error`."""
         self.notes = []
-        if self.path.is_dir() and not holds_dataset(self.path):
+        if not is_stored(self.path) and self.path.is_dir() and not holds_dataset(self.path):
             table = self._images_under_folder()
         else:
             table = self._images_of_source()
@@ -82,5 +83,13 @@ class ImageFolder:
             self.notes.append(f"skipped, because they are no images: {counts}")
 
 
+def open_images_or_source(path: str, root: str | None = None) -> Source:
+    """The source of a path; a folder of images only is an ImageFolder, whose subfolders name splits."""
+    source = open_source(path, root)
+    is_folder = isinstance(source, Folder) and not is_stored(source.path) and source.path.is_dir()
+    images = is_folder and source.table()["path"].map(is_image).all()
+    return ImageFolder(path) if images else source
+
+
 def _kind(name: str) -> str:
-    return "numbered images" if is_sequence(name) else os.path.splitext(name)[1].lower() or "without extension"
+    return "numbered images" if is_sequence(name) else suffix_of(name) or "without extension"

@@ -16,9 +16,9 @@ import pandas as pd
 
 from vae3d.data.media import MediaError
 from vae3d.data.readers import media_info
-from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
+from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
 from vae3d.data.segments import is_segment
-from vae3d.data.versions import file_stamp
+from vae3d.data.versions import file_stamps
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
 from vae3d.progress import progress
 
@@ -53,7 +53,7 @@ def probe(paths: list[str]) -> dict[str, Metadata]:
     name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
     cache = cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"
     known = _read_cache(cache)
-    stamps = in_threads(file_stamp, paths)
+    stamps = file_stamps(paths)
     todo = [path for path, stamp in stamps.items() if stamp is None or known.get(path, {}).get("key") != stamp]
     with ThreadPoolExecutor(THREADS) as pool:
         read = pool.map(read_metadata, todo)

@@ -98,6 +98,11 @@ class LatentCache(Dataset[Latent]):
                 raise CacheError(
                     f"{self.folder / name} has changed since it was written: its sha256 differs; encode again"
                 )
+        self._select(index, codec, split, flips)
+        self._open: dict[int, Any] = {}
+
+    def _select(self, index: pd.DataFrame, codec: LatentCodec | None, split: str | None, flips: bool) -> None:
+        """Keep the rows of a split, with or without mirrored entries, and their classes."""
         self.classes = class_names(index["label"])
         if split is not None:
             index = index[index["split"] == split]
@@ -114,7 +119,6 @@ class LatentCache(Dataset[Latent]):
         self.latents_mean, self.latents_std = (
             torch.tensor(factors[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
         )
-        self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -133,11 +137,9 @@ class LatentCache(Dataset[Latent]):
 
         Raises CacheError if the entry has changed since it was written.
         """
-        key, shard = self._keys[index], self._shards[index]
-        entry = {kind: self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]}
+        entry = self._read(index)
         if why := self._entry_error(index, entry):
-            file, marker = shards.shard_file(self.folder, shard), shards.marker_file(self.folder, shard)
-            raise CacheError(f"{file}: {key} {why}; the file is damaged: delete {marker} and encode again")
+            raise self._damaged(index, why)
         mean, *rest = (tensor.float() for tensor in entry.values())
         std = rest[0] if rest else torch.zeros_like(mean)
         return Moments((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
@@ -151,11 +153,25 @@ class LatentCache(Dataset[Latent]):
         lists = ("mean", "std", "std_of_mean", "posterior_std", "covariance_eigenvalues", "kurtosis", "skewness")
         kinds = dict.fromkeys(lists, values) | dict.fromkeys(("clips", "shift", "scale"), Finite)
         kinds |= {"participation_ratio": Finite | None, "percentiles": Mapping[str, defined]}
-        hint = f"delete {self.folder / COMPLETE} and encode again"
-        return shards.read_json(self.folder / STATISTICS, TypedDict("Statistics", kinds), hint)
+        hint = f"delete {self.folder}/{COMPLETE} and encode again"
+        return shards.read_json(self._file(STATISTICS), TypedDict("Statistics", kinds), hint)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled
+
+    def _file(self, name: str) -> Path:
+        """A file of the cache, such as meta.json."""
+        return self.folder / name
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """The stored tensors of an entry, by kind."""
+        key, shard = self._keys[index], self._shards[index]
+        return {kind: self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]}
+
+    def _damaged(self, index: int, why: str) -> CacheError:
+        key, shard = self._keys[index], self._shards[index]
+        file, marker = shards.shard_file(self.folder, shard), shards.marker_file(self.folder, shard)
+        return CacheError(f"{file}: {key} {why}; the file is damaged: delete {marker} and encode again")
 
     def _tensor(self, shard: int, name: str) -> Tensor:
         file = shards.shard_file(self.folder, shard)
@@ -260,12 +276,17 @@ def read_complete(folder: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
+    """Read the meta.json of a cache, as read_meta_file does."""
+    return read_meta_file(folder / META)
+
+
+def read_meta_file(file: Path) -> dict[str, Any]:
     """Read meta.json. Raises CacheError for a missing key and for a wrong value."""
-    meta = shards.read_json(folder / META, Meta)
+    meta = shards.read_json(file, Meta)
     vae = meta["vae"]
     for name in ("latents_mean", "latents_std"):
         if len(vae[name]) != vae["channels"]:
-            raise CacheError(f"{folder / META}: vae.{name} has {len(vae[name])} entries; give {vae['channels']}")
+            raise CacheError(f"{file}: vae.{name} has {len(vae[name])} entries; give {vae['channels']}")
     return meta
 
 

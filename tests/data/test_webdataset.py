@@ -1,0 +1,464 @@
+"""Tar shards: their index, and training from them as from files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from webdataset import tariterators
+
+from tests import http_server, tiny, warm
+from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
+from vae3d.data import storage, tar_index
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.clips import ClipDataset, ClipSettings
+from vae3d.data.fingerprint import fingerprint_of
+from vae3d.data.image_folder import ImageFolder
+from vae3d.data.loader import clip_lengths, read_tables
+from vae3d.data.media import DataError
+from vae3d.data.sources import Folder, Table, open_source
+from vae3d.data.tar_index import INDEX, Settings, build_index, find_shard, media_rows, read_index, samples_of
+from vae3d.data.webdataset import WebDataset, is_shards
+
+DRAWS, BATCH = 1000, 20
+SETTINGS = ClipSettings(16, 16, crop="random", flip=True)
+Members = Iterable[tuple[str, bytes | str]]
+
+
+def write_tar(path: Path, members: Members, format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            content = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(first: int, count: int = 3, **values: object) -> list[tuple[str, bytes | str]]:
+    found = []
+    for number in range(first, first + count):
+        found += [(f"{number:04d}.json", json.dumps(values | {"label": number})), (f"{number:04d}.mp4", b"v" * number)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(videos, tmp_path_factory) -> Path:
+    """The table of `videos`, with texts, labels and splits."""
+    rows = pd.read_csv(videos)
+    rows["path"] = [str(videos.parent / name) for name in rows["path"]]
+    rows["text"] = [f"a caption, {row}" if row % 3 else None for row in range(len(rows))]
+    rows["label"] = [f"c{row % 4}" for row in range(len(rows))]
+    rows["split"] = ["val" if row == 4 else "train" for row in range(len(rows))]
+    file = tmp_path_factory.mktemp("table") / "videos.csv"
+    rows.to_csv(file, index=False)
+    return file
+
+
+@pytest.fixture(scope="module")
+def shards(table, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "shards"
+    assert tiny.status("make-shards", table, folder, "--samples", 5, "--probe") == 0
+    return folder
+
+
+def training_data(source) -> tuple[pd.DataFrame, BatchSchedule]:
+    table = read_tables(source, SETTINGS, 1, 0.0).train
+    return table, BatchSchedule(clip_lengths(table, SETTINGS), FrameCounts(1, 3), seed=3, batch_size=BATCH)
+
+
+def draws(source, first: int = 0, count: int = DRAWS, ranks: int = 1) -> list[bytes]:
+    """The bytes of the clips of the steps from `first` on, of all ranks, in the order of their positions."""
+    table = read_tables(source, SETTINGS, 1, 0.0).train
+    clips = {}
+    for rank in range(ranks):
+        frames = FrameCounts(1, 3)
+        schedule = BatchSchedule(
+            clip_lengths(table, SETTINGS), frames, seed=3, batch_size=BATCH, rank=rank, world_size=ranks
+        )
+        dataset = ClipDataset(table, schedule, SETTINGS)
+        for batch in schedule.micro_batches(first, first + count // BATCH):
+            for index in batch:
+                sample = dataset[index]
+                assert not sample.errors
+                clips[index.position] = sample.video.numpy().tobytes()
+    assert len(clips) == count
+    return [clips[position] for position in sorted(clips)]
+
+
+@pytest.fixture(scope="module")
+def from_files(table) -> list[bytes]:
+    return draws(Table(table))
+
+
+@pytest.mark.smoke
+def test_a_thousand_draws_from_tars_are_those_of_files(table, shards, from_files):
+    assert draws(WebDataset(f"{shards}/{{000000..000002}}.tar")) == from_files
+    (file_rows, _), (tar_rows, _) = training_data(Table(table)), training_data(WebDataset(shards))
+    ours, theirs = fingerprint_of(tar_rows), fingerprint_of(file_rows)
+    assert ours.digests() == theirs.digests()
+    assert ours.files[:, 0].tolist() == theirs.files[:, 0].tolist()
+    assert tar_rows["text"].tolist() == file_rows["text"].tolist()
+
+
+def test_a_thousand_draws_over_http_with_a_tenth_of_the_requests_failing_are_those_of_files(
+    shards, from_files, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
+    monkeypatch.setenv("VAE3D_CACHE_GIB", str(40_000 / 2**30))  # of 12 members of 4 to 7 kB
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    copy = shutil.copytree(shards, tmp_path / "served", ignore=shutil.ignore_patterns(INDEX))
+    with http_server.serve(copy) as store:
+        store.fail_every(10, 503, http_server.RESET, http_server.SHORT, 429)
+        source = WebDataset(f"{store.url}/{{000000..000002}}.tar")
+        assert draws(source, count=100) == from_files[:100]
+        assert sum(file.stat().st_size for file in (tmp_path / "objects").glob("??/*")) <= 40_000
+        monkeypatch.delenv("VAE3D_CACHE_GIB")
+        assert draws(source) == from_files
+        assert min(store.faults.values()) > 1
+        assert len(store.faults) == 4
+        before = len(store.requests)
+        again = WebDataset(f"{store.url}/{{000000..000002}}.tar")
+        assert len(again.table()) == 12
+        assert len(store.requests) - before < 12  # the index is in the cache
+    assert [file.suffix for file in (tmp_path / "shards").iterdir()] == [".arrow"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_other_numbers_of_ranks_go_on_with_the_same_clips(shards, from_files, ranks):
+    assert draws(WebDataset(shards), first=20, count=200, ranks=ranks) == from_files[400:600]
+
+
+def test_an_index_at_the_url_of_a_folder_is_used(shards, table):
+    with http_server.serve(shards) as store:
+        source = open_source(f"{store.url}/{INDEX}")
+        assert source.table()["path"][0].startswith(f"{store.url}/000000.tar@")
+        assert len(WebDataset(f"{store.url}/").table()) == len(pd.read_csv(table))
+
+
+def test_a_run_killed_in_the_middle_goes_on_bit_for_bit_as_from_files(table, shards, tmp_path):
+    steps = 8
+    more = [
+        "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.min=1", "data.frames.max=1",
+        "data.batch_size=4", "data.crop=random", f"trainer.max_steps={steps}", "data.workers=1",
+    ]  # fmt: skip
+    words = arguments(table, tmp_path, "files", *more, model="spatial")
+    assert (done := tiny.run(*PYTHON, *words, cwd=tmp_path)).returncode == 0, done.stdout
+    with http_server.serve(shards) as store:
+        store.fail_every(10, http_server.RESET, 503)
+        path = f"{store.url}/{{000000..000002}}.tar"
+        words = arguments(path, tmp_path, "tars", "data=webdataset", *more, model="spatial")
+        with open(os.devnull, "w") as output:
+            job = warm.Job([*PYTHON, *words], tmp_path, tiny.rank_environments(1), [output.fileno()])
+        wait_for_step(job, tmp_path / "tars", random.randint(3, steps - 3))
+        job.signal(signal.SIGKILL)
+        job.wait()
+        assert (done := tiny.run(*PYTHON, *words, cwd=tmp_path)).returncode == 0, done.stdout
+    launches = (tmp_path / "tars/launches.jsonl").read_text().splitlines()
+    assert 0 < json.loads(launches[1])["step"] < steps
+    assert trace(tmp_path / "tars") == trace(tmp_path / "files")
+
+
+# ---- the index
+
+NAMES = [
+    "a/b.mp4",
+    "a/b.json",
+    "x.y/z.w.png",
+    "./q.jpg",
+    "a.b.c/d.E.MP4",
+    "é.webp",
+    "n" * 150 + "/k.mp4",
+    "d/../up.mp4",
+]
+SKIPPED = ["README", "a/.hidden.mp4", "__meta__/x.mp4", "._z.mp4"]
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_samples_are_those_of_webdataset(tmp_path, format):
+    names = [*NAMES[:2], *SKIPPED, *NAMES[2:]]
+    tar = write_tar(tmp_path / "0.tar", [(name, name) for name in names], format)
+    with tar.open("rb") as stream:
+        files = [{"__url__": "", **file} for file in tariterators.tar_file_iterator(stream)]
+    expected = [dict(sample) for sample in tariterators.group_by_keys(files)]
+    found = list(samples_of(find_shard(str(tar))))
+    assert [sample.key for sample in found] == [sample["__key__"] for sample in expected]
+    content = tar.read_bytes()
+    for ours, theirs in zip(found, expected, strict=True):
+        members = {name: content[m.offset : m.offset + m.size] for name, m in ours.members.items()}
+        assert members == {name: data for name, data in theirs.items() if not name.startswith("__")}
+
+
+def test_sidecars_give_the_columns_of_a_table(tmp_path):
+    values = {"num_frames": 9, "height": 4, "width": 6, "fps": 29.97, "caption": "two\nlines", "label": 7, "other": [1]}
+    members = [
+        ("0.json", json.dumps(values)), ("0.mp4", "x"),
+        ("1.cls", "12\n"), ("1.jpg", "x"), ("1.txt", "a text"),
+        ("2.json", json.dumps({"start": 1, "end": 2.5, "split": "val", "text": "t", "caption": "c", "fps": None})), ("2.mkv", "x"),
+        ("3.json", '{"height": "4"}'), ("3.mp4", "x"), ("4.json", "[1]"), ("4.mp4", "x"), ("5.mp4", ""),
+        ("6.json", '{"split": "all"}'), ("6.mp4", "x"), ("7.json", '{"start": 2, "end": 1}'), ("7.mp4", "x"), ("8.json", "{"), ("8.mp4", "x"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "0.tar", members)
+    table = WebDataset(tmp_path / "0.tar").table()
+    assert table.loc[0, ["num_frames", "height", "width", "fps", "text", "label"]].tolist() == [
+        9,
+        4,
+        6,
+        29.97,
+        "two\nlines",
+        7,
+    ]
+    assert table.loc[1, ["text", "label"]].tolist() == ["a text", 12]
+    assert table.loc[2, ["start", "end", "split", "text"]].tolist() == [1, 2.5, "val", "t"]
+    assert table["error"].isna().tolist() == [True] * 3 + [False] * 6
+    assert "`height` of 3.json" in table["error"][3]
+    assert "`split` of 6.json" in table["error"][6]
+    assert "0 bytes" in table["error"][5]
+    assert table["name"].tolist() == [f"{row}.{kind}" for row, kind in enumerate(["mp4", "jpg", "mkv", *["mp4"] * 6])]
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+def link(path: Path, kind: bytes) -> None:
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("x.mp4")
+        info.type, info.linkname = kind, "0001.mp4"
+        tar.addfile(info)
+
+
+def joined(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(2**20) + path.read_bytes())
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+MALFORMED = {
+    "empty": (lambda path: cut(path, 0), "0 bytes"),
+    "cut in a header": (lambda path: cut(path, 1536 + 100), "truncated"),
+    "cut in a content": (lambda path: cut(path, 512 + 5), "truncated"),
+    "cut between members": (lambda path: cut(path, 1024), "truncated: it ends at byte 1024"),
+    "overwritten header": (lambda path: replaced(path, b"0002.json", b"XXXX.json"), "damaged"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), "compressed (gzip)"),
+    "joined": (joined, "several tars"),
+    "symbolic link": (lambda path: link(path, tarfile.SYMTYPE), "x.mp4 is a link"),
+    "hard link": (lambda path: link(path, tarfile.LNKTYPE), "x.mp4 is a link"),
+    "pipe": (lambda path: link(path, tarfile.FIFOTYPE), "x.mp4 is no file"),
+    "no media": (lambda path: write_tar(path, [("a.json", "{}"), ("b.mp4", "x")]), "the sample a has no video or image"),
+    "two media": (lambda path: write_tar(path, [("a.mp4", "x"), ("a.jpg", "x")]), "--media mp4"),
+    "twice": (lambda path: write_tar(path, [("a.mp4", "x"), ("a.mp4", "x")]), "a.mp4 twice"),
+    "apart": (lambda path: write_tar(path, [("a.mp4", "x"), ("b.mp4", "x"), ("a.mp4", "y")]), "the key a twice"),
+    "no tar": (lambda path: path.write_bytes(b"x" * 5000), "damaged"),
+    "no samples": (lambda path: write_tar(path, [("README", "x")]), "no samples"),
+    "not UTF-8": (lambda path: write_surrogate(path), "not UTF-8"),
+}  # fmt: skip
+
+
+def write_surrogate(path: Path) -> None:
+    write_tar(path, [("00\udcff2.mp4", "x")], tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_tars_are_errors_that_name_them(tmp_path, name):
+    damage, message = MALFORMED[name]
+    tar = write_tar(tmp_path / "0.tar", samples(1))
+    damage(tar)
+    with pytest.raises(DataError) as error:
+        WebDataset(tar).table()
+    assert str(tar) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_sparse_member_is_an_error(tmp_path):
+    info = tarfile.TarInfo("a.mp4")
+    info.pax_headers = {
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": "a.mp4",
+        "GNU.sparse.realsize": "9",
+    }
+    content = b"1\n0\n9\n".ljust(512, b"\0") + b"123456789"
+    info.size = len(content)
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(DataError, match=r"a\.mp4 is a sparse member"):
+        WebDataset(tmp_path / "0.tar").table()
+
+
+def test_a_key_in_two_shards_names_both(tmp_path):
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", samples(7))
+    with pytest.raises(DataError, match=r"0\.tar and .*1\.tar both have the key 0007 \(3 keys in all\)"):
+        WebDataset(tmp_path).table()
+
+
+def test_compressed_tars_are_refused_by_name(tmp_path):
+    assert is_shards(tmp_path / "x.tar.gz")
+    write_tar(tmp_path / "0.tar", samples(1))
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    with pytest.raises(DataError, match=r"x\.tar\.gz is compressed"):
+        open_source(tmp_path / "x.tar.gz").table()
+
+
+def test_the_member_to_read_can_be_chosen(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.thumb.jpg", "jj"), ("a.mp4", "v"), ("b.mp4", "vv"), ("b.thumb.jpg", "j")])
+    for media, sizes in (("mp4", [1, 2]), (".THUMB.jpg", [2, 1])):
+        paths = WebDataset(tmp_path / "0.tar", media).table()["path"]
+        assert [storage.split_member(path)[2] for path in paths] == sizes
+    with pytest.raises(DataError, match=r"no member \.mkv"):
+        WebDataset(tmp_path / "0.tar", "mkv").table()
+
+
+def counting(monkeypatch) -> list[str]:
+    read = []
+    scan = tar_index.samples_of
+    monkeypatch.setattr(tar_index, "samples_of", lambda shard: read.append(Path(shard.path).name) or scan(shard))
+    return read
+
+
+def test_an_index_is_resumed_and_only_what_changed_is_read_again(tmp_path, monkeypatch):
+    read = counting(monkeypatch)
+    for number in range(4):
+        write_tar(tmp_path / f"{number}.tar", samples(10 * number + 1, label=number))
+    cut(tmp_path / "2.tar", 700)
+    out = tmp_path / INDEX
+
+    def build() -> pa.Table:
+        read.clear()
+        return build_index([find_shard(str(tar)) for tar in sorted(tmp_path.glob("*.tar"))], out, Settings())
+
+    with pytest.raises(DataError, match=r"1 of 4 shards cannot be indexed:\n.*2\.tar"):
+        build()
+    assert sorted(read) == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    write_tar(tmp_path / "2.tar", samples(21))
+    first = build()
+    assert read == ["2.tar"]
+    assert not list(tmp_path.glob("*.parts"))
+    assert build().equals(first)
+    assert read == []
+    write_tar(tmp_path / "1.tar", samples(11, 5))
+    assert build()["key"].to_pylist() == [
+        f"{10 * n + 1 + i:04d}" for n, count in enumerate((3, 5, 3, 3)) for i in range(count)
+    ]
+    assert read == ["1.tar"]
+    shutil.rmtree(tmp_path / f"{INDEX}.parts", ignore_errors=True)
+    ours = build()
+    out.unlink()
+    assert build().equals(ours)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tar: os.utime(tar, (1, 1)), "has another modification time"),
+        (lambda tar: cut(tar, 1000), "has 1000 bytes; it had"),
+        (lambda tar: tar.unlink(), "no such file"),
+    ],
+)
+def test_a_changed_shard_is_named_when_a_run_starts(tmp_path, damage, message):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", samples(10 * number + 1))
+    table = WebDataset(tmp_path).table()
+    assert len(table) == 9
+    damage(tmp_path / "1.tar")
+    with pytest.raises(DataError) as error:
+        WebDataset(tmp_path / INDEX).table()
+    assert f"{tmp_path}/1.tar {message}" in str(error.value)
+    assert "vae3d index" in str(error.value)
+    others = WebDataset([str(tmp_path / "0.tar"), str(tmp_path / "2.tar")]).table()
+    assert others["path"].tolist() == [path for path in table["path"] if "/1.tar" not in path]
+
+
+def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars/0.tar", samples(1))
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("tars"))
+    first = WebDataset(tmp_path / "tars").table()
+    assert not (tmp_path / "tars" / INDEX).exists()
+    read = counting(monkeypatch)
+    assert WebDataset(tmp_path / "tars").table().equals(first)
+    assert read == []
+
+
+def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tars").mkdir()
+    members = [(f"{n:03d}.{kind}", size) for n in range(40) for kind, size in (("mp4", b"x" * 30_000), ("txt", b"t"))]
+    write_tar(tmp_path / "tars/0.tar", members)
+    with http_server.serve(tmp_path / "tars") as store:
+        shard = find_shard(f"{store.url}/0.tar")
+        store.requests.clear()
+        rows = media_rows(shard)
+        assert rows.equals(media_rows(find_shard(str(tmp_path / "tars/0.tar"))))
+        assert len(store.requests) <= 4  # 1.2 MB in blocks of 512 KiB
+        assert rows["text"].to_pylist() == ["t"] * 40
+
+
+def test_an_index_of_a_million_samples_has_less_than_64_mib(tmp_path, monkeypatch):
+    """Per sample, with numbers, labels and splits."""
+    shards = [tar_index.Shard(f"{tmp_path}/{number:06d}.tar", 10**9, "mtime:1") for number in range(100)]
+    columns = dict.fromkeys(tar_index.SCHEMA.names)
+
+    def rows(shard: tar_index.Shard) -> pa.Table:
+        first, count = 1000 * shards.index(shard), 1000
+        numbers = np.arange(first, first + count)
+        values = {"offset": numbers * 1_000_000, "size": numbers + 10**6, "key": [f"{n:09d}" for n in numbers]}
+        values |= {
+            "extension": ["mp4"] * count,
+            "num_frames": numbers % 300 + 1,
+            "height": [720] * count,
+            "width": [1280] * count,
+        }
+        values |= {"fps": [29.97] * count, "label": [str(n % 400) for n in numbers], "split": ["train"] * count}
+        filled = [values.get(name, [None] * count) for name in columns]
+        table = pa.table([pa.array(v, f.type) for v, f in zip(filled, tar_index.SCHEMA, strict=True)], tar_index.SCHEMA)
+        return table.replace_schema_metadata({tar_index.KEY: '{"integer_labels": true}'})
+
+    build_index(shards, tmp_path / INDEX, Settings(), scan=rows)
+    assert (tmp_path / INDEX).stat().st_size * 10 < 64 * 2**20
+    table, header = read_index(tmp_path / INDEX)
+    assert len(table) == 100_000
+    assert header["integer_labels"]
+    assert table.slice(99_999, 1).drop_columns("shard").to_pylist()[0]["key"] == "000099999"
+
+
+# ---- the source
+
+
+def test_sources_of_shards_are_recognised(shards, table, tmp_path):
+    assert isinstance(open_source(shards), WebDataset)
+    assert isinstance(open_source(shards / "000000.tar"), WebDataset)
+    assert isinstance(open_source(f"{shards}/{{000000..000002}}.tar"), WebDataset)
+    assert len(open_source(f"{shards}/*.tar").table()) == 12
+    assert not is_shards(table.parent)
+    with pytest.raises(DataError, match="data=webdataset"):
+        Folder(shards / "000000.tar").table()
+    with pytest.raises(DataError, match=r"000003\.tar: no such file"):
+        open_source(f"{shards}/{{000000..000003}}.tar").table()
+    with pytest.raises(DataError, match="listed twice"):
+        WebDataset([str(shards / "000000.tar"), str(shards / "*.tar")], index=str(tmp_path / "none.arrow")).table()
+    assert len(ImageFolder(shards).table()) == 2
+
+
+def test_a_tar_is_looked_up_once_for_all_its_rows(shards, monkeypatch):
+    rows = WebDataset(shards).table()
+    seen, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, *a, **k: seen.append(str(path)) or stat(path, *a, **k))
+    fingerprint_of(rows)
+    assert sorted(path for path in seen if path.endswith(".tar")) == [str(shards / f"{n:06d}.tar") for n in range(3)]

@@ -1,0 +1,85 @@
+"""A latent cache in tar shards gives what the cache itself gives."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from tests import http_server
+from tests.latents import caches
+from vae3d.latents.cache import LatentCache
+from vae3d.latents.shards import CacheError
+from vae3d.latents.tar_shards import TarLatentCache, open_cache
+
+
+@pytest.fixture(scope="module", params=[{"flip": True, "dtype": "fp32"}, {"store": "mean"}], ids=["moments", "mean"])
+def cached(request, tmp_path_factory):
+    photos = caches.pictures(tmp_path_factory.mktemp("photos"))
+    return caches.made(photos, tmp_path_factory.mktemp("cached") / "cache", writers=["webdataset"], **request.param)
+
+
+def test_entries_are_those_of_the_cache(cached):
+    whole = open_cache(cached, caches.codec("spatial"), seed=3)
+    tars = open_cache(cached / "webdataset", caches.codec("spatial"), seed=3)
+    assert isinstance(tars, TarLatentCache)
+    assert type(whole) is LatentCache
+    assert (len(tars), tars.mode, tars.classes, tars.labels) == (len(whole), whole.mode, whole.classes, whole.labels)
+    assert set(whole.index.columns) == set(tars.index.columns)
+    assert tars.index["key"].tolist() == whole.index["key"].tolist()
+    tars = pickle.loads(pickle.dumps(tars))
+    for index in range(len(whole)):
+        for ours, theirs in zip(tars[index, 7], whole[index, 7], strict=True):
+            assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert tars.statistics == whole.statistics
+
+
+def test_some_shards_and_no_mirrored_entries_can_be_opened(cached):
+    all_tars = sorted((cached / "webdataset").glob("*.tar"))
+    few = open_cache(str(all_tars[1]), flips=False)
+    whole = LatentCache(cached, flips=False)
+    assert few.index["key"].tolist() == whole.index.loc[whole.index["shard"] == 1, "key"].tolist()
+    assert torch.equal(few.moments(0).mean, whole.moments(whole.index["key"].tolist().index(few.index["key"][0])).mean)
+
+
+def test_another_autoencoder_a_changed_tar_and_a_missing_meta_are_errors(cached, tmp_path):
+    with pytest.raises(CacheError, match="another autoencoder"):
+        open_cache(cached / "webdataset", caches.codec("wan"))
+    copy = tmp_path / "copy"
+    shutil.copytree(cached, copy)
+    [tar, *_] = sorted((copy / "webdataset").glob("*.tar"))
+    (copy / "webdataset/index.arrow").unlink(missing_ok=True)
+    good = open_cache(copy / "webdataset")
+    content = bytearray(tar.read_bytes())
+    where = int(good._members[0].partition("@")[2].partition("+")[0])
+    content[where + 130] ^= 1  # behind the header of a .npy
+    stat = tar.stat()
+    tar.write_bytes(content)
+    with pytest.raises(CacheError, match=f"{tar} has another modification time"):
+        open_cache(copy / "webdataset")
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(CacheError, match=r"checksum|NaN"):
+        open_cache(copy / "webdataset", verify=True)
+    (copy / "meta.json").unlink()
+    with pytest.raises(CacheError, match=r"no meta\.json"):
+        open_cache(copy / "webdataset")
+
+
+def test_shards_at_a_url_are_read_by_one_range_per_entry(cached, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    copy = shutil.copytree(cached, tmp_path / "copy")
+    (copy / "webdataset/index.arrow").unlink(missing_ok=True)
+    count = len(list((copy / "webdataset").glob("*.tar")))
+    whole = LatentCache(cached)
+    with http_server.serve(copy) as store:
+        tars = open_cache(f"{store.url}/webdataset/{{00000..{count - 1:05d}}}.tar")
+        store.requests.clear()
+        for index in range(len(whole)):
+            ours, theirs = tars.moments(index), whole.moments(index)
+            assert torch.equal(ours.mean, theirs.mean)
+            assert torch.equal(ours.std, theirs.std)
+        assert len(store.requests) == len(whole)
+        assert tars.statistics == whole.statistics

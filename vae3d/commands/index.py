@@ -1,0 +1,49 @@
+"""Index tar shards, so that every sample is one range read; see docs/data.md. Flags: vae3d.commands.flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vae3d.commands.flags import parse_index
+from vae3d.data.media import DataError
+from vae3d.data.storage import is_url
+from vae3d.data.tar_index import Settings, Shard, build_index, samples_of
+from vae3d.data.webdataset import cached_index, find_shards, index_of
+from vae3d.data.workers import processor_count
+from vae3d.latents.tar_shards import latent_rows
+from vae3d.text import plural
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_index(argv)
+    shards = find_shards(args.shards)
+    settings = Settings(_kind(shards[0]), args.media)
+    out = args.out or index_of(args.shards, [shard.path for shard in shards])
+    if is_url(str(out)):
+        out = cached_index(shards, settings)
+    if settings.kind == "latents" and (args.probe or args.media):
+        raise DataError("--probe and --media are for videos and images; these shards hold latents")
+    table = build_index(
+        shards,
+        Path(out),
+        settings,
+        scan=latent_rows if settings.kind == "latents" else None,
+        probe=args.probe,
+        workers=args.workers or processor_count(),
+    )
+    size = Path(out).stat().st_size / 2**20
+    print(f"{plural(len(table), 'sample')} in {plural(len(shards), 'shard')} -> {out} ({size:.1f} MiB)")
+    if "error" in table.column_names:
+        wrong = table.filter(table["error"].is_valid())
+        first = wrong.slice(0, 1).to_pylist()[0]
+        print(
+            f"{plural(len(wrong), 'sample')} cannot be used, such as {first['key']} of {first['shard']}: "
+            f"{first['error']}; data.max_broken says how many a run accepts"
+        )
+
+
+def _kind(shard: Shard) -> str:
+    sample = next(iter(samples_of(shard)), None)
+    if sample is None:
+        raise DataError(f"{shard.path} has no samples")
+    return "latents" if any(name.endswith(".npy") for name in sample.members) else "media"

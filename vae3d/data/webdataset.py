@@ -1,0 +1,206 @@
+"""Videos and images in tar shards, in the layout of webdataset, as a table: every sample is one range read.
+
+A row's path is TAR@OFFSET+SIZE/MEMBER (see storage.py), so that the order of training, resuming, validation and
+encoding are those of files. Nothing is extracted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from glob import escape, glob
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vae3d.data.media import DataError, MediaError
+from vae3d.data.rows import rows_from_paths
+from vae3d.data.storage import find_objects, is_url, list_urls, size_and_version
+from vae3d.data.tar_index import (
+    COMPRESSED_TAR,
+    INDEX,
+    THREADS,
+    Scan,
+    Settings,
+    Shard,
+    build_index,
+    check_shards,
+    find_shard,
+    index_beside,
+    member_paths,
+    read_index,
+    shard_paths,
+)
+from vae3d.data.video_index import cache_folder
+from vae3d.data.workers import processor_count
+from vae3d.hashing import json_hash
+from vae3d.text import plural
+
+TAR = (".tar", *COMPRESSED_TAR)  # the compressed ones raise a clear error
+NUMBERS = ("num_frames", "height", "width", "fps", "start", "end")
+log = logging.getLogger("vae3d")
+
+
+class WebDataset:
+    """The samples of tar shards: one video or image each, with the columns of a table in its .json, and text in .txt
+    (or `caption` of .json) and class in .cls, all optional. Samples are as in webdataset: consecutive members whose
+    names are equal up to the first dot.
+
+    path: a tar, a pattern of tars such as shards/{000000..000999}.tar or shards/*.tar, a list of these, a folder of
+    tars, or an index that `vae3d index` wrote (.arrow); local, or a URL. media: extension of the member to read where
+    samples have several videos or images. index: file of the index; None: index.arrow in the folder of the shards. If
+    there is none that has all shards, the first pass makes it: there, or where that cannot be written, and of remote
+    shards, in $VAE3D_CACHE/shards.
+    """
+
+    def __init__(self, path: str | Path | Sequence[str], media: str | None = None, index: str | None = None) -> None:
+        self.paths = [str(path)] if isinstance(path, str | Path) else list(map(str, path))
+        self.media, self.index = media, index
+        self.notes: list[str] = []
+
+    def table(self) -> pd.DataFrame:
+        """Raises DataError for shards that are missing, damaged, or changed since their index was made."""
+        index, shards, where = open_index(self.paths, Settings("media", self.media), self.index)
+        table = rows_of(index, shards)
+        missing = int(table["num_frames"].isna().sum())
+        used = plural(len(pc.unique(index["shard"])), "shard")
+        self.notes = [f"{plural(len(table), 'sample')} in {used}, by {where}"]
+        if missing:
+            self.notes.append(f"{missing} of them without num_frames: `vae3d index --probe` stores it in the index")
+        return table
+
+
+def rows_of(index: pa.Table, shards: Sequence[str]) -> pd.DataFrame:
+    """The table of an index's rows (see rows.py). shards: absolute paths, for the numbers of the column `shard`."""
+    numbers = index["shard"].combine_chunks()
+    tars = pa.array(shards, pa.large_string()).take(numbers.indices).cast(pa.string())
+    paths = member_paths(index, tars)
+    own = pc.binary_join_element_wise(index["key"], index["extension"].cast(pa.string()), ".")
+    names = pc.coalesce(index["name"], own) if "name" in index.column_names else own
+    table = rows_from_paths(paths, names.to_pylist())
+    for name in set(table.columns) & set(index.column_names) - {"name"}:
+        if name in NUMBERS:
+            table[name] = index[name].to_pandas().to_numpy(dtype=float)
+        else:
+            column = index[name].cast(pa.string()) if pa.types.is_dictionary(index[name].type) else index[name]
+            table[name] = pd.Series(column.to_pylist(), dtype=object)
+    return table
+
+
+def is_tar(path: str) -> bool:
+    """Whether the name of a file, or of an object at a URL, is that of a tar."""
+    name = path.partition("?")[0] if is_url(path) else path
+    return name.lower().endswith(TAR)
+
+
+def is_shards(path: str | Path) -> bool:
+    """Whether a source is made of tar shards: by its name, or a folder that has tars in it and no other files of a
+    source."""
+    if is_tar(str(path)) or str(path).endswith(".arrow"):
+        return True
+    return not is_url(path) and os.path.isdir(path) and bool(glob(os.path.join(escape(str(path)), "*.tar")))
+
+
+def list_shards(path: str) -> list[str]:
+    """The tars of a pattern or folder, absolute, or URLs. Raises DataError if there is none."""
+    if is_url(path):
+        found = list_urls(path) if is_tar(path) else [url for url in find_objects(path) if url.endswith(".tar")]
+    elif os.path.isdir(path):
+        found = sorted(glob(os.path.join(escape(path), "**", "*.tar"), recursive=True))
+    else:
+        found = list_urls(path)
+    if not found:
+        raise DataError(f"{path}: no tar files are there")
+    return found if is_url(path) else list(map(os.path.abspath, found))
+
+
+def find_shards(patterns: Iterable[str]) -> list[Shard]:
+    """All tars of several patterns, as they are now. Raises DataError that names one that is missing, or listed
+    twice."""
+    paths = [path for pattern in patterns for path in list_shards(pattern)]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise DataError(f"{twice} is listed twice")
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(find_shard, paths))
+
+
+def open_index(
+    patterns: Sequence[str], settings: Settings, index: str | None = None, scan: Scan | None = None
+) -> tuple[pa.Table, list[str], str]:
+    """The index of tar shards, made now if there is none; absolute paths of its shards; and where it is.
+
+    scan: see build_index. Raises DataError.
+    """
+    if len(patterns) == 1 and patterns[0].endswith(".arrow"):
+        return _checked_index(patterns[0], settings, None)
+    if len(patterns) == 1 and is_url(patterns[0]) and not is_tar(patterns[0]):  # a folder
+        beside = f"{patterns[0].rstrip('/')}/{INDEX}"
+        if _exists(beside):  # over HTTP, folders cannot be listed
+            return _checked_index(beside, settings, None)
+    paths = [path for pattern in patterns for path in list_shards(pattern)]
+    beside = index or index_of(patterns, paths)
+    if _exists(beside):
+        header = read_index(beside)[1]
+        has_all = set(paths) <= set(shard_paths(header, beside))
+        if has_all and header["settings"] == asdict(settings):
+            return _checked_index(beside, settings, paths)
+        log.info(
+            "%s %s; another index is made", beside, "has other settings" if has_all else "lacks some of the shards"
+        )
+    shards = find_shards(patterns)
+    cached = cached_index(shards, settings)
+    if not cached.is_file():
+        own = not is_url(beside) and not os.path.exists(beside) and os.access(os.path.dirname(beside), os.W_OK)
+        out = Path(beside) if own else cached
+        log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
+        build_index(shards, out, settings, scan=scan, workers=processor_count())
+        return _checked_index(str(out), settings, paths)
+    return _checked_index(str(cached), settings, paths)
+
+
+def cached_index(shards: Sequence[Shard], settings: Settings) -> Path:
+    """Where the index of these shards, as they are now, is if there can be none beside them."""
+    key = json_hash([asdict(settings), [asdict(shard) for shard in shards]])[:24]
+    return cache_folder() / "shards" / f"{key}.arrow"
+
+
+def index_of(patterns: Sequence[str], paths: Sequence[str]) -> str:
+    """Where the index of shards is looked for: index.arrow in a folder that was given, or that contains them all."""
+    if len(patterns) == 1 and os.path.isdir(patterns[0]):
+        return os.path.join(os.path.abspath(patterns[0]), INDEX)
+    return index_beside(paths)
+
+
+def _exists(index: str) -> bool:
+    if not is_url(index):
+        return os.path.isfile(index)
+    try:
+        size_and_version(index)
+    except MediaError:
+        return False
+    return True
+
+
+def _checked_index(index: str, settings: Settings, wanted: Sequence[str] | None) -> tuple[pa.Table, list[str], str]:
+    table, header = read_index(index)
+    if header["settings"]["kind"] != settings.kind:
+        kinds = {"media": "videos and images", "latents": "latents"}
+        raise DataError(f"{index} is an index of {kinds[header['settings']['kind']]}, not of {kinds[settings.kind]}")
+    if settings.media not in (None, header["settings"]["media"]):
+        made = header["settings"]["media"]
+        raise DataError(f"{index} was made for media={made}, not {settings.media}; run vae3d index again")
+    check_shards(header, index, wanted)
+    paths = shard_paths(header, index)
+    if wanted is not None and len(wanted) < len(paths):
+        chosen = np.flatnonzero(np.isin(paths, list(wanted)))
+        table = table.filter(pa.array(np.isin(table["shard"].combine_chunks().indices.to_numpy(), chosen)))
+        if not len(table):
+            raise DataError(f"{wanted[0]} has no samples")
+    return table, paths, index

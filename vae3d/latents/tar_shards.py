@@ -1,0 +1,162 @@
+"""Latents in tar shards, which `vae3d encode writers=[webdataset]` writes: CACHE/webdataset/00000.tar, ...
+
+Members of an entry are NUMBER.mean.npy and NUMBER.std.npy (or only one, or NUMBER.sample.npy) and NUMBER.json, its row
+of index.csv. meta.json must be beside the tars or in the folder above, where the command writes it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.storage import is_url, local_range, member_path
+from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
+from vae3d.data.webdataset import is_shards, open_index
+from vae3d.latents.cache import TEXT_COLUMNS, LatentCache, read_meta_file
+from vae3d.latents.codec import LatentCodec
+from vae3d.latents.shards import KINDS, META, CacheError
+
+ARRAYS = ("mean", "std", "sample")
+SCHEMA = pa.schema(
+    [("offset", pa.int64()), ("size", pa.int64()), ("key", pa.string())]
+    + [(kind, pa.int32()) for kind in ARRAYS]  # offset of its .npy from `offset`
+    + [("row", pa.string())]  # of index.csv, as JSON
+)
+# fmt: off
+COLUMNS = {
+    "number", "key", "shard", "frames", "height", "width", "latent", "label", "split", "text", "flip", "source", "crc32"
+}  # of a row
+# fmt: on
+
+
+def latent_rows(shard: Shard) -> pa.Table:
+    """One row per entry: the range of bytes of its arrays, and its row of index.csv. Raises DataError."""
+    rows = []
+    for sample in samples_of(shard):
+        arrays = {kind: sample.members[f"{kind}.npy"] for kind in ARRAYS if f"{kind}.npy" in sample.members}
+        if not arrays or "json" not in sample.members:
+            has = ", ".join(member.name for member in sample.members.values())
+            raise DataError(f"{shard.path}: the sample {sample.key} is no latent with its .json, but {has}")
+        first = min(array.offset for array in arrays.values())
+        size = max(array.offset + array.size for array in arrays.values()) - first
+        places = {kind: array.offset - first for kind, array in arrays.items()}
+        rows.append({"offset": first, "size": size, "key": sample.key, "row": _row(shard.path, sample), **places})
+    return pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({KEY: "{}"})
+
+
+def _row(path: str, sample: Sample) -> str:
+    member = sample.members["json"]
+    try:
+        row = json.loads(member.content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {member.name} is not JSON: {one_line(error, 100)}") from error
+    if not isinstance(row, dict) or not row.keys() >= COLUMNS:
+        lacking = sorted(COLUMNS - set(row)) if isinstance(row, dict) else sorted(COLUMNS)
+        raise DataError(f"{path}: {member.name} lacks {', '.join(lacking)}; is it of vae3d encode?")
+    return member.content.decode()
+
+
+class TarLatentCache(LatentCache):
+    """A LatentCache whose entries are read from tar shards, local or at a URL, by one range read each.
+
+    path: a tar, a pattern of tars, a folder of them, or their index. With `verify`, all entries are read and compared
+    with their checksums now. Other arguments and errors as of LatentCache.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        codec: LatentCodec | None = None,
+        *,
+        mode: str | None = None,
+        seed: int = 0,
+        split: str | None = None,
+        flips: bool = True,
+        transform: Mapping[str, Any] | None = None,
+        verify: bool = False,
+    ) -> None:
+        self.name, self.seed = str(path), seed
+        try:
+            table, shards, _ = open_index([self.name], Settings("latents"), scan=latent_rows)
+        except DataError as error:
+            raise CacheError(str(error)) from error
+        self._top = _folder_with_meta(shards[0])
+        self.folder = self.name
+        self.meta = read_meta_file(self._file(META))
+        self._check_same_source(codec, transform)
+        self.mode = self._mode(mode)
+        index = pd.DataFrame(map(json.loads, table["row"].to_pylist()))
+        index[list(TEXT_COLUMNS)] = index[list(TEXT_COLUMNS)].fillna("").astype(str)
+        numbers = table["shard"].combine_chunks().indices.to_pylist()
+        self.shards = len(set(numbers))
+        index["tar"] = [shards[number] for number in numbers]
+        for name in ("offset", "size", *ARRAYS):
+            index[f"_{name}"] = table[name].to_pylist() if name in table.column_names else None
+        self._select(index, codec, split, flips)
+        tars = self.index.pop("tar"), *(self.index.pop(f"_{name}") for name in ("offset", "size"))
+        self._members = [
+            member_path(tar, offset, size, f"{number:09d}.npy")
+            for tar, offset, size, number in zip(*tars, self.index["number"], strict=True)
+        ]
+        kinds = KINDS[self.meta["store"]]
+        self._places = {kind: self.index[f"_{kind}"].tolist() for kind in kinds}
+        self.index = self.index.drop(columns=[f"_{kind}" for kind in ARRAYS])
+        for kind, places in self._places.items():
+            if any(place is None or place != place for place in places):
+                store = self.meta["store"]
+                raise CacheError(f"{self.name} has entries without .{kind}.npy, but {META} says store={store}")
+        if verify:
+            for number in range(len(self)):
+                self.moments(number)
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        try:
+            content = local_range(self._members[index]).read()
+            tensors = {}
+            for kind, places in self._places.items():
+                stream = io.BytesIO(content)
+                stream.seek(int(places[index]))
+                tensors[kind] = torch.from_numpy(np.load(stream, allow_pickle=False))
+        except (OSError, ValueError, EOFError, TypeError, MediaError) as error:
+            raise CacheError(f"{self._members[index]} cannot be read: {one_line(error)}") from error
+        return tensors
+
+    def _damaged(self, index: int, why: str) -> CacheError:
+        return CacheError(f"{self._members[index]}: {self._keys[index]} {why}; the tar is damaged: get it again")
+
+    def _file(self, name: str) -> Path:
+        place = f"{self._top}/{name}"
+        try:
+            return local_range(place).file
+        except (OSError, MediaError) as error:
+            raise CacheError(f"{place} cannot be read: {one_line(error)}; it is written with the cache") from error
+
+
+def _folder_with_meta(tar: str) -> str:
+    """The folder of a cache's meta.json: that of its tars, or the one above. Raises CacheError."""
+    folder = tar.rpartition("/")[0]
+    for place in (folder, folder.rpartition("/")[0]):
+        try:
+            local_range(f"{place}/{META}")
+        except (OSError, MediaError):
+            continue
+        return place
+    raise CacheError(f"{folder} and the folder above have no {META}, which says which autoencoder made the latents")
+
+
+def open_cache(path: str | Path, codec: LatentCodec | None = None, **settings: Any) -> LatentCache:
+    """The latent cache of a folder, or of tar shards, their folder or their index. settings: those of LatentCache.
+
+    Raises CacheError.
+    """
+    return (TarLatentCache if is_shards(path) or is_url(path) else LatentCache)(path, codec, **settings)
