@@ -24,7 +24,7 @@ from vae3d.latents.claims import Claims
 from vae3d.latents.encode import CLAIMS, encode_cache
 from vae3d.latents.shards import CacheError
 
-STALE = 0.4  # seconds
+STALE = 2.0  # seconds; much longer than a busy machine lets a thread wait
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +138,11 @@ def test_two_that_find_one_claim_stale_do_not_both_get_it(tmp_path, monkeypatch)
 
 
 def test_a_living_process_keeps_its_claims(tmp_path):
-    with Claims(tmp_path / "claims", STALE) as owner:
+    with Claims(tmp_path / "claims", 1.0) as owner:
         assert owner.take("a")
         elsewhere(owner, "a", silent=0)
-        time.sleep(2 * STALE)
-        assert not Claims(tmp_path / "claims", STALE).take("a")
+        time.sleep(1.5)
+        assert not Claims(tmp_path / "claims", 1.0).take("a")
 
 
 def test_a_dead_process_of_this_machine_is_noticed_at_once(tmp_path):
@@ -216,7 +216,7 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
     """The first of two array jobs takes one shard and stops; the second does its share and the rest."""
     caplog.set_level(logging.INFO, "vae3d")
     job.config.wait = False
-    with Claims(job.folder / CLAIMS, 60) as claims:
+    with Claims(job.folder / CLAIMS, STALE) as claims:
         encode.begin(job, claims)
         assert claims.take(shards.name_of(2))
         assert not encode_cache(job, 1, 2)
@@ -235,7 +235,7 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
 
 
 def test_a_process_waits_for_others_and_only_one_of_them_completes_the_cache(job, whole):
-    with Claims(job.folder / CLAIMS, 60) as claims:
+    with Claims(job.folder / CLAIMS, STALE) as claims:
         encode.begin(job, claims)
         claims.take(shards.name_of(0))
         children = [start(encode_cache, job, index, 3) for index in (1, 2)]

@@ -460,7 +460,7 @@ def _source_hash(job: EncodeJob) -> str:
 def _is_complete(job: EncodeJob) -> bool:
     """Whether complete.json is there, with the labels that the source has now, and describes the files beside it."""
     try:
-        complete = read_complete(job.folder)
+        complete = read_complete(job.folder / COMPLETE)
         hashes = {name: file_hash(job.folder / name) for name in complete["sha256"]}
     except (CacheError, FileError, OSError):
         return False
