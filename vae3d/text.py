@@ -10,3 +10,9 @@ def plural(count: int | str, noun: str) -> str:
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return f"{count} {noun[:-1]}ies"
     return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'sh', 'tch')) else 's'}"
+
+
+def byte_text(count: int) -> str:
+    """Bytes in the largest unit of 1000 that they fill: 512 B, 20.5 kB, 1.02 GB."""
+    power = min(4, (len(str(count)) - 1) // 3)
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -11,12 +11,14 @@ import shutil
 import signal
 import tarfile
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from webdataset import tariterators
 
 from tests import http_server, tiny, warm
@@ -27,8 +29,10 @@ from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import clip_lengths, read_tables
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
+from vae3d.data.readers import open_media
 from vae3d.data.sources import Folder, Table, open_source
+from vae3d.data.streaming import StreamingData, StreamingSchedule, opened
 from vae3d.data.tar_index import INDEX, Settings, build_index, find_shard, media_rows, read_index, samples_of
 from vae3d.data.webdataset import WebDataset, is_shards
 
@@ -318,10 +322,10 @@ def test_compressed_tars_are_refused_by_name(tmp_path):
 def test_the_member_to_read_can_be_chosen(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.thumb.jpg", "jj"), ("a.mp4", "v"), ("b.mp4", "vv"), ("b.thumb.jpg", "j")])
     for media, sizes in (("mp4", [1, 2]), (".THUMB.jpg", [2, 1])):
-        paths = WebDataset(tmp_path / "0.tar", media).table()["path"]
+        paths = WebDataset(tmp_path / "0.tar", media=media).table()["path"]
         assert [storage.split_member(path)[2] for path in paths] == sizes
     with pytest.raises(DataError, match=r"no member \.mkv"):
-        WebDataset(tmp_path / "0.tar", "mkv").table()
+        WebDataset(tmp_path / "0.tar", media="mkv").table()
 
 
 def counting(monkeypatch) -> list[str]:
@@ -462,3 +466,74 @@ def test_a_tar_is_looked_up_once_for_all_its_rows(shards, monkeypatch):
     monkeypatch.setattr(os, "stat", lambda path, *a, **k: seen.append(str(path)) or stat(path, *a, **k))
     fingerprint_of(rows)
     assert sorted(path for path in seen if path.endswith(".tar")) == [str(shards / f"{n:06d}.tar") for n in range(3)]
+
+
+def test_shards_for_validation_can_be_named(shards):
+    source = WebDataset(f"{shards}/{{000000..000001}}.tar", val_path=str(shards / "000002.tar"))
+    table = source.table()
+    assert table["split"].tolist() == ["train"] * 10 + ["val"] * 2
+    assert table["row"].tolist() == list(range(1, 13))
+    assert len(source.notes) == 2
+
+
+# ---- streams
+
+
+@pytest.fixture(scope="module")
+def plain(videos, tmp_path_factory) -> Path:
+    """Shards without splits."""
+    folder = tmp_path_factory.mktemp("plain") / "shards"
+    assert tiny.status("make-shards", videos, folder, "--samples", 3) == 0
+    return folder
+
+
+def test_a_stream_gives_the_files_in_order(videos, plain, tmp_path, monkeypatch):
+    files = [videos.parent / name for name in pd.read_csv(videos)["path"]]
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    with http_server.serve(plain) as store:
+        store.fail_every(5, 503, http_server.RESET, http_server.SHORT)
+        for path in (str(plain), f"{store.url}/{{000000..000003}}.tar"):
+            stream = WebDataset(path, streaming=True).stream("train")
+            assert stream.shards == 4
+            found = [item for shard in range(4) for item in stream.read(shard)]
+            assert [item.content for item in found] == [file.read_bytes() for file in files]
+            assert [item.kind for item in found] == ["video"] * 10 + ["image"] * 2
+            assert list(stream.read(1, 2)) == found[5:6]
+            with opened(found[0], SETTINGS) as ours, closing(open_media(files[0])) as theirs:
+                assert np.array_equal(ours.read([3]), theirs.read([3]))
+    assert not list(plain.glob("*.parts"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_gives_the_same_clips(plain, workers):
+    def data(positions=None) -> StreamingData:
+        stream = WebDataset(plain, streaming=True).stream("train")
+        found = StreamingData(stream, StreamingSchedule(FrameCounts(1, 1), 3, 4), SETTINGS, 2, workers, 2, [], [])
+        found.positions = positions or found.positions
+        return found
+
+    whole, batches, positions = [], (run := data()).clips(0, 5), None
+    for step in range(5):
+        whole.append(next(batches))
+        positions = run.positions_at(step) if step == 3 else positions
+    again = list(data(positions).clips(3, 5))
+    assert [batch.paths for batch in again] == [batch.paths for batch in whole[3:]]
+    assert all(torch.equal(one.video, two.video) for one, two in zip(again, whole[3:], strict=True))
+
+
+def test_what_a_stream_cannot_do_is_an_error(shards, tmp_path):
+    stream = WebDataset(shards, streaming=True)
+    with pytest.raises(DataError, match="streaming=false"):
+        stream.table()
+    assert stream.stream("val") is None
+    with pytest.raises(DataError, match=r"0000000\d\d has split=val.*data\.source\.val_path"):
+        [item for shard in range(3) for item in stream.stream("train").read(shard)]
+    write_tar(tmp_path / "0.tar", samples(1, start=1.5))
+    with pytest.raises(DataError, match=r"0001 is a part of its file"):
+        next(WebDataset(tmp_path, streaming=True).stream("train").read(0))
+    write_tar(tmp_path / "0.tar", samples(1, height="x"))
+    item = next(WebDataset(tmp_path, streaming=True).stream("train").read(0))
+    with pytest.raises(MediaError, match=r"0001\.mp4: `height` of 0001\.json"), opened(item, SETTINGS):
+        pass
+    with pytest.raises(DataError, match=r"data\.source\.shuffle=0"):
+        WebDataset(tmp_path, streaming=True, shuffle=0)

@@ -16,6 +16,7 @@ from vae3d.commands.summary import data_summary, first_batch, summary
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import TrainConfig
 from vae3d.data.loader import check_files_exist
+from vae3d.data.streaming import is_streaming
 from vae3d.loading import build_from_checkpoint, instantiate
 from vae3d.training.freeze import train_parts
 
@@ -39,7 +40,8 @@ def describe_training(config: TrainConfig) -> None:
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
     world = world_of(config)
-    files = check_files_exist(instantiate(config.data.source), config.data.max_broken)
+    source = instantiate(config.data.source)
+    files = [] if is_streaming(source) else check_files_exist(source, config.data.max_broken)
     log.info("\n".join([*summary(config, model, world), *files]))
     data = train.build_training_data(config, 0, world)
     log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), data.schedule.lengths)]))

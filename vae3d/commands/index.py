@@ -11,7 +11,7 @@ from vae3d.data.tar_index import Settings, Shard, build_index, samples_of
 from vae3d.data.webdataset import cached_index, find_shards, index_of
 from vae3d.data.workers import processor_count
 from vae3d.latents.tar_shards import latent_rows
-from vae3d.text import plural
+from vae3d.text import byte_text, plural
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         probe=args.probe,
         workers=args.workers or processor_count(),
     )
-    size = Path(out).stat().st_size / 2**20
-    print(f"{plural(len(table), 'sample')} in {plural(len(shards), 'shard')} -> {out} ({size:.1f} MiB)")
+    size = byte_text(Path(out).stat().st_size)
+    print(f"{plural(len(table), 'sample')} in {plural(len(shards), 'shard')} -> {out} ({size})")
     if "error" in table.column_names:
         wrong = table.filter(table["error"].is_valid())
         first = wrong.slice(0, 1).to_pylist()[0]

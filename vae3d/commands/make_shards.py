@@ -9,11 +9,11 @@ from typing import Any
 from vae3d.commands.flags import parse_make_shards
 from vae3d.data.image_folder import open_images_or_source
 from vae3d.data.media import DataError
-from vae3d.data.shard_writer import check_broken, entries_of, plan_record, plan_shards, with_sizes, write_shards
+from vae3d.data.shard_writer import check_broken, entries_of, plan_record, plan_shards, write_shards
 from vae3d.data.tar_index import INDEX
 from vae3d.inference.folder import has_results, locked
 from vae3d.io import read_json, write_json
-from vae3d.text import plural
+from vae3d.text import byte_text, plural
 
 PLAN = "shards.json"  # what the shards are made of, so that a killed run goes on
 
@@ -32,14 +32,12 @@ def main(argv: list[str] | None = None) -> None:
     files = len({entry.path for entry in entries})
     if files < len(entries):
         print(f"{len(entries)} rows are parts of {plural(files, 'file')}; each row gets a copy of its file")
-    if args.size is not None:
-        entries = with_sizes(entries)
     spans = plan_shards(entries, args.size, args.samples)
     with locked(args.out, str(args.out)):
         begin(args.out, plan_record(entries, spans))
         shards = write_shards(entries, spans, args.out, args.workers)
     total = sum(shard.stat().st_size for shard in shards)
-    print(f"{plural(len(entries), 'sample')}, {total / 1e9:.3g} GB -> {plural(len(shards), 'shard')} in {args.out}")
+    print(f"{plural(len(entries), 'sample')}, {byte_text(total)} -> {plural(len(shards), 'shard')} in {args.out}")
     print(f"index -> {args.out / INDEX}; train on them with data=webdataset data.source.path={args.out}")
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
+from vae3d.data.streaming import StreamingData
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.text import plural
 from vae3d.training.freeze import ALL
@@ -66,19 +67,15 @@ def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
     return f"batch of {plural(batch_size, 'clip')} = {' x '.join(shares)}"
 
 
-def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
+def data_summary(config: TrainConfig, data: TrainingData | StreamingData) -> list[str]:
     """Training files, epochs, and the files that are skipped."""
+    if isinstance(data, StreamingData):
+        return [f"  {line}" for line in [*held_out_lines(data), *data.notes]]
     lengths, counts = data.schedule.lengths, data.schedule.frames.all()
     unused = int((lengths < counts[0]).sum())
     epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
-    held_out = [path for clip in data.held_out for path in clip.paths]
     lines = [f"{plural(len(lengths), 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"]
-    if held_out:
-        names = ", ".join(held_out[:SHOWN_FILES]) + (", ..." if len(held_out) > SHOWN_FILES else "")
-        lines.append(f"  held out on this rank: {names}")
-    if data.errors:
-        lines.append(f"  skipped: {plural(len(data.errors), 'file')} that cannot be read")
-    lines += [f"  {note}" for note in data.notes]
+    lines += [f"  {line}" for line in [*held_out_lines(data), *data.notes]]
     if unused:
         lines.append(f"  skipped: {plural(unused, 'file')} with fewer than {plural(counts[0], 'frame')}")
     short = int((lengths < counts[-1]).sum()) - unused
@@ -88,16 +85,29 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     return lines
 
 
+def held_out_lines(data: TrainingData | StreamingData) -> list[str]:
+    held_out = [path for clip in data.held_out for path in clip.paths]
+    lines = []
+    if held_out:
+        names = ", ".join(held_out[:SHOWN_FILES]) + (", ..." if len(held_out) > SHOWN_FILES else "")
+        lines.append(f"held out on this rank: {names}")
+    if data.errors:
+        lines.append(f"skipped: {plural(len(data.errors), 'file')} that cannot be read")
+    return lines
+
+
 def first_batch(batches: Iterator[Any], lengths: np.ndarray) -> list[str]:
     """Reads the first batch. Lines: how many frames there are, and how long the batch took.
 
-    lengths: frames that each training file can give. Raises DataError if no file of the batch can be read.
+    lengths: frames that each training file can give; of a stream none. Raises DataError if no file of the batch can
+    be read.
     """
     start = time.perf_counter()
     batch = next(batches)
     seconds = time.perf_counter() - start
     pixels = getattr(batch, "video", getattr(batch, "values", None))
-    lines = [f"  {plural(lengths.sum(), 'frame')}, {lengths.mean():.1f} per file"] if lengths.max() > 1 else []
+    is_video = lengths.max(initial=0) > 1
+    lines = [f"  {plural(lengths.sum(), 'frame')}, {lengths.mean():.1f} per file"] if is_video else []
     if pixels is None:
         reasons = "\n".join(f"  {path}: {reason}" for path, reason in batch.errors)
         raise DataError(f"no file of the first batch can be read:\n{reasons}")

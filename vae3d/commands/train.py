@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from os.path import exists
 from os.path import isfile as is_file
 from pathlib import Path
 from shlex import quote
@@ -23,7 +24,16 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.loader import TrainingData, clip_lengths, read_tables, validation_clips
+from vae3d.data.media import DataError
 from vae3d.data.sources import Table
+from vae3d.data.streaming import (
+    StreamingData,
+    StreamingSchedule,
+    StreamingSource,
+    first_clips,
+    is_streaming,
+    stream_notes,
+)
 from vae3d.data.workers import usable_workers
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
@@ -91,12 +101,13 @@ def build_schedule(
     )
 
 
-def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
+def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData | StreamingData:
     data, validation = config.data, config.validation
     settings = build_clip_settings(data, pixel_channels(config.model))
-    tables = read_tables(
-        instantiate(data.source), settings, data.num_val_files if validation.every else 0, data.max_broken
-    )
+    source = instantiate(data.source)
+    if is_streaming(source):
+        return build_streaming_data(config, source, settings, rank, world_size)
+    tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
     schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
     held_out, errors = [], tables.errors
     workers, note = usable_workers(data.workers)
@@ -115,6 +126,42 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         tables.skipped_files,
         data.timeout,
         fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),
+    )
+
+
+def build_streaming_data(
+    config: TrainConfig, source: StreamingSource, settings: ClipSettings, rank: int, world_size: int
+) -> StreamingData:
+    """Raises DataError for a stream that cannot be read, or has no rows for validation."""
+    data, validation = config.data, config.validation
+    if data.overfit:
+        raise DataError("data.overfit repeats clips, which a stream cannot: set data.source.streaming=false")
+    stream = source.stream("train")
+    held_out, errors = [], []
+    if validation.every:
+        rows = source.stream("val")
+        if rows is None:
+            raise DataError(
+                f"{stream.name}: a stream holds no rows out: name a split in data.source.val_split (for shards, others "
+                "in data.source.val_path), or set validation.every=0"
+            )
+        held_out, errors = first_clips(rows, settings, validation.frames, validation.clips, rank, world_size)
+    workers, note = usable_workers(data.workers)
+    schedule = StreamingSchedule(
+        frame_counts(data), config.run.seed, data.batch_size, config.trainer.accumulate, rank, world_size
+    )
+    notes = [*stream_notes(stream, source.shuffle, world_size * max(1, workers)), *note]
+    return StreamingData(
+        stream,
+        schedule,
+        settings,
+        source.shuffle,
+        workers,
+        data.prefetch,
+        held_out,
+        errors,
+        notes,
+        timeout=data.timeout,
     )
 
 
@@ -141,7 +188,7 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
 
 
 def fit_shortcut_everywhere(
-    config: TrainConfig, model: SpatialVAE | OpenSoraVAE, data: TrainingData, device: torch.device
+    config: TrainConfig, model: SpatialVAE | OpenSoraVAE, data: TrainingData | StreamingData, device: torch.device
 ) -> list[str]:
     """Fit the shortcut on the first rank, and give all ranks the result. Moves the model to `device`. Returns lines
     that describe the fit.
@@ -168,7 +215,7 @@ def fit_shortcut_everywhere(
 
 
 def prune_everywhere(
-    config: TrainConfig, model: VideoAutoencoder, data: TrainingData, device: torch.device
+    config: TrainConfig, model: VideoAutoencoder, data: TrainingData | StreamingData, device: torch.device
 ) -> list[str]:
     """Prune stage.init_from.prune to the model on the first rank, and give all ranks the result. Returns lines that
     describe it.
@@ -258,7 +305,7 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
     found = [longer("train", trainer)]
     files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.table["path"].tolist()
     if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
-        if is_file(files[0]):
+        if files and is_file(files[0]):
             found.append(
                 (
                     "one video: side by side, scores, a page",
@@ -279,7 +326,7 @@ def _reconstruct(
     Held-out ones, if the table says which they are, or there is just one, `held_out`.
     """
     source, data = config.data.source, config.data
-    if not isinstance(source.get("path"), str):
+    if not isinstance(source.get("path"), str) or (source.get("streaming") and not exists(source["path"])):
         return []
     has_split = has_split and source[TARGET] == target_of(Table)
     alone = held_out is not None and not has_split

@@ -28,7 +28,15 @@ def _training_paths(config: TrainConfig) -> dict[str, Any]:
 
 
 def source_paths(source: Any) -> dict[str, Any]:
-    return {f"data.source.{key}": source.get(key) for key in ("path", "root")} if isinstance(source, dict) else {}
+    if not isinstance(source, dict):
+        return {}
+    found = {f"data.source.{key}": source.get(key) for key in ("path", "root", "val_path")}
+    if source.get("streaming") is True and os.environ.get("VAE3D_ONLINE") == "1":
+        from vae3d.data.dataset_rows import is_hub_name  # imports pandas
+
+        if is_hub_name(str(source.get("path"))):
+            del found["data.source.path"]
+    return found
 
 
 def batch_issues(config: Any) -> Iterator[ConfigIssue]:

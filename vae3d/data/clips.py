@@ -248,15 +248,21 @@ class ClipDataset(Dataset[Sample]):
         return Sample(None, index, path, errors)
 
     def _load(self, path: str, index: ClipIndex) -> Sample:
-        rng = np.random.default_rng(seed_of(self.schedule.seed, index.position, "clip"))
         with closing(open_frames(path, self.settings, tuple(self.bounds[index.row]))) as reader:
-            start, mirror = rng.random(), rng.random() < 0.5
-            frames = read_clip(reader, path, self.settings, index.frames, start, rng)
-        if mirror and self.settings.flip:
-            frames = frames[:, :, ::-1]
-        if self.settings.roll:
-            frames = np.roll(frames, int(rng.integers(self.settings.width)), axis=2)
-        return to_sample(frames, index, path, self.settings)
+            return augmented_clip(reader, path, index, self.settings, self.schedule.seed)
+
+
+def augmented_clip(reader: Reader, path: str, index: ClipIndex, settings: ClipSettings, seed: int) -> Sample:
+    """The clip of a file at `index`: where it begins and how it is cropped, mirrored and rolled is drawn from
+    (seed, index.position). Raises MediaError."""
+    rng = np.random.default_rng(seed_of(seed, index.position, "clip"))
+    start, mirror = rng.random(), rng.random() < 0.5
+    frames = read_clip(reader, path, settings, index.frames, start, rng)
+    if mirror and settings.flip:
+        frames = frames[:, :, ::-1]
+    if settings.roll:
+        frames = np.roll(frames, int(rng.integers(settings.width)), axis=2)
+    return to_sample(frames, index, path, settings)
 
 
 @dataclass

@@ -1,125 +1,224 @@
-"""Images in local Hugging Face datasets, addressed by paths:
+"""Images and videos in datasets of Hugging Face. A table addresses a row by the range of an Arrow file that holds it:
 
-    /absolute/folder/of/the/dataset/SPLIT/COLUMN/ROW.hfimage        (rows count from 0)
+    /folder/data-00000-of-00001.arrow@OFFSET+SIZE/SPLIT/COLUMN/ROW.hfimage        (rows count from 0)
+    /folder/data-00000-of-00001.arrow@OFFSET+SIZE/SPLIT/COLUMN/ROW.hfvideo
 
-A dataset is opened once per process and memory-mapped: processes share its pages, and only requested rows are read.
-Needs the package datasets (the extra `huggingface`), which never goes online here.
+which storage.py opens as it opens members of tars; so reading needs no package and no memory. What lists the rows needs
+the package datasets (the extra `huggingface`), which goes online only for streams, and only with VAE3D_ONLINE=1.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, BinaryIO
-from urllib.parse import quote, unquote
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
+import numpy as np
+import pyarrow as pa
 import yaml
 
-from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.images import IMAGE_SUFFIXES
+from vae3d.data.media import DataError, one_line
+from vae3d.data.storage import HF_IMAGE, HF_VIDEO
 from vae3d.data.tables import kind_of
 from vae3d.text import plural
 
 if TYPE_CHECKING:
     import datasets
 
-SUFFIX = ".hfimage"
+IMAGE, VIDEO = "image", "video"
+SUFFIXES = {IMAGE: HF_IMAGE, VIDEO: HF_VIDEO}
 SAVED = ("dataset_dict.json", "state.json")  # of DatasetDict.save_to_disk, and of Dataset.save_to_disk
 TABLES = (".parquet", ".arrow")
+SHARDS_OF_SAVED = 64  # into which a stream divides a split that save_to_disk wrote, which is read at random anyway
+STORED = {"bytes", "path"}  # fields of an image or a video in Arrow
+IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, BMP, TIFF; WebP starts as AVI does
 
 
-def row_path(folder: str | Path, split: str, column: str, row: int) -> str:
-    """The path of a row's image, for open_media."""
-    return os.path.join(os.path.abspath(folder), quote(split, ""), quote(column, ""), f"{row}{SUFFIX}")
+def member_name(split: str, column: str, row: int | str, kind: str) -> str:
+    """SPLIT/COLUMN/ROW with a suffix, the name of a row's image or video."""
+    return f"{quote(split, '')}/{quote(column, '')}/{row}{SUFFIXES[kind]}"
 
 
-def is_row(path: str | Path) -> bool:
-    return str(path).endswith(SUFFIX)
+def row_paths(rows: datasets.Dataset, split: str, column: str, kind: str) -> tuple[list[str], np.ndarray]:
+    """(path of every row, [rows] whether it has no bytes). No bytes are read. Raises DataError."""
+    before, after = member_name(split, column, "\0", kind).split("\0")
+    paths, empty = [], []
+    for file in (entry["filename"] for entry in rows.cache_files):
+        offsets, sizes, null = _ranges(file, column)
+        first = len(paths)
+        paths += [
+            f"{file}@{offset}+{size}/{before}{row}{after}"
+            for row, (offset, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True), first)
+        ]
+        empty.append(null)
+    if len(paths) != len(rows):
+        raise DataError(
+            f"the Arrow files of the split {split} ({rows.cache_files[0]['filename']}, ...) have "
+            f"{plural(len(paths), 'row')}, the dataset has {len(rows)}; write it again with save_to_disk"
+        )
+    return paths, np.concatenate([*empty, np.zeros(0, bool)])
 
 
-def open_row(path: str | Path) -> BinaryIO:
-    """The encoded image of a row. Raises MediaError if the row does not exist, or has no image."""
-    folder, split, column, row = _parts(path)
-    try:
-        images = encoded(folder, split, column)
-    except DataError as error:
-        raise MediaError(path, str(error)) from error
-    if row >= len(images):
-        raise MediaError(path, f"the dataset has {plural(len(images), 'row')}, counted from 0")
-    image = images[row][column][0]
-    if not image.is_valid or not image["bytes"].is_valid:
-        raise MediaError(path, "has no image")
-    return io.BytesIO(image["bytes"].as_py())
+def _ranges(file: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """([rows] offset in the file and size of the bytes of a column, whether there are none). Raises DataError."""
+    with pa.memory_map(file) as source:
+        content = source.read_buffer()
+    counts, begins = [], []  # of each record batch: its rows, and where its bytes begin in the file
+    rows = 0
+    offsets, nulls = [np.zeros(0, np.int64)], []  # nulls: (first row, mask) of batches with rows without bytes
+    for batch in pa.ipc.open_stream(content):
+        stored = batch.column(column)
+        values = stored.field("bytes")
+        count = len(values)
+        if stored.null_count or values.null_count:
+            nulls.append((rows, ~(np.asarray(stored.is_valid()) & np.asarray(values.is_valid()))))
+        _, places, data = values.buffers() if values.type != pa.null() else (None, None, None)
+        if places is None or data is None or not data.size:
+            offsets.append(np.zeros(count + 1, np.int64))
+            begins.append(0)
+        else:
+            kind = np.dtype(np.int64 if pa.types.is_large_binary(values.type) else np.int32)
+            offsets.append(np.frombuffer(places, kind, count + 1, values.offset * kind.itemsize))
+            begins.append(data.address - content.address)
+        counts.append(count)
+        rows += count
+    if any(not 0 <= begin <= content.size for begin in begins):
+        raise DataError(f"{file} is compressed; write the dataset again with save_to_disk, which does not compress")
+    starts = np.concatenate([batch[:-1] for batch in offsets]).astype(np.int64)
+    ends = np.concatenate([batch[1:] for batch in offsets]).astype(np.int64)
+    empty = np.zeros(len(starts), bool)
+    for first, mask in nulls:
+        empty[first : first + len(mask)] = mask
+    return starts + np.repeat(begins, counts).astype(np.int64), ends - starts, empty
 
 
-def version_of(path: str | Path) -> list[int] | None:
-    """Bytes and modification time (ns) of the files of a row's dataset; None if it cannot be opened."""
-    try:
-        return list(_version(*_parts(path)[:3]))
-    except (DataError, MediaError, OSError):
-        return None
+def media_columns(features: Mapping[str, Any], first: Callable[[str], Any] = lambda column: None) -> dict[str, str]:
+    """Column -> "image" or "video".
+
+    A column of {bytes, path} that names no type is what the suffix of its first row's path says or, without one, the
+    first bytes. first: a column -> the first row's {bytes, path}, or None if there is none.
+    """
+    library = _library()
+    kinds = {library.Image: IMAGE, getattr(library, "Video", library.Image): VIDEO}
+    found = {}
+    for name, kind in features.items():
+        if type(kind) in kinds:
+            found[name] = kinds[type(kind)]
+        elif isinstance(kind, dict) and set(kind) == STORED:
+            found[name] = _kind_of_content(first(name))
+    return found
 
 
-@lru_cache(maxsize=8)
-def _version(folder: str, split: str, column: str) -> tuple[int, int]:
-    stats = [os.stat(file["filename"]) for file in encoded(folder, split, column).cache_files]
-    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+def nested_columns(features: Mapping[str, Any]) -> list[str]:
+    """Columns that are lists or structures of images or videos."""
+    media = set(media_columns(features))
+    return [name for name, kind in features.items() if name not in media and _holds_media(kind)]
 
 
-def _parts(path: str | Path) -> tuple[str, str, str, int]:
-    """Folder, split, column and row. Raises MediaError."""
-    found = re.fullmatch(rf"(.+)/([^/]+)/([^/]+)/([0-9]+){re.escape(SUFFIX)}", str(path))
-    if not found:
-        raise MediaError(path, f"is no row of a dataset: FOLDER/SPLIT/COLUMN/ROW{SUFFIX}")
-    return found[1], unquote(found[2]), unquote(found[3]), int(found[4])
+def _holds_media(kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return any(map(_holds_media, kind.values()))
+    if isinstance(kind, list | tuple):
+        return any(map(_holds_media, kind))
+    return bool(media_columns({"": kind})) or (hasattr(kind, "feature") and _holds_media(kind.feature))
 
 
-@lru_cache(maxsize=8)
-def encoded(folder: str, split: str, column: str) -> datasets.Dataset:
-    """The column alone, as Arrow tables: images are neither decoded nor copied. Raises DataError."""
-    splits = open_splits(folder)
-    if split not in splits or column not in image_columns(splits[split]):
-        raise DataError(f"{folder} has no split `{split}` with images in a column `{column}`")
-    return splits[split].select_columns([column]).with_format("arrow")
-
-
-def image_columns(rows: datasets.Dataset) -> list[str]:
-    """Columns of images, or of their stored form {bytes, path}."""
-    image = _library().Image
-    stored = {"bytes", "path"}
-    return [
-        name
-        for name, kind in rows.features.items()
-        if isinstance(kind, image) or (isinstance(kind, dict) and set(kind) == stored)
-    ]
+def _kind_of_content(stored: Any) -> str:
+    path, content = (stored or {}).get("path"), (stored or {}).get("bytes") or b""
+    if path and Path(path).suffix:
+        return IMAGE if Path(path).suffix.lower() in IMAGE_SUFFIXES else VIDEO
+    is_image = content.startswith(IMAGE_STARTS) or (content[:4] == b"RIFF" and content[8:12] == b"WEBP")
+    return IMAGE if is_image or not content else VIDEO
 
 
 @lru_cache(maxsize=4)
 def open_splits(folder: str) -> dict[str, datasets.Dataset]:
     """All splits of a dataset. Raises DataError if the folder holds none."""
     library = _library()
+    _check_local(folder)
+    with opening_errors(folder):
+        load = library.load_from_disk if is_saved(folder) else library.load_dataset
+        opened = load(folder, keep_in_memory=False)  # memory-mapped, also if IN_MEMORY_MAX_SIZE is set
+    return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+
+
+@lru_cache(maxsize=4)
+def open_stream(path: str) -> dict[str, datasets.IterableDataset]:
+    """All splits of a dataset, to be read in the order of its files; images and videos are not decoded.
+
+    path: a folder or, with VAE3D_ONLINE=1, OWNER/NAME on the hub. Raises DataError.
+    """
+    library = _library()
+    if os.path.isdir(path) or not is_hub_name(path):
+        _check_local(path)
+    elif not is_online():
+        raise DataError(
+            f"{path}: no such folder; VAE3D_ONLINE=1 in the environment allows to stream it from the hub; or get it "
+            f"with: {download_command(path)}"
+        )
+    if is_saved(path):
+        opened: Any = {
+            name: rows.to_iterable_dataset(num_shards=min(len(rows), SHARDS_OF_SAVED) or 1)
+            for name, rows in open_splits(path).items()
+        }
+    else:
+        with opening_errors(path):
+            opened = library.load_dataset(path, streaming=True)
+    return {name: rows if rows.features is None else rows.decode(False) for name, rows in opened.items()}
+
+
+@contextmanager
+def opening_errors(path: str) -> Iterator[None]:
+    """Turn errors of the package into DataError."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        ImportError,
+        KeyError,
+        pa.ArrowException,
+        _library().exceptions.DatasetsError,
+    ) as error:
+        raise DataError(f"{path} cannot be opened as a dataset: {one_line(error, 500)}") from error
+
+
+def _check_local(folder: str) -> None:
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder{how_to_download(folder)}")
     if remote := _remote_file(Path(folder)):
         raise DataError(f"{folder}: the data files that its README.md names are on the network ({remote})")
-    try:
-        opened = library.load_from_disk(folder) if is_saved(folder) else library.load_dataset(folder)
-    except (OSError, ValueError, ImportError, KeyError, library.exceptions.DatasetsError) as error:
-        raise DataError(f"{folder} cannot be opened as a dataset: {one_line(error, 500)}") from error
-    return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+
+
+def is_online() -> bool:
+    """Whether the user allows that datasets are streamed from the hub."""
+    return os.environ.get("VAE3D_ONLINE") == "1"
+
+
+def is_hub_name(path: str | Path) -> bool:
+    """Whether `path` may be the name of a dataset on the hub, OWNER/NAME."""
+    is_file_name = kind_of(path) is not None or Path(path).suffix == ".arrow"
+    return not is_file_name and bool(re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)))
 
 
 def how_to_download(path: str | Path) -> str:
     """A hint if `path`, which does not exist, may be the name of a dataset on the hub; else empty."""
-    is_file_name = kind_of(path) is not None or Path(path).suffix == ".arrow"
-    if is_file_name or not re.fullmatch(r"\w[\w.-]*/[\w-][\w.-]*", str(path)):
+    if not is_hub_name(path):
         return ""
-    name = Path(path).name
-    return f"; if it is a dataset on the hub, get it with: hf download {path} --repo-type dataset --local-dir {name}"
+    streamed = "VAE3D_ONLINE=1 in the environment and data=hf_videos data.source.streaming=true"
+    return f"; if it is a dataset on the hub, get it with: {download_command(path)}; or stream it: {streamed}"
+
+
+def download_command(name: str | Path) -> str:
+    return f"hf download {name} --repo-type dataset --local-dir {Path(name).name}"
 
 
 def is_saved(folder: str | Path) -> bool:
@@ -133,7 +232,8 @@ def has_tables(folder: str | Path) -> bool:
 
 
 def _library() -> ModuleType:
-    os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # read when the package is imported
+    if not is_online():
+        os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # read when the package is imported
     try:
         import datasets
     except ImportError as error:

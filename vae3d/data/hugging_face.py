@@ -1,54 +1,108 @@
-"""Image datasets of Hugging Face in a local folder."""
+"""Image and video datasets of Hugging Face: in a local folder, or as a stream."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from vae3d.data.dataset_rows import encoded, image_columns, open_splits, row_path
+from vae3d.data.dataset_rows import (
+    IMAGE,
+    VIDEO,
+    media_columns,
+    member_name,
+    nested_columns,
+    open_splits,
+    open_stream,
+    opening_errors,
+    row_paths,
+)
 from vae3d.data.media import DataError
 from vae3d.data.rows import rows_from_paths
+from vae3d.data.streaming import StreamItem
+
+if TYPE_CHECKING:
+    import datasets
 
 NO_LABEL = -1  # of test sets whose labels are kept secret
 HELD_OUT = ("validation", "valid", "val", "test")  # the first that exists is the validation split
+TEXTS = ("string", "large_string")  # types
+CAPTIONS = ("text", "caption", "prompt")  # the first that exists gives the captions
 
 
 class HuggingFace:
-    """The images of a folder that `save_to_disk` wrote, or of a downloaded repository with parquet, arrow or image
-    files, as `datasets.load_dataset` reads it. Never goes online.
+    """The images or videos of a folder that `save_to_disk` wrote, or of a downloaded repository with parquet, arrow,
+    tar, image or video files, as `datasets.load_dataset` reads it.
 
     split: for training; None: train, or the only split. val_split: for validation; None: the first that exists of
-    validation, valid, val and test; without one, data.num_val_files applies. column: of images; None: the only one.
-    A column `label` gives the labels: classes by number. Rows without an image get an error. `notes`: splits and
-    counts.
+    validation, valid, val and test; without one, data.num_val_files applies. column: of images or videos; None: the
+    only one. text_column: of captions; None: the first of text, caption and prompt that holds text. A column `label`
+    gives the labels: classes by number. Rows without an image or a video get an error. `notes`: splits and counts.
+    Never goes online, unless streaming is set, `path` is OWNER/NAME on the hub, and VAE3D_ONLINE=1.
+
+    streaming: read the rows in the order of the files, without a table (see streaming.py); for data that does not fit a
+    disk. shuffle: rows that each worker keeps in memory, to draw from.
     """
 
     def __init__(
-        self, path: str | Path, split: str | None = None, val_split: str | None = None, column: str | None = None
+        self,
+        path: str | Path,
+        split: str | None = None,
+        val_split: str | None = None,
+        column: str | None = None,
+        text_column: str | None = None,
+        streaming: bool = False,
+        shuffle: int = 100,
     ) -> None:
         self.path, self.split, self.val_split, self.column = path, split, val_split, column
+        self.text_column, self.streaming, self.shuffle = text_column, streaming, shuffle
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
-        """Raises DataError if the folder is no dataset, or has no such split or column."""
-        folder = os.path.abspath(self.path) if os.path.isdir(self.path) else str(self.path)
+        """Raises DataError if the folder is no dataset, or has no such split or column, or is to be streamed."""
+        if self.streaming:
+            raise DataError(
+                "data.source.streaming=true is for training an autoencoder; what needs a table of all rows reads the "
+                "dataset with data.source.streaming=false"
+            )
+        folder = self._folder()
         splits = open_splits(folder)
         roles = self._roles(list(splits))
         rows = splits[next(iter(roles))]
-        column = self._column(folder, image_columns(rows), rows.column_names)
-        tables = {name: _rows(folder, name, column) for name in roles}
+        column, kind = self._column(folder, rows.features, lambda name: _first(rows, name))
+        text = self._text_column(folder, rows.features)
+        tables = {name: _rows(folder, name, column, kind, text) for name in roles}
         table = pd.concat([rows.assign(split=roles[name]) for name, rows in tables.items()], ignore_index=True)
         table["row"] = np.arange(1, len(table) + 1)
         if "val" not in roles.values():
             table["split"] = None
         counts = ", ".join(f"{len(rows)} of {name} ({roles[name]})" for name, rows in tables.items())
-        self.notes = [f"images in the column {column} of {folder}: {counts}"]
+        self.notes = [f"{kind}s in the column {column} of {folder}: {counts}"]
         return table
+
+    def stream(self, role: str) -> HuggingFaceStream | None:
+        """The rows for training (`train`) or validation (`val`); None if there are none. Raises DataError."""
+        folder = self._folder()
+        splits = open_stream(folder)
+        roles = {role: name for name, role in self._roles(list(splits)).items()}
+        if role not in roles:
+            return None
+        rows = splits[roles[role]]
+        features = rows.features or next(iter(rows), {})  # unknown: as the first row
+        column, kind = self._column(folder, features, lambda name: next(iter(rows), {}).get(name))
+        return HuggingFaceStream(folder, roles[role], column, kind)
+
+    def _folder(self) -> str:
+        return os.path.abspath(self.path) if os.path.isdir(self.path) else str(self.path)
 
     def _roles(self, splits: Sequence[str]) -> dict[str, str]:
         """Split of the dataset -> split of the table (train, val, test). The training split comes first."""
@@ -60,28 +114,108 @@ class HuggingFace:
         roles = {train: "train"} | dict.fromkeys(others[:1], "val")
         return roles | ({"test": "test"} if "test" in splits and "test" not in roles else {})
 
-    def _column(self, folder: str, images: Sequence[str], columns: Sequence[str]) -> str:
-        column = self.column or (images[0] if len(images) == 1 else None)
-        if column in images:
-            return column
+    def _column(self, folder: str, features: Mapping[str, Any], first: Any) -> tuple[str, str]:
+        """The chosen column, and "image" or "video"."""
+        kinds = media_columns(features, first)
+        column = self.column or (next(iter(kinds)) if len(kinds) == 1 else None)
+        if column in kinds:
+            return column, kinds[column]
         setting = "" if self.column is None else f"data.source.column={self.column}: "
-        hint = "; set data.source.column to one of them" if images else ""
-        found = f"{', '.join(images) or 'none'} of its columns ({', '.join(columns)})"
-        raise DataError(f"{setting}{folder} holds images in {found}{hint}")
+        named = [
+            f"{kind}s in {', '.join(name for name in kinds if kinds[name] == kind)}"
+            for kind in (IMAGE, VIDEO)
+            if kind in kinds.values()
+        ]
+        found = f"{' and '.join(named) or 'images or videos in none'} of its columns ({', '.join(features)})"
+        if nested := nested_columns(features):
+            found += f"; {', '.join(nested)} has several in each row: make one row of each"
+        hint = "; set data.source.column to one of them" if kinds else ""
+        raise DataError(f"{setting}{folder} holds {found}{hint}")
+
+    def _text_column(self, folder: str, features: Mapping[str, Any]) -> str | None:
+        texts = [name for name, kind in features.items() if getattr(kind, "dtype", None) in TEXTS]
+        if self.text_column is None:
+            return next((name for name in CAPTIONS if name in texts), None)
+        if self.text_column not in texts:
+            raise DataError(
+                f"data.source.text_column={self.text_column}: {folder} holds text in {', '.join(texts) or 'none'} of "
+                f"its columns ({', '.join(features)})"
+            )
+        return self.text_column
 
 
-def _rows(folder: str, split: str, column: str) -> pd.DataFrame:
-    """The rows of a split. Where only the path of an image is stored, the row is that file."""
-    images = encoded(folder, split, column)[:][column]
-    external = pc.is_null(pc.struct_field(images, "bytes")).to_pylist()
-    files = pc.struct_field(images, "path").to_pylist()
-    paths, errors = [], []
-    for row, (is_external, file) in enumerate(zip(external, files, strict=True)):
-        paths.append(os.path.join(folder, file) if is_external and file else row_path(folder, split, column, row))
-        errors.append("has no image" if is_external and not file else None)
-    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))])
+class HuggingFaceStream:
+    """The rows of a split, by shards (files, or parts of them); see streaming.ShardedStream. Opened where it is
+    read."""
+
+    def __init__(self, path: str, split: str, column: str, kind: str) -> None:
+        self.path, self.split, self.column, self.kind = path, split, column, kind
+        self.name = f"{kind}s in the column {column} of {path}, split {split}"
+
+    @property
+    def shards(self) -> int:
+        return _shards(self.path, self.split, self.column).num_shards
+
+    def read(self, shard: int, first: int = 0) -> Iterator[StreamItem]:
+        rows = _shards(self.path, self.split, self.column)
+        part = rows.shard(rows.num_shards, shard)
+        # Not by __iter__, which in a worker would divide the shard among all workers.
+        batches = (part.skip(first) if first else part).iter(batch_size=1)
+        for row in itertools.count(first):
+            with opening_errors(self.path):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield self._item(f"{shard}-{row}", batch[self.column][0] or {})
+
+    def _item(self, row: str, stored: Mapping[str, Any]) -> StreamItem:
+        content, path = stored.get("bytes"), stored.get("path")
+        name = f"{self.path}/{member_name(self.split, self.column, row, self.kind)}"
+        if content is not None or not path:
+            return StreamItem(name, content or b"", self.kind)
+        if "::" in path:  # a member of an archive
+            with opening_errors(self.path), fsspec.open(path, "rb") as file:
+                return StreamItem(name, file.read(), self.kind)
+        return StreamItem(path if "://" in path else os.path.join(self.path, path), None, self.kind)
+
+
+@lru_cache(maxsize=4)
+def _shards(folder: str, split: str, column: str) -> datasets.IterableDataset:
+    """A column of a split, as it is stored."""
+    return open_stream(folder)[split].select_columns([column])
+
+
+def _first(rows: datasets.Dataset, column: str) -> Any:
+    return rows.with_format("arrow")[0][column][0].as_py() if len(rows) else None
+
+
+def _rows(folder: str, split: str, column: str, kind: str, text: str | None) -> pd.DataFrame:
+    """The rows of a split. Where only the path of an image or a video is stored, the row is that file."""
     rows = open_splits(folder)[split]
-    if "label" in rows.column_names:
-        labels = rows.select_columns(["label"])[:]["label"]
-        table["label"] = [label if isinstance(label, int | str) and label != NO_LABEL else None for label in labels]
-    return table.assign(num_frames=1.0, fps=0.0, error=errors)
+    paths, external = row_paths(rows, split, column, kind)
+    errors: list[str | None] = [None] * len(paths)
+    columns = rows.with_format("arrow")
+    if len(external := np.flatnonzero(external)):
+        stored = columns.select_columns([column])[:][column]
+        files = pc.struct_field(stored, "path").take(pa.array(external)).to_pylist()
+        for row, file in zip(external.tolist(), files, strict=True):
+            if file:
+                paths[row] = os.path.join(folder, file)
+            else:
+                errors[row] = f"has no {kind}"
+    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))])
+    if "label" in columns.column_names:
+        table["label"] = _labels(columns.select_columns(["label"])[:]["label"])
+    if text is not None and text in columns.column_names:
+        table["text"] = columns.select_columns([text])[:][text].to_pylist()
+    if kind == IMAGE:
+        table = table.assign(num_frames=1.0, fps=0.0)
+    return table.assign(error=pd.Series(errors, dtype=object))
+
+
+def _labels(labels: pa.ChunkedArray) -> list[int | str | None]:
+    kind = labels.type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        return [None] * len(labels)
+    return [None if label == NO_LABEL else label for label in labels.to_pylist()]

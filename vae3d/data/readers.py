@@ -21,11 +21,19 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
-from vae3d.data.storage import RangeFile, is_stored, local_range, size_and_version, suffix_of
+from vae3d.data.storage import (
+    HF_IMAGE,
+    HF_VIDEO,
+    FileRange,
+    RangeFile,
+    is_stored,
+    local_range,
+    size_and_version,
+    suffix_of,
+)
 from vae3d.data.video_index import (
     KEYS_BACK,
     FrameSource,
@@ -46,9 +54,9 @@ VIDEO_SUFFIXES = (
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool | None = False) -> Reader:
-    """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
+    """Open a video or image by its extension, or an image sequence (`*` in the name).
 
-    path: a local file, a URL, or a member of a tar (see storage.py).
+    path: a local file, a URL, a member of a tar, or a row of a dataset (see storage.py).
 
     reader: pyav, decord, torchcodec, or auto, which is pyav: it reads all that the others read, and measures faster
     (docs/speed.md). threads: for decoding.
@@ -58,15 +66,13 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: 
     """
     if not is_stored(path):
         path = Path(path)
-    if is_row(path):
-        return ImageReader(path, open_row(path), alpha)
     if is_sequence(path):
         return SequenceReader(path, alpha)
     _require_file(path)
     suffix = suffix_of(path)
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in (*IMAGE_SUFFIXES, HF_IMAGE):
         return ImageReader(path, alpha=alpha)
-    if suffix not in VIDEO_SUFFIXES:
+    if suffix not in (*VIDEO_SUFFIXES, HF_VIDEO):
         raise MediaError(path, f"unknown extension {suffix!r}; known: {' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}")
     return READERS[reader](path, threads, alpha)
 
@@ -96,8 +102,6 @@ def media_info(path: str | Path) -> MediaInfo:
     for transparent pixels."""
     if not is_stored(path):
         path = Path(path)
-    if is_row(path):
-        return image_info(path, open_row(path))
     if is_image(path):
         _require_file(path)
         return image_info(path)
@@ -107,7 +111,7 @@ def media_info(path: str | Path) -> MediaInfo:
 
 def is_image(path: str | Path) -> bool:
     """Whether open_media opens it as a single image."""
-    return is_row(path) or (suffix_of(path) in IMAGE_SUFFIXES and not is_sequence(path))
+    return suffix_of(path) in (*IMAGE_SUFFIXES, HF_IMAGE) and not is_sequence(path)
 
 
 def _require_file(path: str | Path) -> None:
@@ -127,7 +131,7 @@ def _require_file(path: str | Path) -> None:
 class PyAVReader:
     """Decodes from the key frame before a frame, anywhere in the file. See video_index. Raises MediaError."""
 
-    def __init__(self, path: str | Path, threads: int = 1, alpha: bool | None = False) -> None:
+    def __init__(self, path: str | Path | FileRange, threads: int = 1, alpha: bool | None = False) -> None:
         self.path = path
         self._source: FrameSource | None = open_source(path, threads)
         self.index = self._source.index
@@ -237,7 +241,7 @@ class DecordReader:
 
     alpha = False
 
-    def __init__(self, path: str | Path, threads: int = 1, alpha: bool | None = False) -> None:
+    def __init__(self, path: str | Path | FileRange, threads: int = 1, alpha: bool | None = False) -> None:
         import decord
 
         self.path, self.error = path, decord.DECORDError
@@ -268,7 +272,7 @@ class TorchcodecReader:
 
     alpha = False
 
-    def __init__(self, path: str | Path, threads: int = 1, alpha: bool | None = False) -> None:
+    def __init__(self, path: str | Path | FileRange, threads: int = 1, alpha: bool | None = False) -> None:
         try:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: there are no libraries of FFmpeg
@@ -297,8 +301,11 @@ class TorchcodecReader:
         del self.video
 
 
-def _file_for_library(path: str | Path) -> str | RangeFile:
-    """The name of a file; a file object for a URL or a member of a tar. decord reads a file object as a whole."""
+def _file_for_library(path: str | Path | FileRange) -> str | RangeFile:
+    """The name of a file; a file object for a range of one, a URL or a member of a tar. decord reads a file object as a
+    whole."""
+    if isinstance(path, FileRange):
+        return path.open()
     return local_range(path).open() if is_stored(path) else str(path)
 
 

@@ -1,8 +1,8 @@
 """The table of files that every source returns: one row per file, or per part of a file. Nothing is decoded.
 
 Columns:
-    path        absolute; with a `*` for the numbers of the images of a sequence; or a dataset row (see dataset_rows),
-                a URL or a member of a tar (see storage)
+    path        absolute; with a `*` for the numbers of the images of a sequence; or a URL, a member of a tar or a row
+                of a dataset (see storage)
     name        the path as the source gives it; its hash decides what is held out
     row         number of the row in the source, from 1, for messages
     num_frames, height, width, fps       of the whole file; NaN: unknown
@@ -24,7 +24,6 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 
-from vae3d.data.dataset_rows import is_row
 from vae3d.data.images import is_sequence
 from vae3d.data.media import MediaError
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
@@ -57,8 +56,10 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
 
     mark(names == "", "has no `path`")
     mark(names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
-    too_long = (names.str.len() > MAX_NAME // 4) & ~names.str.contains("://", regex=False)  # four bytes a character
-    too_long[too_long] = names[too_long].map(lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME)
+    too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
+    too_long[too_long] = names[too_long].map(
+        lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME and not is_stored(name)
+    )
     mark(too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan
@@ -112,14 +113,12 @@ def mark_missing_files(table: pd.DataFrame) -> None:
 
 
 def exists(path: str) -> bool:
-    """Whether a row's file exists: of a sequence its folder; of a dataset row always, as its table lists it."""
+    """Whether a row's file exists: of a sequence its folder."""
     return why_missing(path) is None
 
 
 def why_missing(path: str) -> str | None:
     """Why a row's file is not there; None if it is. Raises StorageError if its store does not answer."""
-    if is_row(path):
-        return None
     if is_stored(path):
         try:
             size_and_version(path)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, image_info, is_sequence
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import probe
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import SEGMENT
-from vae3d.data.storage import local_range, suffix_of
+from vae3d.data.storage import HF_IMAGE, HF_VIDEO, local_range, suffix_of
 from vae3d.data.tar_index import INDEX, NAME, Settings, build_index, find_shard
 from vae3d.data.versions import file_stamps
 from vae3d.hashing import json_hash
@@ -31,12 +31,24 @@ from vae3d.text import plural
 
 BLOCK = 512  # bytes of a tar: of a header, and to which contents are padded
 TEXTS = ("text", "label", "split")
+VIDEO_STARTS = {  # first bytes of a container -> its extension
+    rb"....ftyp": "mp4",
+    rb"\x1aE\xdf\xa3.{0,60}webm": "webm",
+    rb"\x1aE\xdf\xa3": "mkv",
+    rb"RIFF....AVI ": "avi",
+    rb"GIF8": "gif",
+    rb"FLV": "flv",
+    rb"OggS": "ogv",
+    rb"G.{187}G": "ts",
+    rb"\0\0\x01\xba": "mpg",
+    rb"0&\xb2u": "wmv",
+}
 SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample to write. size: bytes of the file; 0: unknown, of a dataset row. json: its .json member."""
+    """A sample to write. size: bytes of the file. json: its .json member."""
 
     path: str
     size: int
@@ -68,7 +80,7 @@ def entries_of(
             continue
         row = {column: value for column, value in metadata.items() if column in NUMBERS} | row
         content = {column: _plain(value) for column, value in row.items()} | {NAME: name}
-        entries.append(Entry(path, 0 if is_row(path) else stamps[path][0], stamps[path], content))
+        entries.append(Entry(path, stamps[path][0], stamps[path], content))
     return entries, errors
 
 
@@ -81,7 +93,7 @@ def _obstacle(path: str, stamp: list[int] | None) -> str | None:
     if stamp[0] == 0:
         return "is empty (0 bytes)"
     suffix = suffix_of(path)
-    if not is_row(path) and suffix not in VIDEO_SUFFIXES + IMAGE_SUFFIXES:
+    if suffix not in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, HF_IMAGE, HF_VIDEO):
         return f"unknown extension {suffix!r}"
     return None
 
@@ -142,19 +154,6 @@ def write_shards(entries: Sequence[Entry], spans: Sequence[range], out: Path, wo
     return files
 
 
-def with_sizes(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries with the sizes of dataset rows, which are read for this."""
-    rows = sum(not entry.size for entry in entries)
-    with progress(total=rows, desc="measuring images", unit="image", hidden=not rows) as bar:
-        sized = []
-        for entry in entries:
-            if not entry.size:
-                entry = replace(entry, size=len(read_file(entry.path)[0]))
-                bar.update()
-            sized.append(entry)
-    return sized
-
-
 def _write_shard(file: Path, entries: Sequence[Entry], span: range) -> None:
     from webdataset import TarWriter  # slow to import
 
@@ -164,7 +163,7 @@ def _write_shard(file: Path, entries: Sequence[Entry], span: range) -> None:
         for number in span:
             entry = entries[number]
             content, extension = read_file(entry.path)
-            if entry.size and len(content) != entry.size:
+            if len(content) != entry.size:
                 raise DataError(f"{entry.path} changed while it was read: {len(content)} bytes, not {entry.size}")
             tar.write({"__key__": f"{number:09d}", extension: content, "json": _json_text(entry.json)})
 
@@ -174,20 +173,22 @@ def _json_text(content: dict[str, Any]) -> bytes:
 
 
 def read_file(path: str) -> tuple[bytes, str]:
-    """All bytes of a video or image, and its extension without a dot. Raises MediaError or DataError."""
-    if is_row(path):
-        content = open_row(path).read()
-        return content, _image_extension(path, content)
+    """All bytes of a video or image, and its extension without a dot: of the rows of a Hugging Face dataset, which have
+    none, by the first bytes. Raises MediaError."""
     try:
         content = local_range(path).read()
     except OSError as error:
         raise MediaError(path, f"cannot be read: {error.strerror or error}") from error
-    return content, suffix_of(path).lstrip(".")
-
-
-def _image_extension(path: str, content: bytes) -> str:
-    kind = image_info(Path(path), io.BytesIO(content)).codec
-    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
+    suffix = suffix_of(path)
+    if suffix == HF_IMAGE:
+        kind = image_info(Path(path), io.BytesIO(content)).codec
+        suffix = {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif"}.get(kind, kind)
+    elif suffix == HF_VIDEO:
+        found = [suffix for start, suffix in VIDEO_STARTS.items() if re.match(start, content, re.DOTALL)]
+        if not found:
+            raise MediaError(path, f"begins with {content[:8]!r}, which is no video that a shard could name")
+        suffix = found[0]
+    return content, suffix.lstrip(".")
 
 
 def check_broken(errors: Sequence[tuple[str, str]], rows: int, max_broken: float) -> list[str]:

@@ -28,7 +28,7 @@ from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
-from vae3d.data.storage import find_objects, folder_of, is_stored, list_urls, split_member, suffix_of
+from vae3d.data.storage import find_objects, folder_of, is_stored, list_urls, local_name, split_member, suffix_of
 from vae3d.data.tables import JSON, kind_of, read_table
 from vae3d.data.webdataset import TAR, WebDataset, is_shards
 
@@ -48,6 +48,7 @@ def open_source(path: str | Path, root: str | Path | None = None) -> Source:
 
     Raises DataError for a file of another kind.
     """
+    path = local_name(str(path)) or path
     if is_shards(path):
         return WebDataset(path)
     stored = is_stored(path)
@@ -95,6 +96,7 @@ class Folder:
     """
 
     def __init__(self, path: str | Path) -> None:
+        path = local_name(str(path)) or path
         self.path = path if is_stored(path) else Path(path)
 
     def table(self) -> pd.DataFrame:

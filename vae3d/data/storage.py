@@ -4,6 +4,7 @@
     https://host/a.mp4  s3://  gs://  hf://  file://     an object, read with fsspec
     /data/0.tar@1536+238464/clips/a.mp4                  TAR@OFFSET+SIZE/MEMBER: SIZE bytes of an uncompressed tar
     s3://bucket/0.tar@1536+238464/clips/a.mp4            the same in a tar of a store
+    /data/0.arrow@840+238464/train/video/7.hfvideo       a row of a dataset of Hugging Face, see dataset_rows.py
 
 local_range gives the local file and the range of bytes of any of them. A local tar is read in place. A remote object,
 or a member of a remote tar, is fetched by one range read into $VAE3D_CACHE/objects, which holds at most
@@ -55,15 +56,16 @@ PACKAGES = {  # protocol -> extra of setup.cfg, the package that fsspec needs
     "gs": ("gcs", "gcsfs"),
     "hf": (None, "huggingface_hub"),
 }
+HF_IMAGE, HF_VIDEO = ".hfimage", ".hfvideo"  # suffixes of rows of datasets
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-MEMBER = re.compile(r"(.+?\.tar(?:\?.*?)?)@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL)
+MEMBER = re.compile(r"(.+?\.(?:tar|arrow)(?:\?.*?)?)@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL)
 
 TRIES = 8  # of a request
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries at most, doubled each time; the actual wait is random
 TIMEOUT = 60.0  # seconds without a byte, over HTTP; s3fs and gcsfs have their own limits
 PIECE = 2**26  # bytes of a range read; a larger object is read in pieces
 LOG_EVERY = 60.0  # seconds between two lines about retries
-KNOWN_VERSIONS = 2**18  # objects whose size and version a process remembers
+KNOWN_VERSIONS = 2**16  # objects whose size and version a process remembers
 
 DEFAULT_GIB = 20.0
 GIB = 2**30
@@ -117,7 +119,7 @@ def is_stored(path: str | Path) -> bool:
     """Whether a path is a URL or a member of a tar, which only this module opens. Keep it as text: pathlib makes
     s3:/bucket of s3://bucket."""
     path = os.fspath(path)
-    return is_url(path) or ("@" in path and MEMBER.fullmatch(path) is not None)
+    return is_url(path) or split_member(path) is not None
 
 
 def member_path(tar: str | Path, offset: int, size: int, member: str) -> str:
@@ -131,7 +133,8 @@ def member_path(tar: str | Path, offset: int, size: int, member: str) -> str:
 
 def split_member(path: str | Path) -> tuple[str, int, int, str] | None:
     """(tar, offset, size, member) of the path of a member of a tar; None for other paths."""
-    found = MEMBER.fullmatch(os.fspath(path))
+    path = os.fspath(path)
+    found = MEMBER.fullmatch(path) if "@" in path else None
     return (found[1], int(found[2]), int(found[3]), found[4]) if found else None
 
 
@@ -151,6 +154,7 @@ def suffix_of(path: str | Path) -> str:
 
 def resolve(root: str | Path, name: str) -> str:
     """The stored path `name`, relative to `root`, a folder or a URL, unless it is absolute."""
+    name = local_name(name) or name
     if is_url(name):
         return name
     member = split_member(name)
@@ -174,8 +178,8 @@ def folder_of(path: str | Path) -> str | Path:
     return os.fspath(path).rpartition("/")[0]
 
 
-def _local_name(path: str) -> str | None:
-    """The local path of a file or of a file:// URL; None for a remote URL."""
+def local_name(path: str) -> str | None:
+    """The path of a local file or of a file:// URL; None for other URLs."""
     protocol = URL.match(path)
     if protocol is None:
         return path
@@ -196,9 +200,22 @@ class RangeFile(io.RawIOBase):
         self.name = f"content{suffix}"
 
     def pread(self, size: int, position: int) -> bytes:
-        """Up to `size` bytes from `position` on, like os.pread. Safe in threads."""
-        size = max(0, min(size, self.size - position))
-        return os.pread(self._file.fileno(), size, self._offset + position) if size and position >= 0 else b""
+        """`size` bytes from `position` on, fewer at the end. Safe in threads."""
+        size = min(size, self.size - position)
+        if size <= 0 or position < 0:
+            return b""
+        content = os.pread(self._file.fileno(), size, self._offset + position)
+        while len(content) < size:  # one call gives at most 2 GiB
+            more = os.pread(self._file.fileno(), size - len(content), self._offset + position + len(content))
+            if not more:
+                break
+            content += more
+        return content
+
+    def readall(self) -> bytes:
+        content = self.pread(self.size - self._position, self._position)
+        self._position += len(content)
+        return content
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -232,20 +249,23 @@ class RangeFile(io.RawIOBase):
 @dataclass(frozen=True)
 class FileRange:
     """The bytes of a path, in a local file. name: the path, for messages. version: size and modification time (ns) of
-    the file or tar; of a remote one its size and version (see size_and_version). inode: device and inode of a file that
-    is no copy."""
+    the file or tar; of a remote one its size and version (see size_and_version); empty if it will not be read again.
+    inode: device and inode of a file that is no copy."""
 
     name: str
     file: Path
     offset: int
     size: int
-    version: tuple[int, int | str]
+    version: tuple[int, int | str] | tuple[()]
     inode: tuple[int, ...] = ()
 
     @property
     def is_plain(self) -> bool:
         """Whether it is a local file and no more."""
         return not is_stored(self.name)
+
+    def __str__(self) -> str:
+        return self.name
 
     def open(self) -> RangeFile:
         """Open it for reading. A copy that was deleted from the cache in the meantime is fetched again.
@@ -279,7 +299,7 @@ def local_range(path: str | Path) -> FileRange:
     name = os.fspath(path)
     member = split_member(name)
     tar, offset, size, _ = member or (name, 0, None, "")
-    local = _local_name(tar)
+    local = local_name(tar)
     if local is None:
         size, version = size_and_version(name)
         return FileRange(name, _cached(name, size, version), 0, size, (size, version))
@@ -287,7 +307,7 @@ def local_range(path: str | Path) -> FileRange:
     if size is None:
         size = stat.st_size
     elif offset + size > stat.st_size:
-        raise MediaError(name, f"the tar ends at byte {stat.st_size}, before this member; index it again")
+        raise MediaError(name, f"{tar} ends at byte {stat.st_size}, before this member; index it again")
     version = (stat.st_size, stat.st_mtime_ns)
     return FileRange(name, Path(local), offset, size, version, (stat.st_dev, stat.st_ino))
 
@@ -312,14 +332,14 @@ def size_and_version(path: str | Path) -> tuple[int, int | str]:
     name = os.fspath(path)
     member = split_member(name)
     tar, offset, size, _ = member or (name, 0, None, "")
-    local = _local_name(tar)
+    local = local_name(tar)
     if local is not None:
         stat = _stat(name, local)
         total, version = stat.st_size, stat.st_mtime_ns
     else:
         total, version = _remote_version(tar, name)
     if size is not None and offset + size > total:
-        raise MediaError(name, f"the tar ends at byte {total}, before this member; index it again")
+        raise MediaError(name, f"{tar} ends at byte {total}, before this member; index it again")
     return (total if size is None else size), version
 
 
@@ -346,7 +366,7 @@ def open_range(url: str | Path, offset: int, size: int) -> bytes:
     """
     url = os.fspath(url)
     name = f"{url} (bytes {offset} to {offset + size})"
-    local = _local_name(url)
+    local = local_name(url)
     if local is None:
         return _fetch(url, offset, size, name)
     try:
@@ -373,9 +393,12 @@ def _fetch(url: str, offset: int, size: int, name: str) -> bytes:
     def request() -> bytes:
         system, path = _file_system(url)
         if _is_http(url):
-            content, _, _ = _sync(system, _http, path, offset, size)
+            content, _, version = _sync(system, _http, path, offset, size)
+            _check_version(url, name, version)
         else:
-            content = system.cat_file(path, start=offset, end=offset + size)
+            # That of Hugging Face would read 5 MiB ahead.
+            options = {"cache_type": "none"} if URL.match(url)[1].lower() == "hf" else {}
+            content = system.cat_file(path, start=offset, end=offset + size, **options)
         if len(content) < size:
             raise _PassingError(f"gave {plural(len(content), 'byte')} of {size}", is_short=True)
         if len(content) > size:
@@ -383,6 +406,16 @@ def _fetch(url: str, offset: int, size: int, name: str) -> bytes:
         return content
 
     return _retried(request, url, name)
+
+
+def _check_version(url: str, name: str, version: str) -> None:
+    """Raise MediaError if an object was replaced since its version was asked for: pieces of two would be mixed."""
+    with _lock:
+        known = _versions.get(url)
+        if known is None or known[1] == version or known[1].startswith("W/"):  # weak: equal content may have two
+            return
+        del _versions[url]
+    raise MediaError(name, f"was replaced while it was read: its version was {known[1]} and is {version}")
 
 
 _versions: OrderedDict[str, tuple[int, str]] = OrderedDict()  # URL -> size and version
@@ -581,7 +614,7 @@ _last_log = 0.0
 
 def _count_retry(url: str, state: RetryCallState) -> None:
     global _last_log
-    host = urlsplit(url).netloc
+    host = urlsplit(url).netloc.rpartition("@")[2]  # without a password
     with _lock:
         retries[host] += 1
         total, is_due = retries[host], time.monotonic() - _last_log >= LOG_EVERY
@@ -594,11 +627,9 @@ def _count_retry(url: str, state: RetryCallState) -> None:
 
 def _status_of(error: BaseException) -> int | None:
     """The HTTP status of an error: of aiohttp, gcsfs, or of libraries that keep the response."""
-    response = getattr(error, "response", None)
-    for value in (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None)):
-        if isinstance(value, int) and 100 <= value < 600:
-            return value
-    return None
+    places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
+    found = (getattr(holder, name, None) for holder, name in places)
+    return next((value for value in found if isinstance(value, int) and 100 <= value < 600), None)
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -622,7 +653,8 @@ def _lasting(error: Exception, url: str, name: str) -> Exception:
     """The error to raise; `error` itself if it is a bug."""
     status = _status_of(error)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return MediaError(name, f"no such object{f' (status {status})' if status else ''}")
+        what = f"no such object (status {status})" if status else "no such object or bucket"
+        return MediaError(name, what)
     denied = isinstance(error, PermissionError) or status in (401, 403)
     if denied or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         protocol = url.partition(":")[0].upper()
@@ -637,6 +669,8 @@ def _lasting(error: Exception, url: str, name: str) -> Exception:
 def _described(error: BaseException) -> str:
     status = _status_of(error)
     text = one_line(error, 200)
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):
+        return "no answer in time"
     if status:
         return f"status {status}" + (f" {error.message}" if getattr(error, "message", "") else "")
     return text if type(error).__name__ in text else f"{type(error).__name__}: {text}"
@@ -696,7 +730,7 @@ def _cached(name: str, size: int, version: int | str) -> Path:
 
 
 def _read_piece(url: str, offset: int, size: int, name: str) -> bytes:
-    return open_range(url, offset, size) if _local_name(url) is not None else _fetch(url, offset, size, name)
+    return open_range(url, offset, size) if local_name(url) is not None else _fetch(url, offset, size, name)
 
 
 def _unusable(error: OSError) -> StorageError:
@@ -784,7 +818,7 @@ def list_urls(pattern: str) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    local = _local_name(pattern)
+    local = local_name(pattern)
     if local is not None:
         names = sorted(glob.glob(glob.escape(local).replace("[*]", "*"), recursive=True))
         return [f"file://{name}" if local != pattern else name for name in names]

@@ -157,16 +157,17 @@ def open_shard(shard: Shard) -> Iterator[BinaryIO]:
             yield stream
 
 
-def samples_of(shard: Shard) -> Iterator[Sample]:
+def samples_of(shard: Shard, with_content: Callable[[int, str], bool] = lambda *_: False) -> Iterator[Sample]:
     """The samples of a tar in their order: consecutive members whose names are equal up to the first dot.
 
+    with_content: (number of the sample, extension) -> whether to read the member, as .json, .txt and .cls always are.
     Skips folders, and names that webdataset skips: without an extension, hidden, and __NAME__.
     Raises DataError, naming the member, for a tar that is truncated, damaged or compressed, and for links, sparse
     members, and names that are not UTF-8 or occur twice.
     """
     try:
         with open_shard(shard) as stream:
-            yield from _samples(shard.path, stream)
+            yield from _samples(shard.path, stream, with_content)
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
         raise DataError(f"{shard.path} is damaged or truncated: {one_line(error)}") from error
     except MediaError as error:
@@ -175,7 +176,7 @@ def samples_of(shard: Shard) -> Iterator[Sample]:
         raise DataError(f"{shard.path} cannot be read: {error.strerror or one_line(error)}") from error
 
 
-def _samples(path: str, stream: BinaryIO) -> Iterator[Sample]:
+def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], bool]) -> Iterator[Sample]:
     start = stream.read(max(map(len, COMPRESSED)))
     if kind := next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None):
         raise DataError(f"{path} is compressed ({kind}); single samples can be read of plain tars only: decompress it")
@@ -183,6 +184,7 @@ def _samples(path: str, stream: BinaryIO) -> Iterator[Sample]:
         raise DataError(f"{path} is empty (0 bytes)")
     stream.seek(0)
     sample: Sample | None = None
+    number = -1  # of the sample
     # Strict UTF-8: else a name that is none would become one that no other program can read.
     with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (info := tar.next()) is not None:
@@ -194,14 +196,17 @@ def _samples(path: str, stream: BinaryIO) -> Iterator[Sample]:
             if sample is None or sample.key != key:
                 if sample is not None:
                     yield sample
-                sample = Sample(key, {})
+                sample, number = Sample(key, {}), number + 1
             if extension in sample.members:
                 raise DataError(f"{path}: has the member {info.name} twice")
             content = None
-            if extension in SIDECARS:
-                if info.size > MAX_SIDECAR:
-                    raise DataError(f"{path}: {info.name} has {info.size} bytes, more than {MAX_SIDECAR}")
-                content = tar.extractfile(info).read()
+            if extension in SIDECARS and info.size > MAX_SIDECAR:
+                raise DataError(f"{path}: {info.name} has {info.size} bytes, more than {MAX_SIDECAR}")
+            if extension in SIDECARS or with_content(number, extension):
+                stream.seek(info.offset_data)  # not by extractfile, which reads many small pieces
+                content = stream.read(info.size)
+                if len(content) != info.size:
+                    raise DataError(f"{path} is truncated: it ends within {info.name}")
             sample.members[extension] = Member(info.name, info.offset_data, info.size, content)
         _check_end(path, stream, tar.offset)
     if sample is not None:
@@ -252,9 +257,9 @@ def media_rows(shard: Shard, media: str | None = None, probe: bool = False) -> p
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     kinds = set()
     for sample in samples_of(shard):
-        member = _media_member(shard.path, sample, media)
+        member = media_member(shard.path, sample, media)
         extension = member.name[len(sample.key) + 1 :]
-        values, error = _values(shard.path, sample)
+        values, error = values_of(shard.path, sample)
         kinds |= {type(values["label"])} if "label" in values else set()
         row = {"offset": member.offset, "size": member.size, "key": sample.key, "extension": extension}
         row |= values | {"error": error}
@@ -269,8 +274,9 @@ def media_rows(shard: Shard, media: str | None = None, probe: bool = False) -> p
     return table.replace_schema_metadata({KEY: json.dumps({"integer_labels": kinds <= {int}})})
 
 
-def _media_member(path: str, sample: Sample, media: str | None) -> Member:
-    found = [name for name in sample.members if _is_media(name)]
+def media_member(path: str, sample: Sample, media: str | None) -> Member:
+    """The video or image of a sample, or its member with the extension `media`. Raises DataError."""
+    found = [name for name in sample.members if is_media(name)]
     if media is not None:
         found = [name for name in found if name == media.lower().lstrip(".")]
     if len(found) == 1:
@@ -287,11 +293,12 @@ def _media_member(path: str, sample: Sample, media: str | None) -> Member:
     raise DataError(f"{path}: the sample {sample.key} has no {what}, only {has}{hint}")
 
 
-def _is_media(extension: str) -> bool:
+def is_media(extension: str) -> bool:
+    """Whether a member with this extension is a video or an image."""
     return os.path.splitext(f"x.{extension}")[1] in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
-def _values(path: str, sample: Sample) -> tuple[dict[str, Any], str | None]:
+def values_of(path: str, sample: Sample) -> tuple[dict[str, Any], str | None]:
     """Columns of the .json, .txt and .cls members, and what is wrong with them, if anything."""
     texts = {}
     for extension in SIDECARS:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from vae3d.data.dataset_rows import is_row, version_of
 from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
 from vae3d.data.rows import in_threads
@@ -20,12 +19,10 @@ from vae3d.seeding import seed_of
 def source_version(path: str, hashed: bool = False) -> dict[str, Any] | None:
     """Size and modification time of a source file, with `hashed` also its SHA-256; None if it cannot be read.
 
-    An image sequence gives those of all its files, a row of a Hugging Face dataset those of the dataset's files, a
-    member of a tar its size and the time of the tar. An object of a store has a version, such as its ETag, for a time.
+    An image sequence gives those of all its files, a member of a tar its size and the time of the tar. An object of a
+    store has a version, such as its ETag, for a time.
     Raises StorageError if its store does not answer.
     """
-    if is_row(path):
-        return {"dataset": version_of(path)}
     if is_stored(path):
         return _stored_version(path, hashed)
     try:
@@ -78,13 +75,11 @@ def file_stamps(paths: Iterable[str]) -> dict[str, list[int] | None]:
 
 
 def file_stamp(path: str) -> list[int] | None:
-    """Bytes and modification time (ns) of a file, or of the dataset of a row; None if it does not exist.
+    """Bytes and modification time (ns) of a file; None if it does not exist.
 
     Of an image sequence: those of its first file, and the number of its files. Of a member of a tar: its bytes, and the
     time of the tar. Of an object: its bytes, and a hash of its version. Raises StorageError if a store does not answer.
     """
-    if is_row(path):
-        return version_of(path)
     if is_stored(path):
         try:
             size, version = size_and_version(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from glob import escape, glob
@@ -20,8 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.readers import is_image
 from vae3d.data.rows import rows_from_paths
-from vae3d.data.storage import find_objects, is_url, list_urls, size_and_version
+from vae3d.data.storage import find_objects, is_url, list_urls, local_name, member_path, size_and_version
+from vae3d.data.streaming import StreamItem
 from vae3d.data.tar_index import (
     COMPRESSED_TAR,
     INDEX,
@@ -33,9 +35,13 @@ from vae3d.data.tar_index import (
     check_shards,
     find_shard,
     index_beside,
+    is_media,
+    media_member,
     member_paths,
     read_index,
+    samples_of,
     shard_paths,
+    values_of,
 )
 from vae3d.data.video_index import cache_folder
 from vae3d.data.workers import processor_count
@@ -53,27 +59,99 @@ class WebDataset:
     names are equal up to the first dot.
 
     path: a tar, a pattern of tars such as shards/{000000..000999}.tar or shards/*.tar, a list of these, a folder of
-    tars, or an index that `vae3d index` wrote (.arrow); local, or a URL. media: extension of the member to read where
-    samples have several videos or images. index: file of the index; None: index.arrow in the folder of the shards. If
+    tars, or an index that `vae3d index` wrote (.arrow); local, or a URL. val_path: the same, of shards for validation;
+    the others are then for training, whatever their `split`. media: extension of the member to read where samples have
+    several videos or images. index: file of the index of `path`; None: index.arrow in the folder of the shards. If
     there is none that has all shards, the first pass makes it: there, or where that cannot be written, and of remote
     shards, in $VAE3D_CACHE/shards.
+
+    streaming: read the shards from begin to end, without an index (see streaming.py): for data that is not kept on this
+    machine, and whose order need not be exact. shuffle: samples that each worker of a stream keeps in memory, to draw
+    from.
     """
 
-    def __init__(self, path: str | Path | Sequence[str], media: str | None = None, index: str | None = None) -> None:
-        self.paths = [str(path)] if isinstance(path, str | Path) else list(map(str, path))
-        self.media, self.index = media, index
+    def __init__(
+        self,
+        path: str | Path | Sequence[str],
+        val_path: str | Path | Sequence[str] | None = None,
+        media: str | None = None,
+        index: str | None = None,
+        streaming: bool = False,
+        shuffle: int = 100,
+    ) -> None:
+        if shuffle < 1:
+            raise DataError(f"data.source.shuffle={shuffle}: use 1, for the order of the shards, or more")
+        self.paths, self.val_paths = _patterns(path), None if val_path is None else _patterns(val_path)
+        self.media, self.index, self.streaming, self.shuffle = media, index, streaming, shuffle
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
         """Raises DataError for shards that are missing, damaged, or changed since their index was made."""
-        index, shards, where = open_index(self.paths, Settings("media", self.media), self.index)
-        table = rows_of(index, shards)
-        missing = int(table["num_frames"].isna().sum())
-        used = plural(len(pc.unique(index["shard"])), "shard")
-        self.notes = [f"{plural(len(table), 'sample')} in {used}, by {where}"]
-        if missing:
+        if self.streaming:
+            raise DataError(
+                "data.source.streaming=true is for training an autoencoder; what needs a table of all rows reads the "
+                "shards with data.source.streaming=false"
+            )
+        self.notes = []
+        table = self._rows(self.paths, self.index)
+        if self.val_paths is not None:
+            held_out = self._rows(self.val_paths, None)
+            table = pd.concat([table.assign(split="train"), held_out.assign(split="val")], ignore_index=True)
+            table["row"] = np.arange(1, len(table) + 1)
+        return table
+
+    def stream(self, role: str) -> TarStream | None:
+        """The shards for training (`train`) or validation (`val`); None if there are none. Raises DataError."""
+        patterns = self.paths if role == "train" else self.val_paths
+        return None if patterns is None else TarStream(patterns, self.media, role)
+
+    def _rows(self, patterns: Sequence[str], index: str | None) -> pd.DataFrame:
+        opened, shards, where = open_index(patterns, Settings("media", self.media), index)
+        used = plural(len(pc.unique(opened["shard"])), "shard")
+        self.notes.append(f"{plural(len(opened), 'sample')} in {used}, by {where}")
+        table = rows_of(opened, shards)
+        if missing := int(table["num_frames"].isna().sum()):
             self.notes.append(f"{missing} of them without num_frames: `vae3d index --probe` stores it in the index")
         return table
+
+
+def _patterns(path: str | Path | Sequence[str]) -> list[str]:
+    paths = [str(path)] if isinstance(path, str | Path) else list(map(str, path))
+    return [local_name(path) or path for path in paths]
+
+
+class TarStream:
+    """The samples of tars in their order; see streaming.ShardedStream. role: train or val."""
+
+    def __init__(self, patterns: Sequence[str], media: str | None, role: str) -> None:
+        self.paths = [path for pattern in patterns for path in list_shards(pattern)]
+        self.media, self.role = media, role
+        self.name = f"{', '.join(patterns)} ({role})"
+
+    @property
+    def shards(self) -> int:
+        return len(self.paths)
+
+    def read(self, shard: int, first: int = 0) -> Iterator[StreamItem]:
+        """Raises DataError for a damaged tar, and for samples that a stream cannot use as they mean to be used."""
+        path = self.paths[shard]
+        for number, sample in enumerate(samples_of(find_shard(path), lambda n, kind: n >= first and is_media(kind))):
+            if number < first:
+                continue
+            member = media_member(path, sample, self.media)
+            values, error = values_of(path, sample)
+            if values.get("split", self.role) != self.role:
+                raise DataError(
+                    f"{path}: the sample {sample.key} has split={values['split']}, but a stream takes all samples: put "
+                    "these into shards of their own (data.source.val_path), or use data.source.streaming=false"
+                )
+            if {"start", "end"} & values.keys():
+                raise DataError(
+                    f"{path}: the sample {sample.key} is a part of its file (start, end), and a stream reads whole "
+                    "files; use data.source.streaming=false"
+                )
+            name = member_path(path, member.offset, member.size, member.name)
+            yield StreamItem(name, member.content, "image" if is_image(member.name) else "video", error)
 
 
 def rows_of(index: pa.Table, shards: Sequence[str]) -> pd.DataFrame:

@@ -20,6 +20,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import TrainingData, clip_lengths, validation_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
+from vae3d.data.streaming import StreamingData, first_clips
 from vae3d.errors import UserError
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder, latent_space
@@ -160,8 +161,14 @@ def spread_clips(
             errors.append((error.path, error.reason))
 
 
-def longest_clips(data: TrainingData, count: int, errors: list[tuple[str, str]]) -> Iterator[ClipBatch]:
-    """spread_clips of training data, with as many frames as training clips have at most."""
+def longest_clips(data: TrainingData | StreamingData, count: int, errors: list[tuple[str, str]]) -> Iterator[ClipBatch]:
+    """spread_clips of training data, with as many frames as training clips have at most; of a stream the
+    first clips."""
+    if isinstance(data, StreamingData):
+        clips, failed = first_clips(data.stream, data.settings, data.schedule.frames.all()[-1], count)
+        errors += failed
+        yield from clips
+        return
     frames = [n for n in data.schedule.frames.all() if len(data.schedule.with_at_least(n))]
     return spread_clips(data.table, data.settings, frames[-1], count, errors)
 

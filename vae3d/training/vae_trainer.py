@@ -23,6 +23,7 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
+from vae3d.data.streaming import StreamingData, StreamingState
 from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
 from vae3d.layout import place
 from vae3d.losses.objective import Objective
@@ -64,7 +65,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         network: nn.Module,
         objective: Objective,
         adversary: Adversary,
-        data: TrainingData,
+        data: TrainingData | StreamingData,
         metrics: MetricSet,
         logger: Loggers,
         distillation: Distillation | None = None,
@@ -122,6 +123,9 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             compact_gib=robust.compact_gib,
             metadata={"strategy": config.trainer.strategy.name},
         )
+        if isinstance(data, StreamingData):
+            self.data_changes = StreamingState(data, lambda: self.step)
+            self.checkpointer.register("data", self.data_changes, optional_rank_state=True)
         self.checkpointer.register("objective", objective, strict=True)
         self.checkpointer.register("projections", self.projections, strict=True)
         self.checkpointer.register("proximal", proximal)

@@ -1,0 +1,491 @@
+"""Training on a stream: a source that is read in its own order, since it has no table of its rows and no random access.
+
+A stream has shards, which are read from their first row to their last. `workers` worker processes on each of `ranks`
+ranks are its readers. In each pass a reader takes shards of its own, in an order drawn from (seed, pass); if there are
+fewer shards than readers, all readers read all shards, and each uses every so many-th row. Of its rows a reader keeps a
+block of `shuffle` in memory, which it uses in an order drawn from (seed, block) while it fills the next.
+
+So the clips of a run depend on (seed, ranks, workers, shuffle). A checkpoint has the position of each reader, six
+integers, from which the same command goes on with the same clips. With other ranks or workers a new pass begins.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from vae3d.arguments import ArgumentError
+from vae3d.data.batch_schedule import ClipIndex, FrameCounts
+from vae3d.data.clips import (
+    ATTEMPTS,
+    ClipSettings,
+    Sample,
+    Unreadable,
+    augmented_clip,
+    collate,
+    open_frames,
+    read_clip,
+    to_sample,
+)
+from vae3d.data.images import ImageReader
+from vae3d.data.media import DataError, MediaError, Reader
+from vae3d.data.memory_file import memory_file
+from vae3d.data.readers import READERS
+from vae3d.data.rows import rows_from_paths
+from vae3d.data.workers import load
+from vae3d.seeding import seed_of
+from vae3d.text import plural
+from vae3d.types import ClipBatch
+
+MAX_UNUSABLE = 1000  # items in a row that are too short or too small
+WARN_AFTER = 100  # items, of which more than half were too short or too small
+LOOKED_AT = 10  # times as many held-out items as are needed
+
+
+class StreamItem(NamedTuple):
+    """An image or a video. path: of a file, or a name for messages; content: its encoded bytes, None: `path` is a
+    file. kind: "image" or "video". error: why it cannot be used; None: it can."""
+
+    path: str
+    content: bytes | None
+    kind: str
+    error: str | None = None
+
+
+class ShardedStream(Protocol):
+    """name: equal on all ranks, for messages and checkpoints. shards: how many there are."""
+
+    name: str
+
+    @property
+    def shards(self) -> int: ...
+
+    def read(self, shard: int, first: int = 0) -> Iterator[StreamItem]:
+        """The items of a shard from number `first` on. Raises DataError if it cannot be read."""
+
+
+class StreamingSource(Protocol):
+    """A source whose `streaming` is true. shuffle: items that each reader keeps. notes: lines for the log."""
+
+    streaming: bool
+    shuffle: int
+    notes: list[str]
+
+    def stream(self, role: str) -> ShardedStream | None:
+        """For training (`train`) or validation (`val`); None if there is none. Raises DataError."""
+
+
+def is_streaming(source: Any) -> bool:
+    return bool(getattr(source, "streaming", False))
+
+
+# --- the order of one reader
+
+
+class Position(NamedTuple):
+    """Where a reader is. passed: items of the pass so far. block, drawn: blocks used up, and items used of the next,
+    which begins at (epoch, place, row, passed)."""
+
+    epoch: int = 0
+    place: int = 0  # of the shard, in the order of the pass
+    row: int = 0  # of the shard
+    passed: int = 0
+    block: int = 0
+    drawn: int = 0
+
+
+class ShuffledItems:
+    """The endless items of one reader, from `position` on. `position` is that of the next item."""
+
+    def __init__(
+        self, stream: ShardedStream, seed: int, reader: int, readers: int, shuffle: int, position: Position
+    ) -> None:
+        self.stream, self.seed, self.reader, self.readers = stream, seed, reader, readers
+        self.shuffle = shuffle
+        self.position = position._replace(drawn=0)
+        self._items = self._in_order(position)
+        self._next_start = self.position
+        self._block = [self._take() for _ in range(shuffle)]
+        self._begin_block(self.position)
+        for _ in range(position.drawn):
+            next(self)
+
+    def __iter__(self) -> ShuffledItems:
+        return self
+
+    def __next__(self) -> StreamItem:
+        item = self._block[self._order[self.position.drawn]]
+        self._filling.append(self._take())
+        self.position = self.position._replace(drawn=self.position.drawn + 1)
+        if self.position.drawn == self.shuffle:
+            self._block = self._filling
+            self._begin_block(self._start._replace(block=self.position.block + 1, drawn=0))
+        return item
+
+    def _begin_block(self, position: Position) -> None:
+        self.position = position
+        self._start, self._filling = self._next_start, []
+        rng = np.random.default_rng(seed_of(self.seed, self.reader, self.readers, position.block, "stream"))
+        self._order = rng.permutation(self.shuffle).tolist()
+
+    def _take(self) -> StreamItem:
+        self._next_start, item = next(self._items)
+        return item
+
+    def _in_order(self, position: Position) -> Iterator[tuple[Position, StreamItem]]:
+        """Items as stored, each with the position behind it."""
+        epoch, place, first, passed, *_ = position
+        shards = self.stream.shards
+        alone = shards >= self.readers  # no other reader reads these shards
+        while True:
+            order = np.random.default_rng(seed_of(self.seed, epoch, "shards")).permutation(shards).tolist()
+            order = order[self.reader :: self.readers] if alone else order
+            found = passed > 0
+            while place < len(order):
+                for row, item in enumerate(self.stream.read(order[place], first), first):
+                    passed += 1
+                    if alone or (passed - 1) % self.readers == self.reader:
+                        found = True
+                        yield Position(epoch, place, row + 1, passed), item
+                place, first = place + 1, 0
+            if not found:
+                raise DataError(
+                    f"{self.stream.name}: reader {self.reader + 1} of {self.readers} found no rows; use fewer ranks or "
+                    "a lower data.workers, or data.source.streaming=false"
+                )
+            epoch, place, passed = epoch + 1, 0, 0
+
+
+# --- batches
+
+
+@dataclass(frozen=True)
+class StreamingSchedule:
+    """Which frame count each step has, and which clips of a step this rank reads; see BatchSchedule. lengths: empty, as
+    a stream does not know them."""
+
+    frames: FrameCounts
+    seed: int
+    batch_size: int
+    accumulate: int = 1
+    rank: int = 0
+    world_size: int = 1
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, int))
+
+    def __post_init__(self) -> None:
+        if self.frames.fit:
+            raise DataError("data.frames.fit needs the frame counts of all files, which a stream does not have")
+
+    @property
+    def micro_batch(self) -> int:
+        return self.batch_size // (self.accumulate * self.world_size)
+
+    def frames_at(self, step: int) -> int:
+        """Frames per clip of a step."""
+        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")), self.lengths)
+
+    def clips(self, number: int) -> list[ClipIndex]:
+        """Positions and frame counts of this rank's micro-batch `number`, of all its micro-batches."""
+        step, micro = divmod(number, self.accumulate)
+        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch
+        frames = self.frames_at(step)
+        return [ClipIndex(position, 0, frames) for position in range(first, first + self.micro_batch)]
+
+
+class ClipStream(IterableDataset):
+    """(number, reader, batch, the reader's position behind it) of the micro-batches numbered first, ..., last - 1.
+
+    Worker w of the DataLoader, which takes batches from its workers in turn, is the reader (first + w) % workers.
+    positions: of the readers of this rank, at the start.
+    """
+
+    def __init__(
+        self,
+        stream: ShardedStream,
+        schedule: StreamingSchedule,
+        settings: ClipSettings,
+        shuffle: int,
+        positions: Sequence[Position],
+        first: int,
+        last: int,
+    ) -> None:
+        self.stream, self.schedule, self.settings, self.shuffle = stream, schedule, settings, shuffle
+        self.positions, self.first, self.last = positions, first, last
+        self.read = self.unusable = 0  # items
+        self.warned = False
+
+    def __iter__(self) -> Iterator[tuple[int, int, ClipBatch | Unreadable, Position]]:
+        worker, workers = getattr(get_worker_info(), "id", 0), len(self.positions)
+        reader = (self.first + worker) % workers
+        items = ShuffledItems(
+            self.stream,
+            self.schedule.seed,
+            self.schedule.rank * workers + reader,
+            self.schedule.world_size * workers,
+            self.shuffle,
+            self.positions[reader],
+        )
+        for number in range(self.first + worker, self.last, workers):
+            batch = collate([self._sample(index, items) for index in self.schedule.clips(number)])
+            yield number, reader, batch, items.position
+
+    def _sample(self, index: ClipIndex, items: Iterator[StreamItem]) -> Sample:
+        """A clip of the next item that has one. Items that are too short for the step are used up all the same."""
+        errors: list[tuple[str, str]] = []
+        for _ in range(MAX_UNUSABLE):
+            item = next(items)
+            self.read += 1
+            try:
+                with opened(item, self.settings) as reader:
+                    if has_clip(reader, self.settings, index.frames):
+                        sample = augmented_clip(reader, item.path, index, self.settings, self.schedule.seed)
+                        return replace(sample, errors=errors)
+                self.unusable += 1
+            except MediaError as error:
+                errors.append((error.path, error.reason))
+                if len(errors) == ATTEMPTS:
+                    return Sample(None, index, item.path, errors)
+            if self.read >= WARN_AFTER and 2 * self.unusable > self.read and not self.warned:
+                self.warned = True
+                warnings.warn(f"{self.unusable} of {self.read} videos {self._reason(index.frames)}", stacklevel=2)
+        raise DataError(f"{self.stream.name}: {MAX_UNUSABLE} in a row {self._reason(index.frames)}")
+
+    def _reason(self, frames: int) -> str:
+        small = "" if self.settings.min_side is None else f", or a side below data.min_side={self.settings.min_side}"
+        return (
+            f"have fewer frames than their step needs (now {frames}){small}, and were not used; lower data.frames.max "
+            "(or data.stride, or raise data.fps)"
+        )
+
+
+@contextmanager
+def opened(item: StreamItem, settings: ClipSettings) -> Iterator[Reader]:
+    """A reader of an item within the block. Raises MediaError."""
+    if item.error is not None:
+        raise MediaError(item.path, item.error)
+    with ExitStack() as stack:
+        if item.content is None:
+            reader = open_frames(item.path, settings)
+        elif settings.depth is not None:
+            raise MediaError(item.path, "is no file; data.depth reads files")
+        elif not item.content:
+            raise MediaError(item.path, f"has no {item.kind}")
+        elif item.kind == "image":
+            reader = ImageReader(item.path, io.BytesIO(item.content), settings.channels == 4)
+        else:
+            file = stack.enter_context(memory_file(item.path, item.content))
+            reader = READERS[settings.reader](file, 1, settings.channels == 4)
+        yield stack.enter_context(closing(reader))
+
+
+def has_clip(reader: Reader, settings: ClipSettings, frames: int) -> bool:
+    """Whether a file has enough frames, and enough pixels for settings.min_side."""
+    info = reader.info
+    return settings.length(info.num_frames, info.fps) >= frames and min(info.height, info.width) >= (
+        settings.min_side or 0
+    )
+
+
+# --- a run's data
+
+
+@dataclass
+class StreamingData:
+    """The data of a training run from a stream; see loader.TrainingData, which has the same interface."""
+
+    stream: ShardedStream
+    schedule: StreamingSchedule
+    settings: ClipSettings
+    shuffle: int
+    workers: int
+    prefetch: int
+    held_out: list[ClipBatch]
+    errors: list[tuple[str, str]]
+    notes: list[str] = field(default_factory=list)
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)
+    timeout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.table: pd.DataFrame = rows_from_paths([], [])
+        self.positions = [Position()] * max(1, self.workers)
+        # (micro-batch, the reader's position behind it), as far back as a checkpoint may need them
+        self._passed: list[deque[tuple[int, Position]]] = [deque() for _ in self.positions]
+        self.fingerprint = StreamingFingerprint(self.stream.name, self.stream.shards)
+
+    @property
+    def item_bytes(self) -> int:
+        """Of the largest batch that a worker reads."""
+        values = self.settings.channels * self.schedule.frames.all()[-1] * self.settings.height * self.settings.width
+        return self.schedule.micro_batch * values * (1 if self.settings.depth is None else 4)
+
+    def clips(
+        self, first: int, last: int, stopping: Callable[[], bool] = lambda: False
+    ) -> Iterator[ClipBatch | Unreadable]:
+        """Micro-batches of the optimizer steps first, ..., last - 1, from `positions` on.
+
+        stopping: whether the run ends after the current step. Raises as workers.load does.
+        """
+        count = self.schedule.accumulate
+        for positions in self._passed:
+            positions.clear()
+        dataset = ClipStream(
+            self.stream, self.schedule, self.settings, self.shuffle, self.positions, first * count, last * count
+        )
+        batches = load(
+            dataset,
+            workers=self.workers,
+            prefetch=self.prefetch,
+            timeout=self.timeout,
+            stopping=stopping,
+            item_bytes=self.item_bytes,
+            held=count,
+            batch_size=None,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for number, reader, batch, position in batches:
+            passed = self._passed[reader]
+            passed.append((number, Position(*position)))
+            # The trainer reads the next step's batches before it saves the current one.
+            while len(passed) > 1 and passed[1][0] < number - 2 * count:
+                passed.popleft()
+            yield batch
+
+    def positions_at(self, step: int) -> list[Position]:
+        """Of the readers of this rank, after so many steps: one of the last two that were read."""
+        end = step * self.schedule.accumulate
+        return [
+            next((position for number, position in reversed(passed) if number < end), start)
+            for passed, start in zip(self._passed, self.positions, strict=True)
+        ]
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+@dataclass(frozen=True)
+class StreamingFingerprint:
+    name: str
+    shards: int
+
+    def digests(self) -> dict[str, Any]:
+        """Values that must be equal on all ranks."""
+        return {"data: the stream": self.name, "data: its shards": self.shards}
+
+
+class StreamingState:
+    """Positions of all readers in a stream, saved with checkpoints: those of each rank in its own state.
+
+    step: returns how many steps are done. lines: for the log, after a load.
+    """
+
+    def __init__(self, data: StreamingData, step: Callable[[], int]) -> None:
+        self.data, self.step = data, step
+        self.lines: list[str] = []
+        self._continues = False
+
+    def state_dict(self) -> dict[str, Any]:
+        epochs = [position.epoch for position in self.data.positions_at(self.step())]
+        return {"stream": self._layout(), "epoch": max(epochs)}
+
+    def _layout(self) -> dict[str, Any]:
+        schedule = self.data.schedule
+        return {
+            "name": self.data.stream.name,
+            "shards": self.data.stream.shards,
+            "data.source.shuffle": self.data.shuffle,
+            "run.seed": schedule.seed,
+            "data.batch_size": schedule.batch_size,
+            "trainer.accumulate": schedule.accumulate,
+            "ranks": schedule.world_size,
+            "workers": len(self.data.positions),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Positions are loaded by load_rank_state_dict, or a new pass begins if the readers are others."""
+        if "stream" not in state:
+            self.lines = ["the checkpoint's data was no stream; this one starts at its beginning"]
+            return
+        layout, saved = self._layout(), state["stream"]
+        if not isinstance(saved, Mapping) or not isinstance(state.get("epoch"), int):
+            raise ArgumentError("the state of the stream is damaged")
+        changed = [f"{key} {saved.get(key)}, now {value}" for key, value in layout.items() if saved.get(key) != value]
+        self._continues = not changed
+        if changed:
+            epoch = state["epoch"] + 1
+            self.data.positions = [Position(epoch)] * len(self.data.positions)
+            self.lines = [
+                f"the stream was read with {'; '.join(changed)}: it cannot go on where it was, and begins its pass "
+                f"{epoch + 1}; some clips of the pass before come twice, others not at all"
+            ]
+
+    def rank_state_dict(self) -> dict[str, Tensor]:
+        return {"positions": torch.tensor(self.data.positions_at(self.step()), dtype=torch.int64)}
+
+    def load_rank_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if not self._continues:
+            return
+        positions = state.get("positions")
+        shape = (len(self.data.positions), len(Position._fields))
+        if not isinstance(positions, Tensor) or positions.shape != shape:
+            found = tuple(positions.shape) if isinstance(positions, Tensor) else None
+            raise ArgumentError(f"positions in the stream are {found}, not {shape}")
+        self.data.positions = [Position(*row) for row in positions.tolist()]
+
+
+def stream_notes(stream: ShardedStream, shuffle: int, readers: int) -> list[str]:
+    """Lines for the log: what is read, and what a stream cannot promise."""
+    lines = [f"{stream.name}: a stream of {plural(stream.shards, 'shard')}, shuffled in blocks of {shuffle}"]
+    if stream.shards < readers:
+        lines.append(
+            f"{plural(readers, 'reader')} (ranks x data.workers) share {plural(stream.shards, 'shard')}: each reads "
+            f"all of it and uses one row of {readers}; write the dataset as at least {readers} files to read it once"
+        )
+    lines.append(
+        "the same command resumes with the same clips; with another number of ranks or workers clips are others, and "
+        "a new pass begins. Clips come about, not exactly, equally often. data.source.streaming=false promises both"
+    )
+    return lines
+
+
+def first_clips(
+    stream: ShardedStream, settings: ClipSettings, frames: int, count: int, rank: int = 0, world_size: int = 1
+) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
+    """This rank's share of one clip from each of the first `count` items with at least `frames` frames, from their
+    middle; and (path, reason) of items that failed. Raises DataError if none is long enough.
+    """
+    clips, errors, found = [], [], 0
+    limit = LOOKED_AT * count
+    items = (item for shard in range(stream.shards) for item in stream.read(shard))
+    for number, item in enumerate(items):
+        if found == count or number == limit:
+            break
+        try:
+            with opened(item, settings) as reader:
+                if has_clip(reader, settings, frames):
+                    found += 1
+                    if (found - 1) % world_size == rank:
+                        pixels = read_clip(reader, item.path, settings, frames, start=0.5)
+                        clips.append(
+                            collate([to_sample(pixels, ClipIndex(number, number, frames), item.path, settings)])
+                        )
+        except MediaError as error:
+            errors.append((error.path, error.reason))
+    if not found:
+        raise DataError(
+            f"{stream.name}: none of the first {limit} has {plural(frames, 'frame')}; lower validation.frames or "
+            "data.frames.max"
+        )
+    return clips, errors
