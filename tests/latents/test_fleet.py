@@ -7,21 +7,22 @@ import logging
 import os
 import signal
 import time
-import traceback
 
 import pytest
 
 from tests import tiny
 from tests.latents import caches
+from tests.latents.processes import exit_statuses, start, wait_for
 from vae3d.commands import encode as encode_command
-from vae3d.commands import encode_status
+from vae3d.commands import encode_status, latent_stats
 from vae3d.commands.cli import without_flags
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding, share_of
 from vae3d.latents import encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.claims import Claims
-from vae3d.latents.encode import CLAIMS, encode_cache
+from vae3d.latents.encode import encode_cache
+from vae3d.latents.places import CLAIMS, partial_statistics
 from vae3d.latents.shards import CacheError
 
 STALE = 2.0  # seconds; much longer than a busy machine lets a thread wait
@@ -44,28 +45,6 @@ def job(photos, tmp_path):
     return caches.job(photos, tmp_path / "cache", writers=["npy", "webdataset"], stale=STALE)
 
 
-def start(task, *args):
-    """Run a function in a process of its own; returns its number."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            task(*args)
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return child
-
-
-def wait_for(condition, seconds=20.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def at_rename(count, what):
     """From now on, `what` is called before the `count`-th file of this process gets its name."""
     rename, calls = os.replace, iter(range(count))
@@ -76,10 +55,6 @@ def at_rename(count, what):
         return rename(*args)
 
     os.replace = wrapped
-
-
-def exit_statuses(children):
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 # ---- claims
@@ -229,9 +204,14 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
         printed = capsys.readouterr().out
         assert "4 of 5 shards (80%)" in printed
         assert f"shard 00002: process {os.getpid()}" in printed
+        latent_stats.main([str(job.folder), "--partial"])
+        assert "4 of 5 shards (80.0%) are complete; of these:\n" in capsys.readouterr().out
+        _, numbers, statistics = partial_statistics(job.place)
+    assert (numbers, statistics.clips) == ([0, 1, 3, 4], 8)
     assert encode_cache(job, 0, 2)
     assert caches.files(job.folder) == whole
     assert encode_status.main([str(job.folder)]) == 0
+    assert partial_statistics(job.place)[2].summary() == LatentCache(job.folder).statistics
 
 
 def test_a_process_waits_for_others_and_only_one_of_them_completes_the_cache(job, whole):

@@ -12,16 +12,14 @@ The cache has the bytes that `vae3d encode` writes, and processes of that comman
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vae3d.commands.encode import open_encoder, open_job
 from vae3d.distributed import inference_device
 from vae3d.errors import UserError
-from vae3d.latents.cache import read_meta
-from vae3d.latents.claims import Claims
-from vae3d.latents.encode import CLAIMS, begin, discard_unusable, encode_shards, finish
-from vae3d.latents.shards import CacheError
+from vae3d.latents.cache import read_meta_file
+from vae3d.latents.encode import begin, discard_unusable, encode_shards, finish
+from vae3d.latents.shards import META, CacheError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +38,7 @@ class ShardEncoder:
     def __init__(self, config: EncodeConfig, folder: str) -> None:
         os.chdir(folder)
         self.job = open_job(config, open_encoder(config, inference_device(config.device)))
-        self.claims = Claims(self.job.folder / CLAIMS, config.stale)
+        self.claims = self.job.place.claims(config.stale)
         self.claims.__enter__()  # for the life of the actor
         self.digest: str | None = None
 
@@ -82,6 +80,6 @@ def encode(config: EncodeConfig, actors: int = 1, gpus: float = 0, cpus: float =
     for row in encoded.iter_rows():
         if row["error"]:
             raise CacheError(row["error"])
-    folder = Path(config.cache)
-    with Claims(folder / CLAIMS, config.stale) as claims:
-        finish(job, read_meta(folder)["digest"], claims)
+    job.place.get(META)
+    with job.place.claims(config.stale) as claims:
+        finish(job, read_meta_file(job.folder / META)["digest"], claims)

@@ -15,6 +15,7 @@ from vae3d.config.fields import STRICT, Float, Int, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import FilesConfig, register
 from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths
+from vae3d.data.storage import is_url
 
 
 @dataclass(config=STRICT)
@@ -22,7 +23,9 @@ class EncodeConfig(FilesConfig):
     """Encode a data set into a latent cache."""
 
     source: Any = setting(MISSING, "A table, a JSON list, a folder or one file; or a `_target_` node, as in conf/data.")
-    cache: str = setting(MISSING, "Folder to write. The same command resumes, and started again meanwhile it helps.")
+    cache: str = setting(
+        MISSING, "Folder to write, or s3:// or gs://. The same command resumes, and started again meanwhile it helps."
+    )
     shard: str | None = setting(
         None, "i/n, also --shard i/n: this is the i-th of n processes, as of a job array. null: the only one."
     )
@@ -74,6 +77,8 @@ def share_of(shard: str | None) -> tuple[int, int] | None:
 # fmt: off
 RULES = [
     SIZE_RULE, TILE_RULE, _source_issues,
+    Rule("cache", lambda c: is_url(c.cache) and not c.cache.startswith(("s3://", "gs://")), "cannot be written",
+         "give a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"),
     Rule("shard", lambda c: share_of(c.shard) is None, "must be i/n, with i from 1 to n",
          "--shard 1/8 is the first of 8 processes, --shard 8/8 the last"),
     Rule("clips", lambda c: c.clips == "all" and c.frames is None, "needs the length of a clip", "set frames"),

@@ -295,11 +295,6 @@ def read_complete(file: Path) -> dict[str, Any]:
     return shards.read_json(file, Complete, hint)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Read the meta.json of a cache, as read_meta_file does."""
-    return read_meta_file(folder / META)
-
-
 def read_meta_file(file: Path) -> dict[str, Any]:
     """Read meta.json. Raises CacheError for a missing key and for a wrong value."""
     meta = shards.read_json(file, Meta)

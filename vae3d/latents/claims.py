@@ -1,4 +1,4 @@
-"""Claims: which process works on what, among processes that share nothing but a folder.
+"""Claims: which process works on what, among processes that share nothing but a folder, or an object store.
 
 A claim is a file, FOLDER/NAME.GENERATION. Its owner makes it with O_CREAT | O_EXCL, which only one process can, also on
 NFS (version 3 and newer), Lustre, GPFS and BeeGFS; locks, as of the package filelock, need a lock service there that
@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import secrets
+import shutil
 import socket
 import threading
 from contextlib import suppress
@@ -28,6 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vae3d.data import objects
+from vae3d.data.media import DataError
 from vae3d.io import naming
 
 BEATS = 6  # refreshes of a claim within `stale` seconds
@@ -69,10 +72,7 @@ class Claims:
         self._thread.join()
         for name in [*self._own]:
             self.release(name)
-        with suppress(OSError):
-            self._clock.unlink()
-        with suppress(OSError):  # others are at work
-            self.folder.rmdir()
+        self._leave()
 
     def take(self, name: str) -> bool:
         """Claim `name`; False if another process, or this one, has claimed it and is alive."""
@@ -82,10 +82,7 @@ class Claims:
             holder = self._holder(name, files[newest])
             if holder is None or not holder.stale:
                 return False
-            log.warning(
-                "%s is taken over from process %d of %s, silent for %.0f s",
-                name, holder.pid, holder.host, holder.silent,
-            )  # fmt: skip
+            _log_taken(holder)
         return self._make(name, newest + 1)
 
     def owns(self, name: str) -> bool:
@@ -116,7 +113,6 @@ class Claims:
 
     def _make(self, name: str, generation: int) -> bool:
         file = self.folder / f"{name}.{generation}"
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "space": _pid_space(), "token": self._token}
         with naming(file):
             while True:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +124,7 @@ class Claims:
                 except FileNotFoundError:  # another process, at its end, has just removed the folder
                     continue
             with os.fdopen(descriptor, "w") as stream:
-                json.dump(owner, stream)
+                json.dump(_owner(self._token), stream)
         self._own[name] = file
         return True
 
@@ -172,18 +168,127 @@ class Claims:
     def _clock(self) -> Path:
         return self.folder / f"{CLOCK}-{self._token}"
 
+    def _leave(self) -> None:
+        with suppress(OSError):
+            self._clock.unlink()
+        with suppress(OSError):  # others are at work
+            self.folder.rmdir()
+
+    def _refresh(self, name: str) -> None:
+        """Give the file of a claim the present time, unless it is not there: released, or taken over and done."""
+        with suppress(FileNotFoundError):
+            os.utime(self._own[name])
+
     def _beat(self) -> None:
         failed = False
         while not self._ended.wait(self.stale / BEATS):
-            for file in [*self._own.values()]:
+            for name in [*self._own]:
                 try:
-                    os.utime(file)
-                except FileNotFoundError:  # released, or taken over and done
+                    self._refresh(name)
+                except KeyError:  # released just now
                     pass
-                except OSError as error:
+                except (OSError, DataError) as error:
                     if not failed:
-                        log.warning("%s cannot be refreshed (%s); another process may take over", file, error.strerror)
+                        log.warning("the claim of %s cannot be refreshed (%s); others may take over", name, error)
                     failed = True
+
+
+class StoreClaims(Claims):
+    """Claims as objects of a store, URL/NAME.TOKEN. Not all stores have conditional writes, so none is used.
+
+    A process writes its object, then lists those of that name. If there is another one that is not stale, it deletes
+    its own and goes on to other work: of several at once none may get the claim, but never two of them. Times are the
+    store's. A process that was killed is noticed after `stale` seconds, also on its machine.
+
+    folder: a temporary one of this process.
+    """
+
+    def __init__(self, url: str, folder: Path, stale: float) -> None:
+        super().__init__(folder, stale)
+        self.url = url
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def take(self, name: str) -> bool:
+        if name in self._own or not self._all_stale(self._others(name)):
+            return False
+        file = self.folder / name
+        file.write_text(json.dumps(_owner(self._token)))
+        objects.put(file, self._object(name))
+        self._own[name] = file
+        others = self._others(name)
+        if not self._all_stale(others):
+            self.release(name)
+            return False
+        for other in others:
+            for holder in self._holders({other: others[other]}):
+                _log_taken(holder)
+            objects.remove(f"{self.url}/{other}")
+        return True
+
+    def owns(self, name: str) -> bool:
+        return name in self._own and objects.find(self._object(name)) is not None
+
+    def release(self, name: str) -> None:
+        self._own.pop(name)
+        objects.remove(self._object(name))
+
+    def clear(self) -> None:
+        for name in objects.listing(self.url):
+            if not name.endswith(f".{self._token}"):
+                objects.remove(f"{self.url}/{name}")
+
+    def holders(self) -> list[Holder]:
+        claims = {name: claim for name, claim in objects.listing(self.url).items() if not name.startswith(CLOCK)}
+        return self._holders(claims)
+
+    def _object(self, name: str) -> str:
+        return f"{self.url}/{name}.{self._token}"
+
+    def _others(self, name: str) -> dict[str, objects.Object]:
+        claims = objects.listing(self.url)
+        claims.pop(f"{name}.{self._token}", None)
+        return {each: claim for each, claim in claims.items() if each.rpartition(".")[0] == name}
+
+    def _all_stale(self, claims: dict[str, objects.Object]) -> bool:
+        return not claims or self._now() - max(claim.modified for claim in claims.values()) > self.stale
+
+    def _holders(self, claims: dict[str, objects.Object]) -> list[Holder]:
+        now = self._now() if claims else 0.0
+        found = []
+        for name, claim in sorted(claims.items()):
+            file = self.folder / f"{name}.read"
+            if objects.get(f"{self.url}/{name}", file):  # else it was released just now
+                owner, silent = json.loads(file.read_text()), max(0.0, now - claim.modified)
+                found.append(Holder(name.rpartition(".")[0], owner["host"], owner["pid"], silent, silent > self.stale))
+        return found
+
+    def _now(self) -> float:
+        """The store's time."""
+        url = f"{self.url}/{CLOCK}.{self._token}"
+        file = self.folder / CLOCK
+        file.write_bytes(b"0")
+        objects.put(file, url)
+        found = objects.find(url)
+        return found.modified if found is not None else 0.0
+
+    def _leave(self) -> None:
+        objects.remove(f"{self.url}/{CLOCK}.{self._token}")
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _refresh(self, name: str) -> None:
+        if self.owns(name):
+            objects.put(self._own[name], self._object(name))
+
+
+def _owner(token: str) -> dict[str, Any]:
+    """This process, as in the content of its claims."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "space": _pid_space(), "token": token}
+
+
+def _log_taken(holder: Holder) -> None:
+    log.warning(
+        "%s is taken over from process %d of %s, silent for %.0f s", holder.name, holder.pid, holder.host, holder.silent
+    )
 
 
 def _generation(file: Path) -> int:

@@ -10,10 +10,12 @@ import json
 import logging
 import math
 import platform
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -29,15 +31,16 @@ from vae3d import __version__
 from vae3d.data.versions import source_version
 from vae3d.data.workers import load, usable_workers
 from vae3d.hashing import file_hash, json_hash
-from vae3d.inference.folder import has_results, settings_difference
-from vae3d.io import FileError, naming, remove_unfinished, write_json, write_text
+from vae3d.inference.folder import settings_difference
+from vae3d.io import FileError, write_json, write_text
 from vae3d.latents import shards
-from vae3d.latents.cache import read_complete, read_meta
+from vae3d.latents.cache import read_complete, read_meta_file
 from vae3d.latents.claims import BEATS, Claims
 from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
-from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
+from vae3d.latents.places import LocalPlace, StorePlace, place_of
+from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import no_waiting_checks
@@ -52,7 +55,7 @@ if TYPE_CHECKING:
 
 TILES = "tiles"  # key of meta.json, only there if they are blended
 MAX_SHOWN = 10  # errors in a message
-CLAIMS, FINISH = ".claims", "finish"  # the folder, and the claim of the process that completes the cache
+FINISH = "finish"  # the claim of the process that completes the cache
 POLL = 2.0  # seconds between two looks at what others do
 # Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
 KEYS = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
@@ -69,9 +72,15 @@ class EncodeJob:
     errors: Sequence[ClipError]
     transform: Transform
 
+    @cached_property
+    def place(self) -> LocalPlace | StorePlace:
+        """Where the cache is written."""
+        return place_of(self.config.cache)
+
     @property
     def folder(self) -> Path:
-        return Path(self.config.cache)
+        """Where this process writes files before they are published: the cache itself, unless that is in a store."""
+        return self.place.folder
 
     @property
     def shards(self) -> int:
@@ -141,7 +150,7 @@ def encode_cache(
     checked: called after that; a barrier, for ranks that began together. quiet: show no progress.
     Raises CacheError for a folder with other content or settings, and if more than max_broken of the clips fail.
     """
-    with Claims(job.folder / CLAIMS, job.config.stale) as claims:
+    with job.place.claims(job.config.stale) as claims:
         digest = begin(job, claims)
         discard_unusable(job, range(index, job.shards, count), digest)
         checked()
@@ -167,74 +176,81 @@ def encode_shards(
         first = next(free, None)
         if first is not None:
             encoded += _encode_shards(job, chain([first], free), digest, claims, quiet)
-        elif wait and set(order) - shards.numbers_done(job.folder):
-            time.sleep(min(POLL, claims.stale / BEATS))
+        elif wait and set(order) - job.place.done():
+            _pause(claims)
         else:
             return encoded
 
 
+def _pause(claims: Claims) -> None:
+    """Before the next look at what others do. Random, as two that claim the same at once may both fail."""
+    time.sleep(min(POLL, claims.stale / BEATS) * random.uniform(0.5, 1.5))
+
+
 def _take_free(job: EncodeJob, order: Iterable[int], claims: Claims) -> Iterator[int]:
     """Claims shards without marker, one when it is asked for, until there is none that is free."""
-    done = shards.numbers_done(job.folder)
+    done = job.place.done()
     for shard in order:
-        marker, name = shards.marker_file(job.folder, shard), shards.name_of(shard)
-        if shard in done or marker.is_file() or not claims.take(name):
+        marker, name = shards.marker_name(shard), shards.name_of(shard)
+        if shard in done or job.place.stamp(marker) or not claims.take(name):
             continue
-        if marker.is_file():  # it was released just now, because it is done
+        if job.place.stamp(marker):  # it was released just now, because it is done
             claims.release(name)
             continue
-        (job.folder / COMPLETE).unlink(missing_ok=True)
+        job.place.remove(COMPLETE)
         yield shard
 
 
 def _left(job: EncodeJob, claims: Claims) -> str:
     """What is not complete, and who is at work on it; empty for a complete cache."""
-    if (job.folder / COMPLETE).is_file():
+    if job.place.stamp(COMPLETE):
         return ""
-    done = len(shards.numbers_done(job.folder))
+    done = len(job.place.done())
     owners = sorted({f"{holder.host} (process {holder.pid})" for holder in claims.holders()})
     at_work = f", the others are encoded by {', '.join(owners[:MAX_SHOWN])}" if owners else ""
-    return f"; {done} are complete{at_work}; vae3d encode-status {job.folder} shows when all are"
+    return f"; {done} are complete{at_work}; vae3d encode-status {job.place.name} shows when all are"
 
 
 def begin(job: EncodeJob, claims: Claims) -> str:
     """Write meta.json, or check that the existing one has the same settings. Returns its digest. Raises CacheError."""
-    folder, meta = job.folder, job.meta()
-    with naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if linked := [name for name in ("shards", *WRITERS) if (folder / name).is_symlink()]:
-        raise CacheError(f"{folder / linked[0]} is a symbolic link; files would be written to its target: delete it")
-    if not (folder / META).is_file():
-        if has_results(folder, besides=(CLAIMS,)):
-            raise CacheError(f"{folder} is not empty, and not a latent cache; choose another folder")
+    place, meta = job.place, job.meta()
+    place.make()
+    if not place.stamp(META):
+        if not place.is_empty():
+            raise CacheError(f"{place.name} is not empty, and not a latent cache; choose another folder")
         while not claims.take(META):  # another process writes it
-            time.sleep(0.1)
+            _pause(claims)
         try:
-            if not (folder / META).is_file():
-                write_json(folder / META, meta)
+            if not place.stamp(META):
+                write_json(place.folder / META, meta)
+                place.put(META)
         finally:
             claims.release(META)
-    there = read_meta(folder)
+    place.get(META)
+    there = read_meta_file(place.folder / META)
     if why := settings_difference(identity(there), identity(meta)):
-        raise CacheError(f"{folder} was begun with other settings: {why}; choose another folder, or delete this one")
+        raise CacheError(
+            f"{place.name} was begun with other settings: {why}; choose another folder, or delete this one"
+        )
     return there["digest"]
 
 
 def discard_unusable(job: EncodeJob, numbers: Iterable[int], digest: str) -> None:
     """Delete the markers of shards that are damaged, whose source files were replaced, or that `retry` asks for."""
     for shard in numbers:
-        marker = shards.marker_file(job.folder, shard)
-        before = shards.stamp(marker)
+        marker = shards.marker_name(shard)
+        before = job.place.stamp(marker)
         if before is None or _is_done(job, shard, digest):
             continue
-        if shards.stamp(marker) == before:  # else another process has just encoded it again
-            marker.unlink(missing_ok=True)
-            (job.folder / COMPLETE).unlink(missing_ok=True)
+        if job.place.stamp(marker) == before:  # else another process has just encoded it again
+            job.place.remove(marker)
+            job.place.remove(COMPLETE)
 
 
 def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     """Whether a shard is complete, undamaged, and its source files are unchanged."""
     try:
+        job.place.get(shards.marker_name(shard))
         marker = shards.read_marker(job.folder, shard)
     except CacheError as error:
         log.warning("shard %d is encoded again: %s", shard, error)
@@ -244,7 +260,7 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     if "webdataset" in job.config.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
         return False  # its tar file has old labels
     verify = job.config.verify == "hash"
-    why = _replaced(job, shard, marker["sources"]) or shards.damage(job.folder, shard, marker, verify=verify)
+    why = _replaced(job, shard, marker["sources"]) or job.place.damage(shard, marker, verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
@@ -291,7 +307,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
         sampler=numbers(),
         batch_size=None,
     )
-    seen = shards.numbers_done(job.folder)  # also by others
+    seen = job.place.done()  # also by others
     bar = progress(total=len(job.items), initial=_clips_of(job, seen), unit="clip", hidden=quiet)
     batches: deque[list[Read]] = deque()
 
@@ -315,7 +331,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
                 _add_batch(job, number, batch, moments, shard, statistics)
                 bar.update(len(batch))
             _write_claimed(job, number, shard, statistics, digest, claims)
-            now = shards.numbers_done(job.folder)
+            now = job.place.done()
             bar.update(_clips_of(job, now - seen - {number}))
             seen, count = now | {number}, count + 1
             errors += shard.errors
@@ -332,13 +348,15 @@ def _write_claimed(
     job: EncodeJob, number: int, shard: Shard, statistics: LatentStatistics, digest: str, claims: Claims
 ) -> None:
     """Write a shard and release its claim; nothing if another process took over and completed it meanwhile."""
-    name, marker = shards.name_of(number), shards.marker_file(job.folder, number)
-    if claims.owns(name) or not marker.is_file():
+    name, marker = shards.name_of(number), shards.marker_name(number)
+    if claims.owns(name) or not job.place.stamp(marker):
         try:
             shards.write_shard(job.folder, number, shard, statistics, digest, job.config.writers)
+            job.place.put(*shards.files_of(number, job.config.writers), marker)
         except FileError:
-            if claims.owns(name) or not marker.is_file():  # else unfinished files were deleted by the process that has
-                raise  # completed the cache
+            # The process that took over may have completed the cache, and deleted files that were not finished.
+            if claims.owns(name) or not job.place.stamp(marker):
+                raise
     claims.release(name)
 
 
@@ -431,10 +449,10 @@ def finish(job: EncodeJob, digest: str, claims: Claims, wait: bool = True) -> bo
     wait: for shards, and for the process that is writing these files.
     """
     while True:
-        missing = set(range(job.shards)) - shards.numbers_done(job.folder)
+        missing = set(range(job.shards)) - job.place.done()
         if not missing:
             if _is_complete(job):
-                log.info("%s is complete", job.folder)
+                log.info("%s is complete", job.place.name)
                 return True
             if claims.take(FINISH):
                 try:
@@ -446,10 +464,10 @@ def finish(job: EncodeJob, digest: str, claims: Claims, wait: bool = True) -> bo
             return False
         if missing:  # found unusable by another process
             if job.codec is None:
-                raise CacheError(f"{job.folder}: shards {sorted(missing)[:MAX_SHOWN]} are not complete; run again")
+                raise CacheError(f"{job.place.name}: shards {sorted(missing)[:MAX_SHOWN]} are not complete; run again")
             encode_shards(job, sorted(missing), digest, claims)
         else:
-            time.sleep(min(POLL, claims.stale / BEATS))
+            _pause(claims)
 
 
 def _source_hash(job: EncodeJob) -> str:
@@ -459,54 +477,53 @@ def _source_hash(job: EncodeJob) -> str:
 
 def _is_complete(job: EncodeJob) -> bool:
     """Whether complete.json is there, with the labels that the source has now, and describes the files beside it."""
+    if not job.place.get(COMPLETE, META, INDEX, STATISTICS) or not job.place.stamp(ERRORS):
+        return False
     try:
         complete = read_complete(job.folder / COMPLETE)
         hashes = {name: file_hash(job.folder / name) for name in complete["sha256"]}
     except (CacheError, FileError, OSError):
         return False
     same = complete.get("source") == _source_hash(job) and hashes == complete["sha256"]
-    return same and complete["shards"] == job.shards and (job.folder / ERRORS).is_file()
+    return same and complete["shards"] == job.shards
 
 
 def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     """Write what is of all shards; False if one was found unusable by another process meanwhile. Raises CacheError."""
-    stamps = _marker_stamps(job)
-    markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
-    if None in markers:
+    stamps = job.place.stamps()
+    if not job.place.get(META, *(name for number in range(job.shards) for name in shards.summaries_of(number))):
         return False
+    markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
     if other := [shard for shard, marker in enumerate(markers) if marker["of"] != digest]:
         raise CacheError(
-            f"{job.folder}: {len(other)} of {job.shards} shards belong to another cache ({other[:MAX_SHOWN]}); run the "
-            "command without --shard, which checks all of them"
+            f"{job.place.name}: {len(other)} of {job.shards} shards belong to another cache ({other[:MAX_SHOWN]}); run "
+            "the command without --shard, which checks all of them"
         )
     rows = [row | _labels(job, row) for marker in markers for row in marker["rows"]]
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
     write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
+    job.place.put(ERRORS)
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.config.max_broken * clips or not rows:
-        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.folder / ERRORS} lists all")
+        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.place.name}/{ERRORS} lists all")
     write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
     statistics = shards.read_statistics(job.folder, range(job.shards)).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
     counts = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}
     write_json(job.folder / COMPLETE, counts | {"source": _source_hash(job), "sha256": hashes})
-    if _marker_stamps(job) != stamps:  # whoever deletes a marker deletes complete.json after it; this one may be newer
-        (job.folder / COMPLETE).unlink(missing_ok=True)
+    job.place.put(INDEX, STATISTICS, COMPLETE)
+    if job.place.stamps() != stamps:  # whoever deletes a marker deletes complete.json after it; this one may be newer
+        job.place.remove(COMPLETE)
         return False
     claims.clear()  # of killed processes, as are the files that they left
-    for name in ("", "shards", *WRITERS):
-        remove_unfinished(job.folder / name)
-    log.info("%s of %s -> %s", plural(len(rows), "entry"), plural(len(job.items), "clip"), job.folder)
+    job.place.clean()
+    log.info("%s of %s -> %s", plural(len(rows), "entry"), plural(len(job.items), "clip"), job.place.name)
     if errors:
-        log.warning("%s could not be encoded; see %s", plural(len(errors), "clip"), job.folder / ERRORS)
+        log.warning("%s could not be encoded; see %s", plural(len(errors), "clip"), f"{job.place.name}/{ERRORS}")
     if job.config.store == "moments" and not any(statistics["posterior_std"]):
         log.info("the encoder is deterministic: store=mean needs half the disk space")
     return True
-
-
-def _marker_stamps(job: EncodeJob) -> list[Any]:
-    return [shards.stamp(shards.marker_file(job.folder, shard)) for shard in range(job.shards)]
 
 
 def _too_many(errors: Sequence[ClipError], clips: int, max_broken: float) -> str:

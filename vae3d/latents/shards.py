@@ -70,6 +70,10 @@ def shard_file(cache: Path, number: int) -> Path:
     return cache / "shards" / f"{name_of(number)}.safetensors"
 
 
+def marker_name(number: int) -> str:
+    return f"shards/{name_of(number)}.json"
+
+
 def marker_file(cache: Path, number: int) -> Path:
     return shard_file(cache, number).with_suffix(".json")
 
@@ -81,9 +85,13 @@ def statistics_file(cache: Path, number: int) -> Path:
 def numbers_done(cache: Path) -> set[int]:
     """The shards that have markers. One listing of the folder, however many there are."""
     try:
-        names = os.listdir(cache / "shards")
+        return numbers_of(os.listdir(cache / "shards"))
     except FileNotFoundError:
         return set()
+
+
+def numbers_of(names: Iterable[str]) -> set[int]:
+    """The shards whose markers are among files of the folder `shards`."""
     return {int(match[1]) for match in map(MARKER_NAME.fullmatch, names) if match}
 
 
@@ -94,6 +102,18 @@ def stamp(file: Path) -> tuple[int, ...] | None:
     except FileNotFoundError:
         return None
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def summaries_of(number: int) -> tuple[str, str]:
+    """The small files of a shard: its marker and its statistics."""
+    return marker_name(number), f"shards/{name_of(number)}.statistics.safetensors"
+
+
+def files_of(number: int, writers: Iterable[str]) -> list[str]:
+    """The files and folders of a shard, without its marker."""
+    name = name_of(number)
+    layouts = {"npy": f"npy/{name}", "webdataset": f"webdataset/{name}.tar"}
+    return [f"shards/{name}.safetensors", summaries_of(number)[1], *(layouts[writer] for writer in writers)]
 
 
 def write_shard(
