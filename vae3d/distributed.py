@@ -57,10 +57,16 @@ def init_inference(device: str | None) -> tuple[PartialState, torch.device]:
 
     timeout = timedelta(days=7)  # ranks wait for the one with the longest videos
     ranks = PartialState(cpu=device == "cpu" or _no_accelerator(), timeout=timeout)
-    where = as_device(device) if device else ranks.device
+    where = inference_device(device or ranks.device)
+    return ranks, where
+
+
+def inference_device(device: str | torch.device | None) -> torch.device:
+    """The device of a process that is no rank. None: its accelerator, or else the CPU."""
+    where = as_device(device or ("cpu" if _no_accelerator() else torch.accelerator.current_accelerator()))
     if where.type == "cpu":
         keep_freed_memory()
-    return ranks, where
+    return where
 
 
 def _no_accelerator() -> bool:

@@ -251,9 +251,18 @@ def replace_durably(tmp: Path, path: Path) -> None:
     """
     for path_in_tmp in (tmp, *tmp.rglob("*")):  # a file has none in it
         _fsync(path_in_tmp)
-    if tmp.is_dir():
-        remove(path)  # a rename does not replace a folder with files
-    os.replace(tmp, path)
+    while True:
+        if tmp.is_dir() and os.path.lexists(path):  # a rename does not replace a folder with files
+            aside = tmp_path(path.with_name(f"{path.name}.{secrets.token_hex(4)}"))
+            with suppress(FileNotFoundError):
+                os.replace(path, aside)
+            remove(aside)
+        try:
+            os.replace(tmp, path)
+            break
+        except OSError as error:  # another process has put a folder there meanwhile
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     _fsync(path.parent)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -26,9 +25,7 @@ from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.sources import DataError, Folder, open_source
-from vae3d.inference.folder import FolderError
-from vae3d.io import write_json
-from vae3d.latents import clips, encode, shards
+from vae3d.latents import clips, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of
 from vae3d.latents.encode import encode_cache
@@ -108,34 +105,6 @@ def _markers(folder):
     return [str(file.relative_to(folder)) for file in folder.glob("shards/[0-9][0-9][0-9][0-9][0-9].json")]
 
 
-@pytest.mark.smoke
-def test_any_number_of_processes_makes_the_same_bytes(photos, whole, tmp_path):
-    job = caches.job(photos, tmp_path / "cache", flip=True, writers=["npy", "webdataset"])
-    waits = []
-
-    def wait():
-        """All others do their part before rank 0 goes on for the first time."""
-        waits.append(None)
-        if len(waits) == 1:
-            for rank in (1, 2, 3):
-                encode_cache(job, rank, 4)
-
-    encode_cache(job, 0, 4, wait)
-    assert len(waits) == 2
-    assert caches.files(tmp_path / "cache") == caches.files(whole)
-
-
-def test_a_process_that_writes_elsewhere_is_noticed(photos, tmp_path):
-    with pytest.raises(
-        CacheError, match=r"2 of 3 shards are missing \(\[0, 2\]\); do all processes write to the same folder"
-    ):
-        job = caches.job(photos, tmp_path / "cache")
-        job.folder.mkdir()
-        write_json(tmp_path / "cache/meta.json", job.meta())
-        encode_cache(job, 1, 2)
-        encode.finish(job, job.meta()["digest"])
-
-
 def test_other_settings_are_refused_by_name(photos, whole, tmp_path):
     before = caches.files(whole)
     with pytest.raises(
@@ -199,10 +168,8 @@ def test_hashes_are_asked_of_a_cache_without_them_and_find_a_flipped_bit(photos,
     assert marker.read_text() == whole
 
 
-def test_two_commands_do_not_encode_into_one_cache(photos, tmp_path):
+def test_a_cache_is_not_written_through_a_link(photos, tmp_path):
     (tmp_path / "cache").mkdir()
-    with FileLock(tmp_path / "cache/.lock"), pytest.raises(FolderError, match=r"cache=.*another process is writing"):
-        caches.made(photos, tmp_path / "cache")
     (tmp_path / "cache/shards").symlink_to(tmp_path)
     with pytest.raises(CacheError, match=r"cache/shards is a symbolic link"):
         caches.made(photos, tmp_path / "cache")

@@ -66,7 +66,7 @@ class HydraCommand(NamedTuple):
     Its module has `run(config)`; of a training command `build_trainer(config, folder)` and `next_commands(trainer)`.
     check: module:function that takes a configuration and the errors of the command line, and returns typed objects or
     raises ConfigError. metric: makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is
-    short for KEY.path=PATH.
+    short for KEY.path=PATH. flags: `--KEY VALUE` may stand for KEY=VALUE.
     """
 
     summary: str
@@ -74,6 +74,7 @@ class HydraCommand(NamedTuple):
     check: str
     metric: str | None = None
     path_node: str | None = None
+    flags: tuple[str, ...] = ()
 
 
 class ArgparseCommand(NamedTuple):
@@ -106,7 +107,15 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
         path_node="teacher",  # Hydra would look for teacher=PATH in conf/teacher
     ),
     "eval": ArgparseCommand("Score reconstructed videos against their originals", "vae3d.commands.flags:parse_eval"),
-    "encode": HydraCommand("Encode a data set into a latent cache", "latents", "vae3d.config.latents:check_encoding"),
+    "encode": HydraCommand(
+        "Encode a data set into a latent cache",
+        "latents",
+        "vae3d.config.latents:check_encoding",
+        flags=("shard",),
+    ),
+    "encode-status": ArgparseCommand(
+        "Show how much of a latent cache is encoded, and by which processes", "vae3d.commands.flags:parse_encode_status"
+    ),
     "latent-stats": ArgparseCommand(
         "Print the statistics of a latent cache; write its scale into an export",
         "vae3d.commands.flags:parse_latent_stats",
@@ -162,6 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     gc.disable()  # nearly all objects that imports make stay: collecting among them takes a quarter of the start
     try:
         if isinstance(command, HydraCommand):
+            rest = without_flags(rest, command.flags)
             shows_only = any(a.startswith("-") and a not in ("-m", "--multirun") for a in rest)  # --help, --cfg, ...
             if os.environ.get("RANK", "0") == "0" and not shows_only:
                 print(f"vae3d {name}: checking the configuration ...", file=sys.stderr, flush=True)
@@ -171,6 +181,17 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         return run_with_flags(command, module, rest)
     finally:
         gc.enable()
+
+
+def without_flags(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Arguments with KEY=VALUE in place of --KEY VALUE and --KEY=VALUE, for the keys in `flags`."""
+    found, rest = [], iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and name in flags:
+            argument = f"{name}={value if equals else next(rest, '')}"
+        found.append(argument)
+    return found
 
 
 def collect_garbage_again() -> None:

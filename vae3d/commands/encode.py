@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
+from vae3d.config.latents import share_of
 from vae3d.data.image_folder import open_images_or_source
 from vae3d.data.sources import Source
 from vae3d.distributed import check_ranks_agree, init_inference
@@ -17,15 +18,34 @@ from vae3d.loading import instantiate, open_codec, require_file_channels
 from vae3d.models.interface import nearest_frames
 
 if TYPE_CHECKING:
+    import torch
+
     from vae3d.config.latents import EncodeConfig
 
 log = logging.getLogger("vae3d")
 
 
 def run(config: EncodeConfig) -> None:
-    """Write the latent cache that `config` describes, or resume it."""
+    """Write the latent cache that `config` describes, or resume it, or help other processes that write it."""
     ranks, device = init_inference(config.device)
     check_ranks_agree(asdict(config))
+    codec = open_encoder(config, device)
+    with ranks.main_process_first():  # it probes the files; the others read its cache
+        job = open_job(config, codec)
+    check_ranks_agree(
+        {
+            "clips to encode": len(job.items),
+            "their names and order": json_hash([item.key for item in job.items]),
+            "their labels, splits and texts": json_hash([[item.label, item.split, item.text] for item in job.items]),
+        }
+    )
+    part, parts = share_of(config.shard)
+    index, count = part * ranks.num_processes + ranks.process_index, parts * ranks.num_processes
+    encode_cache(job, index, count, ranks.wait_for_everyone, quiet=not ranks.is_main_process)
+
+
+def open_encoder(config: EncodeConfig, device: torch.device) -> LatentCodec:
+    """The autoencoder on `device`."""
     codec = open_codec(
         config.checkpoint,
         pixel_range="uint8",
@@ -37,22 +57,18 @@ def run(config: EncodeConfig) -> None:
         tile_overlap=config.tile_overlap,
     )
     require_file_channels(codec.model, config.checkpoint)
+    return codec
+
+
+def open_job(config: EncodeConfig, codec: LatentCodec | None = None) -> EncodeJob:
+    """The clips of the source. codec: None for a process that does not encode."""
     source = source_of(config)
     transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
-    with ranks.main_process_first():  # it probes the files; the others read its cache
-        items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
-    check_ranks_agree(
-        {
-            "clips to encode": len(items),
-            "their names and order": json_hash([item.key for item in items]),
-            "their labels, splits and texts": json_hash([[item.label, item.split, item.text] for item in items]),
-        }
-    )
-    if ranks.is_main_process:
-        for note in (*getattr(source, "notes", ()), *padding(codec, transform), *tile_notes(codec)):
-            log.info(note)
-    job = EncodeJob(config, codec, items, errors, transform)
-    encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
+    items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
+    notes = (*padding(codec, transform), *tile_notes(codec)) if codec is not None else ()
+    for note in (*getattr(source, "notes", ()), *notes):
+        log.info(note)
+    return EncodeJob(config, codec, items, errors, transform)
 
 
 def source_of(config: EncodeConfig) -> Source:

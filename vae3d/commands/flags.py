@@ -247,6 +247,7 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
 
         python scripts/latent_stats.py latents/photos
         python scripts/latent_stats.py latents/photos --verify
+        python scripts/latent_stats.py s3://bucket/latents --partial
         python scripts/latent_stats.py latents/photos --write runs/sd_vae_gan --per-channel
         python scripts/latent_stats.py latents/videos --write Wan2.1_VAE.pth --out wan_measured
 
@@ -259,9 +260,28 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     parser = _parser(parse_latent_stats)
     parser.add_argument("cache", help="folder of a cache, or tar shards of latents, also at a URL")
     parser.add_argument("--verify", action="store_true", help="compare the hashes of all files of the cache")
+    parser.add_argument("--partial", action="store_true", help="of the shards that are encoded so far; writes nothing")
     parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
     _add_export_arguments(parser)
     parser.add_argument("--of-means", action="store_true", help="without the variance of the posteriors")
+    args = parser.parse_args(argv)
+    if args.partial and (args.write or args.verify):
+        parser.error("--partial: neither --write nor --verify; they need the whole cache")
+    return args
+
+
+def parse_encode_status(argv: Sequence[str] | None = None) -> Namespace:
+    """Show how much of a latent cache is encoded, and by which processes; see docs/latents.md.
+
+        vae3d encode-status latents/videos
+
+    Exits with status 0 if the cache is complete, 1 if it is not.
+    """
+    parser = _parser(parse_encode_status)
+    parser.add_argument("cache", help="a folder, or the URL of one in a store")
+    parser.add_argument(
+        "--stale", type=positive_float, default=120.0, help="as that setting of the encoding processes (120)"
+    )
     return parser.parse_args(argv)
 
 

@@ -5,7 +5,9 @@ Flags: vae3d.commands.flags.
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,6 +17,7 @@ from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache
+from vae3d.latents.places import LocalPlace, StorePlace, partial_statistics, place_of
 from vae3d.latents.tar_shards import open_cache
 from vae3d.loading import load, open_codec
 from vae3d.text import plural
@@ -24,6 +27,9 @@ SHOWN = ("0.1", "50", "99.9")  # percentiles
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_latent_stats(argv)
+    if args.partial:
+        print_partial(place_of(args.cache))
+        return
     cache = open_cache(args.cache, verify=args.verify)
     print_statistics(
         cache,
@@ -34,13 +40,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def print_statistics(cache: LatentCache, hint: str) -> None:
-    stats = cache.statistics
-    vae, transform = cache.meta["vae"], cache.meta["transform"]
+    content = f"{plural(len(cache), 'entry')}", f"; {plural(len(cache.classes), 'class')}"
+    print_table(cache.statistics, cache.meta, cache.folder, *content, hint)
+
+
+def print_partial(place: LocalPlace | StorePlace) -> None:
+    """Print the statistics of the shards that are complete, merged."""
+    meta, numbers, statistics = partial_statistics(place)
+    total = math.ceil(meta["clips"] / meta["shard_size"])
+    print(f"{len(numbers)} of {plural(total, 'shard')} ({len(numbers) / total:.1%}) are complete; of these:")
+    print_table(statistics.summary(), meta, place.name, plural(statistics.clips, "entry"), "", "")
+
+
+def print_table(
+    stats: dict[str, Any], meta: dict[str, Any], name: str | Path, entries: str, classes: str, hint: str
+) -> None:
+    vae, transform = meta["vae"], meta["transform"]
     settings = ", ".join(f"{name}={value}" for name, value in transform.items() if value not in (None, False))
-    print(f"{cache.folder}: {plural(len(cache), 'entry')} ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
-    print(
-        f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {plural(len(cache.classes), 'class')}"
-    )
+    print(f"{name}: {entries} ({meta['store']}, {meta['dtype']}; {settings})")
+    print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}{classes}")
     names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
     columns = {name: stats[name] for name in names} | {f"{p} %": stats["percentiles"][p] for p in SHOWN}
     print(pd.DataFrame(columns, dtype=float).to_string(float_format="%.5f", na_rep="-", col_space=12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from vae3d.config.fields import STRICT, Float, Int, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import FilesConfig, register
 from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths
+from vae3d.data.storage import is_url
 
 
 @dataclass(config=STRICT)
@@ -21,7 +23,18 @@ class EncodeConfig(FilesConfig):
     """Encode a data set into a latent cache."""
 
     source: Any = setting(MISSING, "A table, a JSON list, a folder or one file; or a `_target_` node, as in conf/data.")
-    cache: str = setting(MISSING, "Folder to write. The same command resumes.")
+    cache: str = setting(
+        MISSING, "Folder to write, or s3:// or gs://. The same command resumes, and started again meanwhile it helps."
+    )
+    shard: str | None = setting(
+        None, "i/n, also --shard i/n: this is the i-th of n processes, as of a job array. null: the only one."
+    )
+    stale: Float = setting(
+        120.0, "Seconds without a sign of life of a process after which others take over its unfinished file.", gt=0
+    )
+    wait: bool = setting(
+        True, "Stay until the cache is complete, to take over from lost processes. false: end when no file is free."
+    )
     short_side: Int | None = setting(None, "Shorter side before cropping. null: as the crop needs it.", ge=1)
     frames: Int | None = setting(None, "Frames of a clip. null: all that the file has.", ge=1)
     clips: Literal["one", "all"] = setting("one", "Clips of a file: one, from its middle, or all, one after another.")
@@ -51,9 +64,23 @@ def _source_issues(config: EncodeConfig) -> Iterator[ConfigIssue]:
         yield ConfigIssue("source", source, "must be a path, or a node with `_target_`", "see conf/data")
 
 
+def share_of(shard: str | None) -> tuple[int, int] | None:
+    """(2, 8), counted from 0, of 3/8; (0, 1) of None; None if it is not i/n with 1 <= i <= n."""
+    if shard is None:
+        return 0, 1
+    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        return None
+    return int(match[1]) - 1, int(match[2])
+
+
 # fmt: off
 RULES = [
     SIZE_RULE, TILE_RULE, _source_issues,
+    Rule("cache", lambda c: is_url(c.cache) and not c.cache.startswith(("s3://", "gs://")), "cannot be written",
+         "give a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"),
+    Rule("shard", lambda c: share_of(c.shard) is None, "must be i/n, with i from 1 to n",
+         "--shard 1/8 is the first of 8 processes, --shard 8/8 the last"),
     Rule("clips", lambda c: c.clips == "all" and c.frames is None, "needs the length of a clip", "set frames"),
     Rule("writers", lambda c: c.writers and c.dtype == "bf16", "numpy has no bf16", "use dtype=fp16 or dtype=fp32"),
     Rule("short_side", lambda c: c.panorama and c.short_side is not None,

@@ -7,7 +7,7 @@ FOLDER/command.json   written first: the settings that the results depend on; an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ def locked(folder: Path, setting: str) -> Iterator[None]:
         yield
 
 
-def has_results(folder: Path) -> bool:
-    """Whether a folder holds anything but a lock, command.json and unfinished files."""
+def has_results(folder: Path, besides: Collection[str] = ()) -> bool:
+    """Whether a folder holds anything but a lock, command.json, unfinished files, and the names in `besides`."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return any(name not in (LOCK, COMMAND) and not TMP_NAME.fullmatch(name) for name in names)
+    return any(name not in (LOCK, COMMAND, *besides) and not TMP_NAME.fullmatch(name) for name in names)
 
 
 def resumes(folder: Path, command: Mapping[str, Any], setting: str) -> bool:

@@ -15,12 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae3d.arguments import Count, Range, Size, Width
+from vae3d.data.media import MediaError
+from vae3d.data.storage import is_url, local_range
 from vae3d.hashing import file_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, read_text
 from vae3d.latents import shards
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import VaeMetadata, vae_difference
+from vae3d.latents.remote_tensors import RemoteTensors
 from vae3d.latents.shards import COMPLETE, INDEX, KINDS, META, STATISTICS, CacheError
 from vae3d.pixels import value_range
 from vae3d.seeding import generator_of
@@ -50,7 +53,10 @@ class LatentCache(Dataset[Latent]):
     mode: sample (posterior noise is a function of (seed, position), as ClipBatch.generators draws it for clips that are
     encoded during training), or mean; None: sample if the cache stores moments. position defaults to the index.
     split: only entries of this split. flips: include entries of mirrored pixels.
-    verify: compare the files' hashes now; else their sizes, and checksums of entries when they are read.
+    folder: a local one, or the URL of one that was copied to a store. There entries are read by one range read per
+    tensor; meta.json, the index and the statistics are copied to the cache of remote objects (data.storage).
+    verify: compare the files' hashes now, of a remote cache the checksums of all entries; else their sizes, and
+    checksums of entries when they are read.
     transform: settings of the transform that the cache must have been made with.
 
     index: rows of index.csv. labels: their class indices, or NO_LABEL. classes: names by class index; labels that are
@@ -71,36 +77,37 @@ class LatentCache(Dataset[Latent]):
         transform: Mapping[str, Any] | None = None,
         verify: bool = False,
     ) -> None:
-        self.folder, self.seed = Path(folder), seed
-        if not (self.folder / META).is_file():
-            raise CacheError(
-                f"{self.folder} is not a latent cache: it has no {META}; make one with scripts/encode_latents.py"
-            )
-        if not (self.folder / COMPLETE).is_file():
-            raise CacheError(f"{self.folder} is not complete; run the command that began it again")
-        self.meta = read_meta(self.folder)
+        self.is_remote, self.seed = is_url(folder), seed
+        self.folder = str(folder).rstrip("/") if self.is_remote else Path(folder)
+        without = "is not a latent cache, which has {}; make one with scripts/encode_latents.py"
+        self.meta = read_meta_file(self._file(META, without))
         self._check_same_source(codec, transform)
-        hint = "delete it, and run the command that made the cache again"
-        complete = shards.read_json(self.folder / COMPLETE, Complete, hint)
+        complete = read_complete(
+            self._file(COMPLETE, "is not complete; it has no {}: run the command that began it again")
+        )
         self.shards = complete["shards"]
-        self._check_integrity(verify)
+        if not self.is_remote:
+            self._check_integrity(verify)
         self.mode = self._mode(mode)
-        index = read_index(self.folder, self.meta["vae"]["channels"], self.shards)
+        index = read_index(self._file(INDEX), self.meta["vae"]["channels"], self.shards)
         if len(index) != complete["entries"]:
             raise CacheError(
-                f"{self.folder / INDEX} has {len(index)} rows; {complete['entries']} were written; encode again"
+                f"{self.folder}/{INDEX} has {len(index)} rows; {complete['entries']} were written; encode again"
             )
         for name in (META, INDEX, STATISTICS):
             try:
-                same = file_hash(self.folder / name) == complete["sha256"][name]
+                same = file_hash(self._file(name)) == complete["sha256"][name]
             except (OSError, FileError) as error:
-                raise CacheError(f"{self.folder / name} cannot be read: {error}; encode again") from error
+                raise CacheError(f"{self.folder}/{name} cannot be read: {error}; encode again") from error
             if not same:
                 raise CacheError(
-                    f"{self.folder / name} has changed since it was written: its sha256 differs; encode again"
+                    f"{self.folder}/{name} has changed since it was written: its sha256 differs; encode again"
                 )
-        self._select(index, codec, split, flips)
         self._open: dict[int, Any] = {}
+        self._select(index, codec, split, flips)
+        if self.is_remote and verify:
+            for number in range(len(self)):
+                self.moments(number)
 
     def _select(self, index: pd.DataFrame, codec: LatentCodec | None, split: str | None, flips: bool) -> None:
         """Keep the rows of a split, with or without mirrored entries, and their classes."""
@@ -160,9 +167,16 @@ class LatentCache(Dataset[Latent]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
-    def _file(self, name: str) -> Path:
-        """A file of the cache, such as meta.json."""
-        return self.folder / name
+    def _file(self, name: str, without: str = "has no {}; encode again") -> Path:
+        """A file of the cache, such as meta.json; of a remote one a local copy. without: the message for none."""
+        try:
+            return local_range(f"{self.folder}/{name}").file
+        except (OSError, MediaError) as error:
+            why = f" ({error.reason})" if isinstance(error, MediaError) else ""
+            raise CacheError(f"{self.folder} {without.format(name)}{why}") from error
+
+    def _shard_file(self, number: int) -> str:
+        return f"{self.folder}/shards/{shards.name_of(number)}.safetensors"
 
     def _read(self, index: int) -> dict[str, Tensor]:
         """The stored tensors of an entry, by kind."""
@@ -171,20 +185,25 @@ class LatentCache(Dataset[Latent]):
 
     def _damaged(self, index: int, why: str) -> CacheError:
         key, shard = self._keys[index], self._shards[index]
-        file, marker = shards.shard_file(self.folder, shard), shards.marker_file(self.folder, shard)
-        return CacheError(f"{file}: {key} {why}; the file is damaged: delete {marker} and encode again")
+        return CacheError(f"{self._shard_file(shard)}: {key} {why}; the file is damaged: {self._mending(shard)}")
+
+    def _mending(self, shard: int) -> str:
+        """What to do about a damaged shard."""
+        if self.is_remote:
+            return "copy it again from where it was encoded"
+        return f"delete {shards.marker_file(self.folder, shard)} and encode again"
 
     def _tensor(self, shard: int, name: str) -> Tensor:
-        file = shards.shard_file(self.folder, shard)
+        file = self._shard_file(shard)
         try:
             if shard not in self._open:
                 if len(self._open) >= OPEN_SHARDS:
                     self._open.pop(next(iter(self._open)))
-                self._open[shard] = safe_open(file, framework="pt")
+                self._open[shard] = RemoteTensors(file) if self.is_remote else safe_open(file, framework="pt")
             return self._open[shard].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            marker = shards.marker_file(self.folder, shard)
-            raise CacheError(f"{file} cannot be read ({error}); delete {marker} and encode again") from error
+        except (OSError, SafetensorError, MediaError) as error:
+            why = error.reason if isinstance(error, MediaError) else error
+            raise CacheError(f"{file} cannot be read ({why}); {self._mending(shard)}") from error
 
     def _entry_error(self, index: int, entry: Mapping[str, Tensor]) -> str | None:
         """What is wrong with the stored tensors of an entry; None if nothing is."""
@@ -270,9 +289,10 @@ class Complete(TypedDict):
     sha256: Hashes
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Read the meta.json of a cache, as read_meta_file does."""
-    return read_meta_file(folder / META)
+def read_complete(file: Path) -> dict[str, Any]:
+    """Read complete.json. Raises CacheError for a missing key and for a wrong value."""
+    hint = "delete it, and run the command that made the cache again"
+    return shards.read_json(file, Complete, hint)
 
 
 def read_meta_file(file: Path) -> dict[str, Any]:
@@ -285,9 +305,8 @@ def read_meta_file(file: Path) -> dict[str, Any]:
     return meta
 
 
-def read_index(folder: Path, channels: int, shards: int) -> pd.DataFrame:
+def read_index(file: Path, channels: int, shards: int) -> pd.DataFrame:
     """Read index.csv; missing texts are empty. Raises CacheError for a table that `finish` cannot have written."""
-    file = folder / INDEX
     try:
         text = StringIO(read_text(file, MAX_INDEX_BYTES))
         index = pd.read_csv(

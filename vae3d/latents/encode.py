@@ -1,4 +1,8 @@
-"""Encode a dataset into a latent cache, with any number of processes; the same command resumes."""
+"""Encode a dataset into a latent cache, with any number of processes; the same command resumes.
+
+Processes share the folder only: each claims shards one at a time (latents.claims), so a slow one holds nobody up and a
+lost one is replaced. A clip's latents depend on its shard alone, in which batches are formed, never on who encodes it.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import json
 import logging
 import math
 import platform
+import random
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import groupby, islice
+from functools import cached_property
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +31,16 @@ from vae3d import __version__
 from vae3d.data.versions import source_version
 from vae3d.data.workers import load, usable_workers
 from vae3d.hashing import file_hash, json_hash
-from vae3d.inference.folder import has_results, locked, settings_difference
-from vae3d.io import remove_unfinished, write_json, write_text
+from vae3d.inference.folder import settings_difference
+from vae3d.io import FileError, write_json, write_text
 from vae3d.latents import shards
-from vae3d.latents.cache import read_meta
+from vae3d.latents.cache import read_complete, read_meta_file
+from vae3d.latents.claims import BEATS, Claims
 from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
-from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
+from vae3d.latents.places import LocalPlace, StorePlace, place_of
+from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import no_waiting_checks
@@ -47,6 +55,8 @@ if TYPE_CHECKING:
 
 TILES = "tiles"  # key of meta.json, only there if they are blended
 MAX_SHOWN = 10  # errors in a message
+FINISH = "finish"  # the claim of the process that completes the cache
+POLL = 2.0  # seconds between two looks at what others do
 # Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
 KEYS = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
 log = logging.getLogger("vae3d")
@@ -54,17 +64,23 @@ log = logging.getLogger("vae3d")
 
 @dataclass
 class EncodeJob:
-    """What to encode. errors: of rows without a clip."""
+    """What to encode. errors: of rows without a clip. codec: None for a process that does not encode."""
 
     config: EncodeConfig
-    codec: LatentCodec
+    codec: LatentCodec | None
     items: Sequence[Item]
     errors: Sequence[ClipError]
     transform: Transform
 
+    @cached_property
+    def place(self) -> LocalPlace | StorePlace:
+        """Where the cache is written."""
+        return place_of(self.config.cache)
+
     @property
     def folder(self) -> Path:
-        return Path(self.config.cache)
+        """Where this process writes files before they are published: the cache itself, unless that is in a store."""
+        return self.place.folder
 
     @property
     def shards(self) -> int:
@@ -120,45 +136,121 @@ def identity(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def encode_cache(job: EncodeJob, rank: int = 0, world_size: int = 1, wait: Callable[[], None] = lambda: None) -> None:
-    """Make or resume a cache. wait: a barrier of all ranks.
+def encode_cache(
+    job: EncodeJob, index: int = 0, count: int = 1, checked: Callable[[], None] = lambda: None, quiet: bool = False
+) -> bool:
+    """Make or resume a cache, beside any number of other processes that do the same. Returns whether it is complete.
 
-    Complete shards with unchanged source files are kept; others are encoded from scratch, to the same bytes. Labels,
-    splits and texts are updated from the source.
-    Raises CacheError for a folder with other content or settings, and if more than max_broken of the clips fail;
-    FolderError if another process writes to it.
+    Each process takes one shard after another that has no marker and that no other process has claimed: first those of
+    its share, every `count`-th from `index`, then what is left of others. The last one writes index and statistics.
+    With config.wait a process stays until the cache is complete, to take over the shards of one that is lost.
+
+    Complete shards with unchanged source files are kept; others are encoded from scratch, to the same bytes. Each
+    process checks that for its share. Labels, splits and texts are updated from the source.
+    checked: called after that; a barrier, for ranks that began together. quiet: show no progress.
+    Raises CacheError for a folder with other content or settings, and if more than max_broken of the clips fail.
     """
-    with locked(job.folder, f"cache={job.folder}") if rank == 0 else nullcontext():
-        if rank == 0:
-            begin(job.folder, job.meta())
-            for name in ("shards", *WRITERS):
-                remove_unfinished(job.folder / name)
-        wait()
-        digest = read_meta(job.folder)["digest"]
-        todo = [shard for shard in range(rank, job.shards, world_size) if not _is_done(job, shard, digest)]
-        if todo:
-            (job.folder / COMPLETE).unlink(missing_ok=True)
-            _encode_shards(job, todo, digest, quiet=rank > 0)
-        wait()
-        if rank == 0:
-            finish(job, digest)
+    with job.place.claims(job.config.stale) as claims:
+        digest = begin(job, claims)
+        discard_unusable(job, range(index, job.shards, count), digest)
+        checked()
+        others = [shard for shard in reversed(range(job.shards)) if shard % count != index]
+        encoded = encode_shards(job, [*range(index, job.shards, count), *others], digest, claims, quiet)
+        complete = finish(job, digest, claims, wait=job.config.wait)
+        if not complete or encoded < job.shards:
+            log.info("this process encoded %d of %s%s", encoded, plural(job.shards, "shard"), _left(job, claims))
+        return complete
 
 
-def begin(folder: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json, or check that the existing one has the same settings. Raises CacheError."""
-    if linked := [name for name in ("shards", *WRITERS) if (folder / name).is_symlink()]:
-        raise CacheError(f"{folder / linked[0]} is a symbolic link; files would be written to its target: delete it")
-    if not (folder / META).is_file():
-        if has_results(folder):
-            raise CacheError(f"{folder} is not empty, and not a latent cache; choose another folder")
-        write_json(folder / META, meta)
-    elif why := settings_difference(identity(read_meta(folder)), identity(meta)):
-        raise CacheError(f"{folder} was begun with other settings: {why}; choose another folder, or delete this one")
+def encode_shards(
+    job: EncodeJob, order: Sequence[int], digest: str, claims: Claims, quiet: bool = False, wait: bool | None = None
+) -> int:
+    """Encode those of the shards that no other process encodes. Returns how many this one did.
+
+    wait: until all have markers, and take over those of lost processes; None: as config.wait.
+    """
+    wait = job.config.wait if wait is None else wait
+    encoded = 0
+    while True:
+        free = _take_free(job, order, claims)
+        first = next(free, None)
+        if first is not None:
+            encoded += _encode_shards(job, chain([first], free), digest, claims, quiet)
+        elif wait and set(order) - job.place.done():
+            _pause(claims)
+        else:
+            return encoded
+
+
+def _pause(claims: Claims) -> None:
+    """Before the next look at what others do. Random, as two that claim the same at once may both fail."""
+    time.sleep(min(POLL, claims.stale / BEATS) * random.uniform(0.5, 1.5))
+
+
+def _take_free(job: EncodeJob, order: Iterable[int], claims: Claims) -> Iterator[int]:
+    """Claims shards without marker, one when it is asked for, until there is none that is free."""
+    done = job.place.done()
+    for shard in order:
+        marker, name = shards.marker_name(shard), shards.name_of(shard)
+        if shard in done or job.place.stamp(marker) or not claims.take(name):
+            continue
+        if job.place.stamp(marker):  # it was released just now, because it is done
+            claims.release(name)
+            continue
+        job.place.remove(COMPLETE)
+        yield shard
+
+
+def _left(job: EncodeJob, claims: Claims) -> str:
+    """What is not complete, and who is at work on it; empty for a complete cache."""
+    if job.place.stamp(COMPLETE):
+        return ""
+    done = len(job.place.done())
+    owners = sorted({f"{holder.host} (process {holder.pid})" for holder in claims.holders()})
+    at_work = f", the others are encoded by {', '.join(owners[:MAX_SHOWN])}" if owners else ""
+    return f"; {done} are complete{at_work}; vae3d encode-status {job.place.name} shows when all are"
+
+
+def begin(job: EncodeJob, claims: Claims) -> str:
+    """Write meta.json, or check that the existing one has the same settings. Returns its digest. Raises CacheError."""
+    place, meta = job.place, job.meta()
+    place.make()
+    if not place.stamp(META):
+        if not place.is_empty():
+            raise CacheError(f"{place.name} is not empty, and not a latent cache; choose another folder")
+        while not claims.take(META):  # another process writes it
+            _pause(claims)
+        try:
+            if not place.stamp(META):
+                write_json(place.folder / META, meta)
+                place.put(META)
+        finally:
+            claims.release(META)
+    place.get(META)
+    there = read_meta_file(place.folder / META)
+    if why := settings_difference(identity(there), identity(meta)):
+        raise CacheError(
+            f"{place.name} was begun with other settings: {why}; choose another folder, or delete this one"
+        )
+    return there["digest"]
+
+
+def discard_unusable(job: EncodeJob, numbers: Iterable[int], digest: str) -> None:
+    """Delete the markers of shards that are damaged, whose source files were replaced, or that `retry` asks for."""
+    for shard in numbers:
+        marker = shards.marker_name(shard)
+        before = job.place.stamp(marker)
+        if before is None or _is_done(job, shard, digest):
+            continue
+        if job.place.stamp(marker) == before:  # else another process has just encoded it again
+            job.place.remove(marker)
+            job.place.remove(COMPLETE)
 
 
 def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     """Whether a shard is complete, undamaged, and its source files are unchanged."""
     try:
+        job.place.get(shards.marker_name(shard))
         marker = shards.read_marker(job.folder, shard)
     except CacheError as error:
         log.warning("shard %d is encoded again: %s", shard, error)
@@ -168,7 +260,7 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     if "webdataset" in job.config.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
         return False  # its tar file has old labels
     verify = job.config.verify == "hash"
-    why = _replaced(job, shard, marker["sources"]) or shards.damage(job.folder, shard, marker, verify=verify)
+    why = _replaced(job, shard, marker["sources"]) or job.place.damage(shard, marker, verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
@@ -192,40 +284,80 @@ def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
     return {"label": item.label, "split": item.split, "text": item.text}
 
 
-def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool) -> None:
-    numbers = [number for shard in todo for number in job.span(shard)]
+def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Claims, quiet: bool) -> int:
+    """Encode claimed shards. taken: gives, and claims, the next one as soon as the workers have read the last one's
+    clips; it never waits, as the shards that were claimed are only finished while their clips are asked for."""
     config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
     workers, notes = usable_workers(config.workers, "workers")
     for note in notes if not quiet else ():
         log.info(note)
+    begun: deque[int] = deque()  # shards whose clips are being read
+
+    def numbers() -> Iterator[int]:
+        for shard in taken:
+            begun.append(shard)
+            yield from job.span(shard)
+
     reads: Iterable[Read] = load(
         ClipReader(job.items, job.transform, config.reader, config.verify == "hash", job.codec.model.pixel_channels),
         workers=workers,
         timeout=config.timeout,
         item_bytes=0 if None in sides else job.codec.model.pixel_channels * math.prod(sides),
         held=config.batch_size,
-        sampler=numbers,
+        sampler=numbers(),
         batch_size=None,
     )
-    clips = iter(progress(reads, total=len(numbers), unit="clip", hidden=quiet))
+    seen = job.place.done()  # also by others
+    bar = progress(total=len(job.items), initial=_clips_of(job, seen), unit="clip", hidden=quiet)
     batches: deque[list[Read]] = deque()
 
     def encoded() -> Iterator[tuple[int, dict[str, Moments]]]:
         """Shard and moments of each of `batches`."""
-        for number in todo:
-            for batch in _batches(islice(clips, len(job.span(number))), config.batch_size):
+        rest = iter(reads)
+        for first in rest:
+            number = begun.popleft()
+            clips = islice(chain([first], rest), len(job.span(number)))
+            for batch in _batches(clips, config.batch_size):
                 batches.append(batch)
                 yield number, _encode_batch(job, batch)
 
     errors: list[ClipError] = []
-    for number, run in groupby(on_host(encoded(), job.codec.device), key=itemgetter(0)):
-        shard, statistics = Shard(), LatentStatistics(job.codec.channels)
-        for _, moments in run:
-            _add_batch(job, number, batches.popleft(), moments, shard, statistics)
-        shards.write_shard(job.folder, number, shard, statistics, digest, config.writers)
-        errors += shard.errors
-        if len(errors) > config.max_broken * len(job.items):
-            raise CacheError(_too_many(errors, len(job.items), config.max_broken))
+    count = 0
+    with bar:
+        for number, run in groupby(on_host(encoded(), job.codec.device), key=itemgetter(0)):
+            shard, statistics = Shard(), LatentStatistics(job.codec.channels)
+            for _, moments in run:
+                batch = batches.popleft()
+                _add_batch(job, number, batch, moments, shard, statistics)
+                bar.update(len(batch))
+            _write_claimed(job, number, shard, statistics, digest, claims)
+            now = job.place.done()
+            bar.update(_clips_of(job, now - seen - {number}))
+            seen, count = now | {number}, count + 1
+            errors += shard.errors
+            if len(errors) > config.max_broken * len(job.items):
+                raise CacheError(_too_many(errors, len(job.items), config.max_broken))
+    return count
+
+
+def _clips_of(job: EncodeJob, numbers: Iterable[int]) -> int:
+    return sum(len(job.span(number)) for number in numbers)
+
+
+def _write_claimed(
+    job: EncodeJob, number: int, shard: Shard, statistics: LatentStatistics, digest: str, claims: Claims
+) -> None:
+    """Write a shard and release its claim; nothing if another process took over and completed it meanwhile."""
+    name, marker = shards.name_of(number), shards.marker_name(number)
+    if claims.owns(name) or not job.place.stamp(marker):
+        try:
+            shards.write_shard(job.folder, number, shard, statistics, digest, job.config.writers)
+            job.place.put(*shards.files_of(number, job.config.writers), marker)
+        except FileError:
+            # The process that took over may have completed the cache, and deleted files that were not finished.
+            if claims.owns(name) or not job.place.stamp(marker):
+                raise
+    claims.release(name)
 
 
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
@@ -310,31 +442,88 @@ def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z
     }
 
 
-def finish(job: EncodeJob, digest: str) -> None:
-    """Write errors, index and statistics of all shards, and last complete.json. Raises CacheError."""
+def finish(job: EncodeJob, digest: str, claims: Claims, wait: bool = True) -> bool:
+    """Write errors, index and statistics, and last complete.json, once all shards have markers, unless another process
+    has done so. Returns whether the cache is complete. Raises CacheError.
+
+    wait: for shards, and for the process that is writing these files.
+    """
+    while True:
+        missing = set(range(job.shards)) - job.place.done()
+        if not missing:
+            if _is_complete(job):
+                log.info("%s is complete", job.place.name)
+                return True
+            if claims.take(FINISH):
+                try:
+                    if _is_complete(job) or _write_complete(job, digest, claims):
+                        return True
+                finally:
+                    claims.release(FINISH)
+        if not wait:
+            return False
+        if missing:  # found unusable by another process
+            if job.codec is None:
+                raise CacheError(f"{job.place.name}: shards {sorted(missing)[:MAX_SHOWN]} are not complete; run again")
+            encode_shards(job, sorted(missing), digest, claims)
+        else:
+            _pause(claims)
+
+
+def _source_hash(job: EncodeJob) -> str:
+    """Identifies what index.csv and data_errors.jsonl take from the source, beside the shards."""
+    return json_hash([[[item.label, item.split, item.text] for item in job.items], list(job.errors)])
+
+
+def _is_complete(job: EncodeJob) -> bool:
+    """Whether complete.json is there, with the labels that the source has now, and describes the files beside it."""
+    if not job.place.get(COMPLETE, META, INDEX, STATISTICS) or not job.place.stamp(ERRORS):
+        return False
+    try:
+        complete = read_complete(job.folder / COMPLETE)
+        hashes = {name: file_hash(job.folder / name) for name in complete["sha256"]}
+    except (CacheError, FileError, OSError):
+        return False
+    same = complete.get("source") == _source_hash(job) and hashes == complete["sha256"]
+    return same and complete["shards"] == job.shards
+
+
+def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
+    """Write what is of all shards; False if one was found unusable by another process meanwhile. Raises CacheError."""
+    stamps = job.place.stamps()
+    if not job.place.get(META, *(name for number in range(job.shards) for name in shards.summaries_of(number))):
+        return False
     markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
-    if missing := [shard for shard, marker in enumerate(markers) if marker is None or marker["of"] != digest]:
+    if other := [shard for shard, marker in enumerate(markers) if marker["of"] != digest]:
         raise CacheError(
-            f"{job.folder}: {len(missing)} of {job.shards} shards are missing ({missing[:MAX_SHOWN]}); do all "
-            "processes write to the same folder?"
+            f"{job.place.name}: {len(other)} of {job.shards} shards belong to another cache ({other[:MAX_SHOWN]}); run "
+            "the command without --shard, which checks all of them"
         )
     rows = [row | _labels(job, row) for marker in markers for row in marker["rows"]]
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
     write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
+    job.place.put(ERRORS)
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.config.max_broken * clips or not rows:
-        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.folder / ERRORS} lists all")
+        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.place.name}/{ERRORS} lists all")
     write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
-    statistics = shards.read_statistics(job.folder, job.shards).summary()
+    statistics = shards.read_statistics(job.folder, range(job.shards)).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
     counts = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}
-    write_json(job.folder / COMPLETE, counts | {"sha256": hashes})
-    log.info("%s of %s -> %s", plural(len(rows), "entry"), plural(len(job.items), "clip"), job.folder)
+    write_json(job.folder / COMPLETE, counts | {"source": _source_hash(job), "sha256": hashes})
+    job.place.put(INDEX, STATISTICS, COMPLETE)
+    if job.place.stamps() != stamps:  # whoever deletes a marker deletes complete.json after it; this one may be newer
+        job.place.remove(COMPLETE)
+        return False
+    claims.clear()  # of killed processes, as are the files that they left
+    job.place.clean()
+    log.info("%s of %s -> %s", plural(len(rows), "entry"), plural(len(job.items), "clip"), job.place.name)
     if errors:
-        log.warning("%s could not be encoded; see %s", plural(len(errors), "clip"), job.folder / ERRORS)
+        log.warning("%s could not be encoded; see %s", plural(len(errors), "clip"), f"{job.place.name}/{ERRORS}")
     if job.config.store == "moments" and not any(statistics["posterior_std"]):
         log.info("the encoder is deterministic: store=mean needs half the disk space")
+    return True
 
 
 def _too_many(errors: Sequence[ClipError], clips: int, max_broken: float) -> str:

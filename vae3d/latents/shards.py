@@ -12,8 +12,10 @@ CACHE/webdataset/00000.tar            on request; samples are 000000012.mean.npy
 from __future__ import annotations
 
 import json
+import os
+import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ INDEX = "index.csv"
 ERRORS = "data_errors.jsonl"
 STATISTICS = "statistics.json"
 COMPLETE = "complete.json"
+MARKER_NAME = re.compile(r"(\d{5,})\.json")
 MAX_JSON_BYTES = 2**30  # a marker holds the texts of all its entries
 KINDS = {"moments": ("mean", "std"), "mean": ("mean",), "sample": ("sample",)}  # store -> tensors of an entry
 
@@ -59,8 +62,16 @@ class Shard:
         return {kind: tensor for kind, tensor in named.items() if tensor is not None}
 
 
+def name_of(number: int) -> str:
+    return f"{number:05d}"
+
+
 def shard_file(cache: Path, number: int) -> Path:
-    return cache / "shards" / f"{number:05d}.safetensors"
+    return cache / "shards" / f"{name_of(number)}.safetensors"
+
+
+def marker_name(number: int) -> str:
+    return f"shards/{name_of(number)}.json"
 
 
 def marker_file(cache: Path, number: int) -> Path:
@@ -69,6 +80,40 @@ def marker_file(cache: Path, number: int) -> Path:
 
 def statistics_file(cache: Path, number: int) -> Path:
     return shard_file(cache, number).with_suffix(".statistics.safetensors")
+
+
+def numbers_done(cache: Path) -> set[int]:
+    """The shards that have markers. One listing of the folder, however many there are."""
+    try:
+        return numbers_of(os.listdir(cache / "shards"))
+    except FileNotFoundError:
+        return set()
+
+
+def numbers_of(names: Iterable[str]) -> set[int]:
+    """The shards whose markers are among files of the folder `shards`."""
+    return {int(match[1]) for match in map(MARKER_NAME.fullmatch, names) if match}
+
+
+def stamp(file: Path) -> tuple[int, ...] | None:
+    """Differs once a file was written again; None if it does not exist."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
+def summaries_of(number: int) -> tuple[str, str]:
+    """The small files of a shard: its marker and its statistics."""
+    return marker_name(number), f"shards/{name_of(number)}.statistics.safetensors"
+
+
+def files_of(number: int, writers: Iterable[str]) -> list[str]:
+    """The files and folders of a shard, without its marker."""
+    name = name_of(number)
+    layouts = {"npy": f"npy/{name}", "webdataset": f"webdataset/{name}.tar"}
+    return [f"shards/{name}.safetensors", summaries_of(number)[1], *(layouts[writer] for writer in writers)]
 
 
 def write_shard(
@@ -145,9 +190,9 @@ def damage(cache: Path, number: int, marker: Mapping[str, Any], *, verify: bool 
     return None
 
 
-def read_statistics(cache: Path, shards: int) -> LatentStatistics:
-    """Statistics of all shards, merged in order."""
-    parts = (_load_statistics(statistics_file(cache, number)) for number in range(shards))
+def read_statistics(cache: Path, numbers: Iterable[int]) -> LatentStatistics:
+    """Statistics of these shards, at least one, merged in order."""
+    parts = (_load_statistics(statistics_file(cache, number)) for number in numbers)
     total = next(parts)
     for part in parts:
         total.merge(part)

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.storage import is_url, local_range, member_path
+from vae3d.data.storage import is_url, local_range, member_path, size_and_version
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
 from vae3d.data.webdataset import is_shards, open_index
 from vae3d.latents.cache import TEXT_COLUMNS, LatentCache, read_meta_file
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.shards import KINDS, META, CacheError
+from vae3d.latents.shards import COMPLETE, KINDS, META, CacheError
 
 ARRAYS = ("mean", "std", "sample")
 SCHEMA = pa.schema(
@@ -134,7 +134,7 @@ class TarLatentCache(LatentCache):
     def _damaged(self, index: int, why: str) -> CacheError:
         return CacheError(f"{self._members[index]}: {self._keys[index]} {why}; the tar is damaged: get it again")
 
-    def _file(self, name: str) -> Path:
+    def _file(self, name: str, without: str = "") -> Path:
         place = f"{self._top}/{name}"
         try:
             return local_range(place).file
@@ -155,8 +155,17 @@ def _folder_with_meta(tar: str) -> str:
 
 
 def open_cache(path: str | Path, codec: LatentCodec | None = None, **settings: Any) -> LatentCache:
-    """The latent cache of a folder, or of tar shards, their folder or their index. settings: those of LatentCache.
+    """The latent cache of a folder, local or at a URL, or of tar shards, their folder or their index.
 
-    Raises CacheError.
+    settings: those of LatentCache. Raises CacheError.
     """
-    return (TarLatentCache if is_shards(path) or is_url(path) else LatentCache)(path, codec, **settings)
+    of_tars = is_shards(path) or (is_url(path) and not _is_there(f"{str(path).rstrip('/')}/{COMPLETE}"))
+    return (TarLatentCache if of_tars else LatentCache)(path, codec, **settings)
+
+
+def _is_there(url: str) -> bool:
+    try:
+        size_and_version(url)
+    except MediaError:
+        return False
+    return True

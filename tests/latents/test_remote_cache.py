@@ -1,0 +1,228 @@
+"""Latent caches that were copied to a store: over HTTP and S3."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from tests import tiny
+from tests.http_server import SHORT, serve
+from tests.latents import caches
+from tests.latents.processes import exit_statuses, start, wait_for
+from vae3d.commands import encode_status, latent_stats
+from vae3d.config.issues import ConfigError
+from vae3d.config.latents import check_encoding
+from vae3d.data import objects, storage
+from vae3d.data.workers import load
+from vae3d.latents import remote_tensors, shards
+from vae3d.latents.cache import LatentCache
+from vae3d.latents.claims import StoreClaims
+from vae3d.latents.encode import encode_cache
+from vae3d.latents.remote_tensors import RemoteTensors
+from vae3d.latents.shards import CacheError
+from vae3d.latents.tar_shards import TarLatentCache, open_cache
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Three shards of two images and their mirror images."""
+    folder = tmp_path_factory.mktemp("local")
+    return caches.made(caches.pictures(folder / "photos"), folder / "cache", flip=True, writers=["webdataset"])
+
+
+@pytest.fixture
+def store(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "objects"))
+    storage.forget_versions()
+    with serve(local.parent) as store:
+        yield store
+
+
+def assert_same(cache, local, **settings):
+    expected = LatentCache(local, **settings)
+    assert len(cache) == len(expected)
+    assert cache.index.equals(expected.index)
+    assert cache.statistics == expected.statistics
+    for entry, other in zip(cache, expected, strict=True):
+        assert torch.equal(entry.z, other.z)
+        assert entry[1:] == other[1:]
+
+
+@pytest.mark.parametrize("first", [remote_tensors.FIRST, 64])  # the second does not hold the header
+def test_a_cache_over_http_is_read_by_one_range_per_tensor(first, store, local, monkeypatch):
+    monkeypatch.setattr(remote_tensors, "FIRST", first)
+    cache = open_cache(f"{store.url}/cache/")
+    assert type(cache) is LatentCache
+    assert_same(cache, local)
+    store.requests.clear()
+    assert torch.equal(cache[5].z, LatentCache(local)[5].z)
+    assert [path for path, _ in store.requests] == ["/cache/shards/00001.safetensors"] * 2
+    assert not [path for path, _ in store.requests if path.endswith(".json")]
+    assert type(open_cache(f"{store.url}/cache/webdataset")) is TarLatentCache
+
+
+def test_a_server_that_fails_every_fifth_request_changes_nothing(store, local, monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    store.fail_every(5, 503, SHORT, 429)
+    assert_same(
+        LatentCache(f"{store.url}/cache", split=None, flips=False, mode="mean"), local, flips=False, mode="mean"
+    )
+    assert store.faults.total() > 3
+
+
+def test_workers_read_a_remote_cache(store, local):
+    cache = LatentCache(f"{store.url}/cache")
+    cache[0]  # its connection is not that of the workers
+    assert [entry.key for entry in load(cache, workers=2, batch_size=None)] == [
+        entry.key for entry in LatentCache(local)
+    ]
+
+
+def test_errors_of_a_remote_cache_name_what_is_missing_or_damaged(store, local, tmp_path):
+    url = f"{store.url}/copy"
+    with pytest.raises(CacheError, match=rf"{url} is not a latent cache, which has meta.json.*no such object"):
+        LatentCache(url)
+    copy = local.parent / "copy"
+    shutil.copytree(local, copy)
+    try:
+        file = shards.shard_file(copy, 1)
+        content = file.read_bytes()
+        for damaged, why in [
+            (content[:-1] + bytes([content[-1] ^ 4]), "has changed since it was written: its checksum differs"),
+            (content[:-8], r"is at bytes \d+ to \d+, which its shape does not fit"),
+            (b"\xff" * 100, "is no safetensors file: its header would have"),
+            (content[:8] + b"[" * 100, "is no safetensors file"),
+        ]:
+            file.write_bytes(damaged)
+            storage.forget_versions()
+            with pytest.raises(CacheError, match=rf"{url}/shards/00001.safetensors.* {why}.*copy it again"):
+                LatentCache(url, verify=True)
+        file.write_bytes(content)
+        storage.forget_versions()
+        with pytest.raises(SafetensorError, match="has no tensor mean/x"):
+            RemoteTensors(f"{url}/shards/00001.safetensors").get_tensor("mean/x")
+        LatentCache(url, verify=True)
+        (copy / "complete.json").unlink()
+        storage.forget_versions()
+        with pytest.raises(CacheError, match=r"is not complete; it has no complete.json"):
+            LatentCache(url)
+    finally:
+        shutil.rmtree(copy)
+
+
+def test_latent_stats_of_a_remote_cache(store, local, capsys):
+    latent_stats.main([str(local)])
+    printed = capsys.readouterr().out
+    latent_stats.main([f"{store.url}/cache"])
+    assert capsys.readouterr().out == printed.replace(str(local), f"{store.url}/cache")
+
+
+# ---- object stores
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A store on this machine, with the bucket `latents`."""
+    pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**settings, "ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(f"AWS_{name}", value)
+        storage._systems.clear()  # of other settings
+        storage._file_system("s3://latents")[0].mkdir("latents")
+        yield
+    server.stop()
+
+
+def of_store(url, tmp_path):
+    """The objects under a URL, by name."""
+    file = tmp_path / "object"
+    return {name: objects.get(f"{url}/{name}", file) and file.read_bytes() for name in objects.listing(url)}
+
+
+def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(s3, local, tmp_path, monkeypatch, capsys):
+    """By two processes; a third one is killed, and taken over."""
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "objects"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    url = "s3://latents/photos"
+    settings = {"flip": True, "writers": ["webdataset"], "stale": 3.0}
+    job = caches.job(local.parent / "photos", url, **settings)
+
+    def part(index):
+        if index == 1:
+            monkeypatch.setattr(objects, "put", killing(objects.put))
+        encode_cache(job, index, 3)
+
+    def killing(put):
+        def wrapped(file, url):
+            if url.endswith("00001.statistics.safetensors"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            put(file, url)
+
+        return wrapped
+
+    lost = start(part, 1)
+    wait_for(lambda: any(name.startswith("00001.") for name in objects.listing(f"{url}/.claims")))
+    assert exit_statuses([lost, start(part, 0), start(part, 2)]) == [-signal.SIGKILL, 0, 0]
+    assert of_store(url, tmp_path) == caches.files(local)
+    assert_same(LatentCache(url), local)
+    latent_stats.main([url, "--partial"])
+    latent_stats.main([str(local)])
+    of_shards, of_file = (printed.splitlines() for printed in capsys.readouterr().out.split(f"{local}: ", 1))
+    assert of_shards[0] == "3 of 3 shards (100.0%) are complete; of these:"
+    assert of_shards[3:10] == of_file[2:9]  # the table
+    # A shard that is damaged in the store is encoded again.
+    objects.put(local / "meta.json", f"{url}/shards/00002.safetensors")
+    again = caches.job(local.parent / "photos", url, **settings)
+    encode_cache(again)
+    assert of_store(url, tmp_path) == caches.files(local)
+    assert encode_status.main([url]) == 0
+    other = caches.job(local.parent / "photos", url, dtype="fp32", **settings)
+    with pytest.raises(CacheError, match="s3://latents/photos was begun with other settings: dtype is fp16 there"):
+        encode_cache(other)
+    with pytest.raises(CacheError, match="s3://latents is not empty, and not a latent cache"):
+        encode_cache(caches.job(local.parent / "photos", "s3://latents"))
+
+
+def test_claims_in_a_store(s3, tmp_path, caplog):
+    url = "s3://latents/claims"
+    with StoreClaims(url, tmp_path / "one", 3.0) as one, StoreClaims(url, tmp_path / "other", 3.0) as other:
+        assert one.take("a")
+        assert not other.take("a")
+        assert not one.take("a")
+        assert other.take("b")
+        assert [(holder.name, holder.stale) for holder in one.holders()] == [("a", False), ("b", False)]
+        assert one.owns("a")
+        one._ended.set()  # it is silent from now on
+        one._thread.join()
+        wait_for(lambda: other.take("a"))
+        assert f"a is taken over from process {os.getpid()}" in caplog.text
+        assert not one.owns("a")
+        assert not other.take("b")
+        assert other.owns("b")  # refreshed all the time
+        other.release("a")
+        assert one.take("c")
+    assert not objects.listing(url)
+
+
+def test_two_that_claim_at_once_do_not_both_get_it(s3, tmp_path, monkeypatch):
+    one, other = (StoreClaims("s3://latents/race", tmp_path / name, 60.0) for name in ("one", "other"))
+    listed = one._others
+    monkeypatch.setattr(one, "_others", lambda name: listed(name) if one._own else {})
+    monkeypatch.setattr(one, "release", lambda name: None)
+    assert other.take("a")
+    assert not one.take("a")  # though it saw nothing before it wrote its own
+
+
+def test_stores_that_cannot_be_written_are_refused():
+    with pytest.raises(ConfigError, match=r"cache=http://host/x: cannot be written"):
+        check_encoding(tiny.compose("checkpoint=.", "source=.", "cache=http://host/x", config="latents"))
