@@ -13,7 +13,7 @@ from vae3d.config.check import Rule, check
 from vae3d.config.fields import STRICT, Float, Int, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import FilesConfig, register
-from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths
+from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths, reader_issues
 
 
 @dataclass(config=STRICT)
@@ -53,7 +53,7 @@ def _source_issues(config: EncodeConfig) -> Iterator[ConfigIssue]:
 
 # fmt: off
 RULES = [
-    SIZE_RULE, TILE_RULE, _source_issues,
+    SIZE_RULE, TILE_RULE, reader_issues, _source_issues,
     Rule("clips", lambda c: c.clips == "all" and c.frames is None, "needs the length of a clip", "set frames"),
     Rule("writers", lambda c: c.writers and c.dtype == "bf16", "numpy has no bf16", "use dtype=fp16 or dtype=fp32"),
     Rule("short_side", lambda c: c.panorama and c.short_side is not None,

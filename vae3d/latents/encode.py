@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from vae3d import __version__
+from vae3d.data.readers import check_reader, decodes_on_gpu
 from vae3d.data.versions import source_version
 from vae3d.data.workers import load, usable_workers
 from vae3d.hashing import file_hash, json_hash
@@ -195,6 +196,7 @@ def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
 def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool) -> None:
     numbers = [number for shard in todo for number in job.span(shard)]
     config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
+    check_reader(config.reader)
     workers, notes = usable_workers(config.workers, "workers")
     for note in notes if not quiet else ():
         log.info(note)
@@ -204,6 +206,7 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
         timeout=config.timeout,
         item_bytes=0 if None in sides else job.codec.model.pixel_channels * math.prod(sides),
         held=config.batch_size,
+        spawn=decodes_on_gpu(config.reader),
         sampler=numbers,
         batch_size=None,
     )
