@@ -392,7 +392,7 @@ def resize(frame: np.ndarray, size: Size) -> np.ndarray:
 
 
 def resize_on_gpu(frames: Tensor, size: Size) -> Tensor:
-    """[T, H, W, 3] uint8 -> size, by the filter of resize, in float32: within one level of it."""
+    """[T, H, W, 3] uint8 -> size, by the filter of resize, in float32: more exact, three levels apart at most."""
     if frames.shape[1:3] == tuple(size):
         return frames
     scaled = []
