@@ -1,4 +1,4 @@
-"""Types for argparse arguments: numbers in a range."""
+"""Types for argparse arguments: numbers in a range, sizes."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ def finite_float(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
     return number
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 256x448")
+    return positive_int(sides[0]), positive_int(sides[1])
 
 
 def _int_from(text: str, minimum: int) -> int:

@@ -392,7 +392,7 @@ def resize(frame: np.ndarray, size: Size) -> np.ndarray:
 
 
 def resize_on_gpu(frames: Tensor, size: Size) -> Tensor:
-    """[T, H, W, 3] uint8 -> size, by the filter of resize, in float32: without its rounding and clipping between rows and columns."""
+    """[T, H, W, 3] uint8 -> size, by the filter of resize, which rounds and clips between rows and columns."""
     if frames.shape[1:3] == tuple(size):
         return frames
     scaled = []
