@@ -24,7 +24,7 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
-from vae3d.data.readers import MediaError, check_reader, open_media
+from vae3d.data.readers import MediaError, PyAVReader, check_reader, open_media
 from vae3d.data.video_index import KEPT, FrameSource, _kept, close_kept_sources
 
 KINDS = {
@@ -103,6 +103,20 @@ def test_reading_on_does_not_seek(folder, monkeypatch):
     for start in range(1, 33, 8):
         opened.read(range(start, start + 8))
     assert seeks == []
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 7])
+def test_reading_on_decodes_no_frame_twice(tmp_path, monkeypatch, count):
+    """Also where a B-frame after the last frame of a read is decoded before it."""
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(60), bf="3", g="30")
+    opened, restarts = open_media(path), []
+    restart = PyAVReader._restart
+    monkeypatch.setattr(
+        PyAVReader, "_restart", lambda self, *args, **options: restarts.append(args) or restart(self, *args, **options)
+    )
+    for start in range(0, 60 - count, count):
+        opened.read(range(start, start + count))
+    assert len(restarts) <= 2  # at the start, and once until the reader sees that it is read on
 
 
 def test_resizing_is_antialiased_in_both_readers(tmp_path):

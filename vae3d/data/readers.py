@@ -31,6 +31,7 @@ from vae3d.data.images import resize as resize_image
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
 from vae3d.data.video_index import (
     KEYS_BACK,
+    MAX_REORDER,
     FrameSource,
     VideoIndex,
     Wanted,
@@ -132,6 +133,7 @@ class PyAVReader:
         self._convert = VideoReformatter()
         self._failed = False
         self._wanted = Wanted()
+        self._read_to = len(self.index.frames)  # the last frame of the last read; no read goes on from here
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
         if not self.alpha and stores_alpha:
@@ -143,9 +145,20 @@ class PyAVReader:
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
-        self._wanted.set(self.index.frames["packet"][np.asarray(indices, dtype=int)].tolist())
+        self._want(indices)
         frames = {i: self._upright(self._pixels(i), size) for i in sorted(set(indices))}
         return np.stack([frames[i] for i in indices])
+
+    def _want(self, indices: Sequence[int]) -> None:
+        """Set the frames that must not be skipped: these, and where the caller reads on, the frames after them whose
+        packets come before the last of these. If one was skipped, the next read would decode from the key frame."""
+        packets = self.index.frames["packet"]
+        wanted = packets[np.asarray(indices, dtype=int)]
+        if len(indices) and min(indices) > self._read_to:
+            after = packets[max(indices) + 1 : max(indices) + 1 + MAX_REORDER]
+            wanted = np.concatenate([wanted, after[after < wanted.max()]])
+        self._read_to = max(indices, default=self._read_to)
+        self._wanted.set(wanted.tolist())
 
     def close(self) -> None:
         """Keep the file open for the next reader of it, unless something failed."""

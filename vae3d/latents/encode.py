@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,13 @@ from torch import Tensor
 from vae3d import __version__
 from vae3d.data.readers import check_reader, decodes_on_gpu
 from vae3d.data.versions import source_version
-from vae3d.data.workers import load, usable_workers
+from vae3d.data.workers import load, shared_memory_free, usable_workers
 from vae3d.hashing import file_hash, json_hash
 from vae3d.inference.folder import has_results, locked, settings_difference
 from vae3d.io import remove_unfinished, write_json, write_text
 from vae3d.latents import shards
 from vae3d.latents.cache import read_meta
-from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
+from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform, runs_of_files
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, WRITERS, CacheError, Shard
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 TILES = "tiles"  # key of meta.json, only there if they are blended
 MAX_SHOWN = 10  # errors in a message
+RUN_CLIPS, RUN_BYTES = 16, 2**24  # of one file, that a worker reads and sends at once, at most
 # Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
 KEYS = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
 log = logging.getLogger("vae3d")
@@ -200,16 +202,19 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
     workers, notes = usable_workers(config.workers, "workers")
     for note in notes if not quiet else ():
         log.info(note)
-    reads: Iterable[Read] = load(
+    clip_bytes = 0 if None in sides else job.codec.model.pixel_channels * math.prod(sides)
+    together = _clips_together(clip_bytes, workers)
+    runs: Iterable[list[Read]] = load(
         ClipReader(job.items, job.transform, config.reader, config.verify == "hash", job.codec.model.pixel_channels),
         workers=workers,
         timeout=config.timeout,
-        item_bytes=0 if None in sides else job.codec.model.pixel_channels * math.prod(sides),
-        held=config.batch_size,
+        item_bytes=clip_bytes * together,
+        held=config.batch_size // together + 2,
         spawn=decodes_on_gpu(config.reader),
-        sampler=numbers,
-        batch_size=None,
+        batch_sampler=runs_of_files(job.items, numbers, together),
+        collate_fn=list,
     )
+    reads = chain.from_iterable(runs)
     clips = iter(progress(reads, total=len(numbers), unit="clip", hidden=quiet))
     batches: deque[list[Read]] = deque()
 
@@ -229,6 +234,17 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
         errors += shard.errors
         if len(errors) > config.max_broken * len(job.items):
             raise CacheError(_too_many(errors, len(job.items), config.max_broken))
+
+
+def _clips_together(clip_bytes: int, workers: int) -> int:
+    """How many clips of a file a worker reads and sends at once: one if their size is unknown, fewer if there is little
+    shared memory."""
+    if not clip_bytes or not workers:
+        return 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shared_memory_free()
+    share = RUN_BYTES if free is None else min(RUN_BYTES, free // (2 * ranks * (2 * workers + 3)))
+    return max(1, min(RUN_CLIPS, share // clip_bytes))
 
 
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
