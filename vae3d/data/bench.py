@@ -506,8 +506,8 @@ def bench(args: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def machine(processors: int) -> dict[str, Any]:
-    """Processors of this process and their name, and versions of what decodes."""
+def machine(processors: int, packages: Sequence[str] = ("torch", "av", "decord", "torchcodec")) -> dict[str, Any]:
+    """Processors of this process and their name, and versions of packages that are installed."""
     import importlib.metadata
     import platform
 
@@ -515,7 +515,7 @@ def machine(processors: int) -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = {}
-    for package in ("torch", "av", "decord", "torchcodec"):
+    for package in packages:
         if importlib.util.find_spec(package):
             versions[package] = importlib.metadata.version(package)
     return {"processor": next(names, platform.machine()), "processors": processors, "versions": versions}
