@@ -18,6 +18,7 @@ from vae3d.data.media import MediaError
 from vae3d.data.readers import media_info
 from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
+from vae3d.data.storage import is_url
 from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
 from vae3d.progress import progress
@@ -50,7 +51,8 @@ def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple
 
 def probe(paths: list[str]) -> dict[str, Metadata]:
     """Metadata of every file, from the cache if the file has not changed since."""
-    name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
+    common = os.path.commonprefix if any(map(is_url, paths)) else os.path.commonpath
+    name = hashlib.blake2b(common(paths).encode(), digest_size=8).hexdigest()
     cache = cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"
     known = _read_cache(cache)
     stamps = in_threads(file_stamp, paths)
