@@ -14,11 +14,11 @@ clip of an hour with one of ten seconds.
 --memory compares vae3d's readers with decoding the whole file, as torchvision's read_video and Open-Sora 1.2 do. Each
 reading runs in a process of its own on one thread; the methods take turns. Prints medians.
 
---shards reads one random clip of each of SHARD_FILES files, one after the other: vae3d and the peers from files, with
-X
-from the same tar in both ways of its users: decode each video whole (its decoder torch_video, or PyAV without
-read_video) and cut out the clip, or give the bytes to decord or torchcodec. All read the same clips, and the frames must
-be equal. The methods take turns; of each the fastest of --repeats rounds counts. Prints a table for docs/train.md.
+--shards reads one random clip of each of SHARD_FILES files, one after the other. From files: vae3d, the peers, and
+torchvision's read_video where torchvision still has it (up to 0.25). From a tar: vae3d by its index, and webdataset in
+both ways of its users: each video is decoded whole (by its torch_video, or by PyAV where there is no read_video) and
+the clip cut out, or decord or torchcodec take the clip from its bytes. All read the same clips, and the frames must be
+equal. The methods take turns; of each the fastest of --repeats rounds counts. Prints a table for docs/train.md.
 """
 
 from __future__ import annotations
@@ -349,7 +349,7 @@ def measure_shards(paths: list[Path], shard: Path, repeats: int) -> dict[str, Co
     torch.set_num_threads(1)
     info = media_info(paths[0])
     crop = resize_crop_params(*info.size_to_scale((SIZE, SIZE)), (SIZE, SIZE))
-    methods, costs = shard_methods(float(info.fps)), {}
+    methods, costs = shard_methods(Fraction(info.fps).limit_denominator(1001)), {}
     rng = np.random.default_rng(0)
     for number in range(-1, repeats):  # the first round is not counted: it makes the indexes
         starts = rng.integers(info.num_frames - FRAMES + 1, size=len(paths)).tolist()
@@ -378,7 +378,7 @@ def bytes_read() -> int:
     return int(counters.read_text().split()[1]) if counters.exists() else 0
 
 
-def shard_methods(rate: float) -> dict[str, Method]:
+def shard_methods(rate: Fraction) -> dict[str, Method]:
     """Those whose libraries are installed; prints what is left out. rate: frames per second of the files."""
     import webdataset as wds
 
@@ -451,8 +451,8 @@ def shard_methods(rate: float) -> dict[str, Method]:
     else:
 
         def with_torchvision(path: Path, start: int) -> Clip:
-            first, last = (start - 0.5) / rate, (start + FRAMES - 0.5) / rate
-            return read_video(str(path), max(first, 0.0), last, pts_unit="sec")[0].numpy()
+            first, last = start / rate, (start + FRAMES - 1) / rate  # exact: a little earlier gives one frame more
+            return read_video(str(path), first, last, pts_unit="sec")[0].numpy()
 
         found["torchvision, files"] = each(with_torchvision)
         found["torchvision, whole files"] = each(

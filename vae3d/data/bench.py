@@ -16,7 +16,7 @@ reader that is installed, at each size, by each number of worker processes.
 
 All rows read the same clips. Every clip opens its file (--clips_per_file N: every N-th). The files were opened before,
 so the system has them in its memory if they fit. --cold drops each from there before it is read, and also shows what
-comes from the disk (Linux).
+comes from the disk (Linux). Objects of a store are in the local cache by then; its first reading fetches each whole.
 
 Files that cannot be read are listed as python -m vae3d.data.check lists them. Exit status: 1 if there are any, 2 if
 nothing could be measured.
@@ -142,6 +142,7 @@ def read_openings(work: Work, barrier: Barrier) -> Measured:
     import torch
 
     from vae3d.data.clips import open_frames, read_clips
+    from vae3d.data.storage import local_range
     from vae3d.data.video_index import close_kept_sources
 
     torch.set_num_threads(1)  # as in workers of a DataLoader
@@ -156,7 +157,7 @@ def read_openings(work: Work, barrier: Barrier) -> Measured:
     for opening in work.openings:
         close_kept_sources()  # a data set has more files than are kept open
         if work.cold:
-            drop_from_memory(opening.file.path)
+            drop_from_memory(local_range(opening.file.path).file)
         seconds = _read(work, opening, open_frames, read_clips)
         opened, read = opened + seconds[0], read + seconds[1]
     end, cpu, after = time.monotonic(), time.process_time() - cpu, _io()
@@ -215,7 +216,7 @@ def _io() -> dict[str, int] | None:
     return {name: int(value) for name, _, value in (line.partition(":") for line in lines)}
 
 
-def drop_from_memory(path: str) -> None:
+def drop_from_memory(path: str | Path) -> None:
     """Drop the pages of a local file from the system's memory, so that the next reader waits for the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -453,6 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(args: argparse.Namespace) -> int:
     """Measure, and print the table. Returns the exit status. Raises UserError."""
     from vae3d.data.clips import ClipSettings
+    from vae3d.data.storage import is_stored
     from vae3d.data.workers import processor_count
     from vae3d.io import write_json
 
@@ -471,8 +473,10 @@ def bench(args: argparse.Namespace) -> int:
         if good:
             raise UserError(f"no readable file has the {plural(args.frames, 'frame')} of a clip; lower --frames")
         raise UserError("no file can be read")
-    if args.cold and (other := [file.path for file in files if not os.path.isfile(file.path)]):
-        raise UserError(f"--cold: {other[0]} is not a local file")
+    if args.cold and (
+        other := [file.path for file in files if not (is_stored(file.path) or os.path.isfile(file.path))]
+    ):
+        raise UserError(f"--cold: {other[0]} is not one file")
     if len(files) < len(good):
         notes.append(f"{len(good) - len(files)} of {len(good)} files have fewer frames than a clip, and are not read")
     print(f"{plural(len(files), 'file')}, clips of {plural(args.frames, 'frame')}, {plural(processors, 'processor')}")
