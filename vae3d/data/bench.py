@@ -25,7 +25,6 @@ nothing could be measured.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import multiprocessing
 import os
@@ -34,7 +33,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import BrokenBarrierError
@@ -146,11 +145,13 @@ def read_openings(work: Work, barrier: Barrier) -> Measured:
     from vae3d.data.video_index import close_kept_sources
 
     torch.set_num_threads(1)  # as in workers of a DataLoader
+    ready = False
     try:
         _read(work, work.openings[0], open_frames, read_clips)  # first-call costs
-    except BaseException:
-        barrier.abort()  # the others stop waiting
-        raise
+        ready = True
+    finally:
+        if not ready:
+            barrier.abort()  # the others stop waiting
     opened = read = 0.0
     barrier.wait(WAIT)
     io, cpu, begin = _io(), time.process_time(), time.monotonic()
@@ -375,12 +376,7 @@ def installed_readers(chosen: Sequence[str] | None) -> tuple[list[str], list[str
 
     found, notes = [], []
     for reader in chosen or READER_NAMES:
-        package = reader.removesuffix("_cuda")
         try:
-            if package != "pyav" and importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"reader={reader} needs the package {package}, which is not installed: pip install {package}"
-                )
             check_reader(reader)
         except UserError as error:
             if chosen:
@@ -512,16 +508,16 @@ def bench(args: argparse.Namespace) -> int:
 
 def machine(processors: int, packages: Sequence[str] = ("torch", "av", "decord", "torchcodec")) -> dict[str, Any]:
     """Processors of this process and their name, and versions of packages that are installed."""
-    import importlib.metadata
     import platform
+    from importlib.metadata import PackageNotFoundError, version
 
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     versions = {}
     for package in packages:
-        if importlib.util.find_spec(package):
-            versions[package] = importlib.metadata.version(package)
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {"processor": next(names, platform.machine()), "processors": processors, "versions": versions}
 
 

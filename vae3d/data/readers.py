@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -256,8 +257,7 @@ class DecordReader:
     alpha = False
 
     def __init__(self, path: str | Path, threads: int = 1, alpha: bool | None = False) -> None:
-        import decord
-
+        decord = _decord()
         self.path, self.error = path, decord.DECORDError
         self.info, self.times = _checked(path, "decord", alpha)
         try:
@@ -325,13 +325,26 @@ class TorchcodecReader:
 
 def check_reader(reader: str) -> None:
     """Raise DataError if a reader cannot work here: its package does not load, or it needs a GPU."""
-    if reader.startswith("torchcodec"):
+    if reader == "decord":
+        _decord()
+    elif reader.startswith("torchcodec"):
         _torchcodec("cuda" if decodes_on_gpu(reader) else "cpu")
 
 
 def decodes_on_gpu(reader: str) -> bool:
     """Whether a reader uses CUDA, which forked processes cannot: its workers must be spawned."""
     return reader == "torchcodec_cuda"
+
+
+def _decord() -> ModuleType:
+    """Raises DataError if decord does not load."""
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise DataError(
+            f"reader=decord needs decord: pip install decord. reader=pyav needs nothing. ({one_line(error, 200)})"
+        ) from error
+    return decord
 
 
 def _torchcodec(device: str) -> Callable[..., Any]:
