@@ -61,7 +61,7 @@ CASES = {  # name: height, width, frames between key frames, repetitions of the 
     "320x180, 1 h": (180, 320, 24, 360),
 }
 SHARD_CASES = ("256x256, GOP 24", "1280x720, GOP 24", "1280x720, GOP 250")
-SHARD_FILES = 6
+SHARD_FILES = 4
 NO_GOAL = ("320x180, 10 s", "320x180, 1 h")  # are compared with each other
 
 
