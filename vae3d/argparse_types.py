@@ -1,4 +1,4 @@
-"""Types for argparse arguments: numbers in a range."""
+"""Types for argparse arguments: numbers in a range, sizes."""
 
 from __future__ import annotations
 
@@ -36,15 +36,19 @@ def finite_float(text: str) -> float:
 
 def byte_size(text: str) -> int:
     """Bytes: a number with B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB or TiB (powers of 1024)."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    size = (
-        0
-        if found is None
-        else int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
-    )
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]?)(i)?B?", text.strip(), re.IGNORECASE)
+    base = 1024 if found and found[3] else 1000
+    size = int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if not 0 < size < MAX_INT:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 500MB or 1GB")
     return size
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 256x448")
+    return positive_int(sides[0]), positive_int(sides[1])
 
 
 def _int_from(text: str, minimum: int) -> int:

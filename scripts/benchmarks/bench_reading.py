@@ -3,6 +3,7 @@
     python scripts/benchmarks/bench_reading.py [--repeats 9]             # three minutes on an idle core
     python scripts/benchmarks/bench_reading.py --video mine.mp4          # a video of yours
     python scripts/benchmarks/bench_reading.py --memory [--video ...]    # against decoding the whole file, with memory
+    python scripts/benchmarks/bench_reading.py --shards [--video ...]    # files and a tar, also torchvision, webdataset
 
 Milliseconds are CPU time of this process on one thread, medians; readers take turns on the same clips, and ratios are
 medians over pairs. *decord* and *torchcodec* resize as vae3d does, and their frames must be equal to vae3d's;
@@ -12,23 +13,37 @@ clip of an hour with one of ten seconds.
 
 --memory compares vae3d's readers with decoding the whole file, as torchvision's read_video and Open-Sora 1.2 do. Each
 reading runs in a process of its own on one thread; the methods take turns. Prints medians.
+
+--shards reads one random clip of each of SHARD_FILES files, one after the other. From files: vae3d, the peers, and
+torchvision's read_video where torchvision still has it (up to 0.25). From a tar: vae3d by its index, and webdataset in
+both ways of its users: each video is decoded whole (by its torch_video, or by PyAV where there is no read_video) and
+the clip cut out, or decord or torchcodec take the clip from its bytes. All read the same clips, and the frames must be
+equal. The methods take turns; of each the fastest of --repeats rounds counts. Prints a table for docs/train.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
+import io
 import json
+import math
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -45,6 +60,8 @@ CASES = {  # name: height, width, frames between key frames, repetitions of the 
     "320x180, 10 s": (180, 320, 24, 1),
     "320x180, 1 h": (180, 320, 24, 360),
 }
+SHARD_CASES = ("256x256, GOP 24", "1280x720, GOP 24", "1280x720, GOP 250")
+SHARD_FILES = 4
 NO_GOAL = ("320x180, 10 s", "320x180, 1 h")  # are compared with each other
 
 
@@ -230,6 +247,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive_int, default=9)
     parser.add_argument("--video", type=Path, help="a video of yours instead, of at least 17 frames")
     parser.add_argument("--memory", action="store_true", help="compare with decoding the whole file")
+    parser.add_argument("--shards", action="store_true", help="files and a tar, also with torchvision and webdataset")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with this text in their name, as 320x180")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -241,6 +259,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.memory:
             compare_memory(Path(folder), args.video, args.repeats)
+            return
+        if args.shards:
+            compare_shards(Path(folder), args.video, args.repeats, args.only)
             return
         if args.video:
             report(args.video.name, compare(str(args.video), args.repeats))
@@ -277,6 +298,196 @@ def compare_memory(folder: Path, video: Path | None, repeats: int) -> None:
         speed = statistics.median(b["seconds"] / r["seconds"] for b, r in zip(base, runs, strict=True))
         memory = mib / statistics.median(run["mib"] for run in base)
         print(f"{method:16}{seconds:9.3f}{speed:7.1f}x{mib:8.0f}{memory:9.1%}")
+
+
+# --- files and shards
+
+Clip = np.ndarray  # [17, height, width, 3] uint8, at the size of the file
+Method = Callable[
+    [list[Path], Path, list[int]], Iterator[Clip]
+]  # clips that begin at given frames, of files and their tar
+
+
+def compare_shards(folder: Path, video: Path | None, repeats: int, only: str) -> None:
+    """Print a table of the CPU milliseconds of a clip, of each method and kind of file."""
+    columns: dict[str, dict[str, Cost]] = {}
+    for case in [video.name] if video else [case for case in SHARD_CASES if only in case]:
+        paths = [folder / f"{len(columns)}-{i}{video.suffix if video else '.mp4'}" for i in range(SHARD_FILES)]
+        if video:
+            shutil.copy(video, paths[0])
+        else:
+            make_video(paths[0], *CASES[case])
+        for path in paths[1:]:
+            shutil.copy(paths[0], path)
+        shard = folder / f"{len(columns)}.tar"
+        with tarfile.open(shard, "w") as tar:
+            for path in paths:
+                tar.add(path, path.name)
+        columns[case] = measure_shards(paths, shard, repeats)
+    if not columns:
+        raise SystemExit(f"--only {only}: is in none of {', '.join(SHARD_CASES)}")
+    print_shards(columns)
+
+
+@dataclass
+class Cost:
+    """Milliseconds and bytes of a clip."""
+
+    cpu: float = math.inf
+    wall: float = math.inf
+    read: float = 0.0
+
+
+def measure_shards(paths: list[Path], shard: Path, repeats: int) -> dict[str, Cost]:
+    """The cost of a clip of each method: that of its fastest round."""
+    import torch
+
+    from vae3d.data.clips import resize_crop_params
+    from vae3d.data.readers import media_info, resize
+    from vae3d.data.video_index import close_kept_sources
+
+    torch.set_num_threads(1)
+    info = media_info(paths[0])
+    crop = resize_crop_params(*info.size_to_scale((SIZE, SIZE)), (SIZE, SIZE))
+    methods, costs = shard_methods(Fraction(info.fps).limit_denominator(1001)), {}
+    rng = np.random.default_rng(0)
+    for number in range(-1, repeats):  # the first round is not counted: it makes the indexes
+        starts = rng.integers(info.num_frames - FRAMES + 1, size=len(paths)).tolist()
+        expected: list[np.ndarray] = []
+        for name, method in methods.items():
+            close_kept_sources()
+            clips = []
+            before, wall, cpu = bytes_read(), time.perf_counter(), time.process_time()
+            for clip in method(paths, shard, starts):
+                resized = clip if name.startswith("vae3d") else [resize(frame, crop.size) for frame in clip]
+                clips.append(crop.crop(np.stack(resized)))
+            cost = costs.setdefault(name, Cost())
+            if number >= 0:
+                cost.cpu = min(cost.cpu, 1e3 * (time.process_time() - cpu) / len(paths))
+                cost.wall = min(cost.wall, 1e3 * (time.perf_counter() - wall) / len(paths))
+                cost.read = (bytes_read() - before) / len(paths)
+            expected = expected or clips
+            if len(clips) != len(paths) or not all(map(np.array_equal, clips, expected)):
+                raise SystemExit(f"{name} reads other frames than vae3d")
+    return costs
+
+
+def bytes_read() -> int:
+    """Bytes that this process has asked the system for; 0 where they are not counted."""
+    counters = Path("/proc/self/io")
+    return int(counters.read_text().split()[1]) if counters.exists() else 0
+
+
+def shard_methods(rate: Fraction) -> dict[str, Method]:
+    """Those whose libraries are installed; prints what is left out. rate: frames per second of the files."""
+    import webdataset as wds
+
+    from vae3d.data.clips import resize_crop_params
+    from vae3d.data.readers import open_media
+    from vae3d.data.storage import member_path
+
+    def ours(path: str | Path, start: int) -> np.ndarray:
+        with closing(open_media(path)) as reader:
+            crop = resize_crop_params(*reader.info.size_to_scale((SIZE, SIZE)), (SIZE, SIZE))
+            return reader.read(range(start, start + FRAMES), crop.size)
+
+    def members(shard: Path) -> list[str]:
+        with tarfile.open(shard) as tar:
+            return [member_path(str(shard), member.offset_data, member.size, member.name) for member in tar]
+
+    index = functools.cache(members)  # a table has it
+    found: dict[str, Method] = {
+        "vae3d, files": lambda paths, shard, starts: map(ours, paths, starts),
+        "vae3d, tar": lambda paths, shard, starts: map(ours, index(shard), starts),
+    }
+
+    def each(read: Callable[[Path, int], Clip]) -> Method:
+        return lambda paths, shard, starts: map(read, paths, starts)
+
+    def from_tar(read: Callable[[bytes, int], Clip]) -> Method:
+        def method(paths: list[Path], shard: Path, starts: list[int]) -> Iterator[Clip]:
+            for sample, start in zip(wds.WebDataset(str(shard), shardshuffle=False), starts, strict=True):
+                yield read(next(value for name, value in sample.items() if not name.startswith("__")), start)
+
+        return method
+
+    def decoded_in_tar(decoder: Callable[[str, bytes], Any]) -> Method:
+        def method(paths: list[Path], shard: Path, starts: list[int]) -> Iterator[Clip]:
+            samples = wds.WebDataset(str(shard), shardshuffle=False).decode(decoder)
+            for sample, start in zip(samples, starts, strict=True):
+                video = next(value for name, value in sample.items() if not name.startswith("__"))
+                video = video[0] if isinstance(video, tuple) else video
+                yield np.asarray(video[start : start + FRAMES])
+
+        return method
+
+    if importlib.util.find_spec("decord"):
+        import decord
+
+        def with_decord(source: Any, start: int) -> Clip:
+            video = decord.VideoReader(source, num_threads=1)
+            return video.get_batch(range(start, start + FRAMES)).asnumpy()
+
+        found["decord, files"] = each(lambda path, start: with_decord(str(path), start))
+        found["webdataset, decord"] = from_tar(lambda content, start: with_decord(io.BytesIO(content), start))
+    else:
+        print("decord is not installed")
+    if importlib.util.find_spec("torchcodec"):
+        from torchcodec.decoders import VideoDecoder
+
+        def with_torchcodec(source: Any, start: int) -> Clip:
+            video = VideoDecoder(source, num_ffmpeg_threads=1, seek_mode="approximate", dimension_order="NHWC")
+            return video.get_frames_in_range(start, start + FRAMES).data.numpy()
+
+        found["torchcodec, files"] = each(lambda path, start: with_torchcodec(str(path), start))
+        found["webdataset, torchcodec"] = from_tar(with_torchcodec)
+    else:
+        print("torchcodec is not installed")
+    try:
+        from torchvision.io import read_video
+    except ImportError:
+        print(f"torchvision {importlib.metadata.version('torchvision')} has no read_video; PyAV decodes whole files")
+        found["webdataset, whole videos"] = decoded_in_tar(whole_video)
+    else:
+
+        def with_torchvision(path: Path, start: int) -> Clip:
+            first, last = start / rate, (start + FRAMES - 1) / rate  # exact: a little earlier gives one frame more
+            return read_video(str(path), first, last, pts_unit="sec")[0].numpy()
+
+        found["torchvision, files"] = each(with_torchvision)
+        found["torchvision, whole files"] = each(
+            lambda path, start: read_video(str(path), pts_unit="sec")[0][start : start + FRAMES].numpy()
+        )
+        found["webdataset, whole videos"] = decoded_in_tar(wds.torch_video)
+    return found
+
+
+def whole_video(name: str, content: bytes) -> np.ndarray | None:
+    """A decoder of webdataset: all frames of a video."""
+    if not name.endswith(".mp4"):
+        return None
+    with av.open(io.BytesIO(content)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def print_shards(columns: dict[str, dict[str, Cost]]) -> None:
+    """A table in Markdown, and what it was measured with."""
+    from vae3d.data.bench import machine
+    from vae3d.data.workers import processor_count
+
+    here = machine(processor_count(), ("torch", "av", "decord", "torchcodec", "torchvision", "webdataset"))
+    versions = ", ".join(f"{package} {version}" for package, version in here["versions"].items())
+    print(f"{here['processor']}, one thread, {versions}\n")
+    print("| | " + " | ".join(columns) + " |")
+    print("|---|" + "---|" * len(columns))
+    for name in next(iter(columns.values())):
+        cells = []
+        for costs in columns.values():
+            base = costs["vae3d, tar" if name.startswith("webdataset") else "vae3d, files"]
+            cost, ratio = costs[name], costs[name].cpu / base.cpu
+            cells.append(f"{cost.cpu:.1f} ms, {ratio:.2f}x (wall {cost.wall:.1f}), {cost.read / 1e6:.2f} MB")
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def make_warm_up(path: Path) -> None:

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -68,7 +67,8 @@ from vae3d.argparse_types import positive_int  # noqa: E402
 from vae3d.commands.step_cost import TrainingStep  # noqa: E402
 from vae3d.commands.train import build_trainer  # noqa: E402
 from vae3d.data.clips import ClipSettings, read_clip  # noqa: E402
-from vae3d.data.readers import open_media  # noqa: E402
+from vae3d.data.readers import check_reader, open_media  # noqa: E402
+from vae3d.errors import UserError  # noqa: E402
 from vae3d.io import write_json  # noqa: E402
 from vae3d.models import compiled  # noqa: E402
 from vae3d.models.cuda_graphs import graph_steps, rerun  # noqa: E402
@@ -576,23 +576,6 @@ def by_reader(bench: Bench, reader: str, frames: int) -> Row:
     return read_speed(bench, run, frames)
 
 
-def by_torchcodec(bench: Bench, device: str, frames: int) -> Row:
-    from torchcodec.decoders import VideoDecoder
-
-    if device == "cuda":
-        try:
-            VideoDecoder(str(long_video(bench)[0]), device=device)
-        except RuntimeError as error:  # torchcodec of the CPU's, or a GPU without NVDEC
-            return unmeasured(str(error).splitlines()[0])
-
-    def run(path: Path, start: int, side: int) -> None:
-        video = VideoDecoder(str(path), device=device).get_frames_in_range(start, start + frames).data
-        scale = side / min(video.shape[-2:])
-        nn.functional.interpolate(video.float(), scale_factor=scale, mode="bilinear", antialias=True)
-
-    return read_speed(bench, run, frames)
-
-
 def unmeasured(reason: str) -> Row:
     return {"not_measured": reason}
 
@@ -600,16 +583,17 @@ def unmeasured(reason: str) -> Row:
 def reading(bench: Bench) -> list[Case]:
     frames = 9 if bench.tiny else 17
     cases: list[Case] = [("pyav", partial(by_reader, bench, "pyav", frames))]
-    if importlib.util.find_spec("decord"):
-        cases.append(("decord", partial(by_reader, bench, "decord", frames)))
-    devices = {"torchcodec": "cpu", "torchcodec, NVDEC": "cuda"}
-    for name, device in devices.items():
-        if not importlib.util.find_spec("torchcodec"):
-            cases.append((name, partial(unmeasured, "torchcodec is not installed")))
-        elif device == "cuda" and bench.device.type != "cuda":
-            cases.append((name, partial(unmeasured, "needs a GPU")))
+    for name, reader in {
+        "decord": "decord",
+        "torchcodec": "torchcodec",
+        "torchcodec, NVDEC": "torchcodec_cuda",
+    }.items():
+        try:
+            check_reader(reader)
+        except UserError as error:
+            cases.append((name, partial(unmeasured, str(error))))
         else:
-            cases.append((name, partial(by_torchcodec, bench, device, frames)))
+            cases.append((name, partial(by_reader, bench, reader, frames)))
     return cases
 
 

@@ -1,20 +1,30 @@
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import pickle
 import shutil
 import sys
 from contextlib import closing
+from functools import partial
+from types import SimpleNamespace
 
 import av
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from tests import tiny
+from vae3d.config.validate import reader_issues
+from vae3d.data import workers
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.clips import ClipSettings
+from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
-from vae3d.data.readers import MediaError, open_media
+from vae3d.data.readers import MediaError, PyAVReader, check_reader, open_media
 from vae3d.data.video_index import KEPT, FrameSource, _kept, close_kept_sources
 
 KINDS = {
@@ -93,6 +103,20 @@ def test_reading_on_does_not_seek(folder, monkeypatch):
     for start in range(1, 33, 8):
         opened.read(range(start, start + 8))
     assert seeks == []
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 7])
+def test_reading_on_decodes_no_frame_twice(tmp_path, monkeypatch, count):
+    """Also where a B-frame after the last frame of a read is decoded before it."""
+    path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(60), bf="3", g="30")
+    opened, restarts = open_media(path), []
+    restart = PyAVReader._restart
+    monkeypatch.setattr(
+        PyAVReader, "_restart", lambda self, *args, **options: restarts.append(args) or restart(self, *args, **options)
+    )
+    for start in range(0, 60 - count, count):
+        opened.read(range(start, start + count))
+    assert len(restarts) <= 2  # at the start, and once until the reader sees that it is read on
 
 
 def test_resizing_is_antialiased_in_both_readers(tmp_path):
@@ -345,3 +369,95 @@ def test_torchcodec_that_is_not_there_is_named_with_the_command_that_helps(folde
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(DataError, match="pip install torchcodec"):
         open_media(folder / "b_frames.mp4", "torchcodec")
+
+
+@pytest.fixture
+def nvdec(monkeypatch) -> list[dict]:
+    """A machine with a GPU and torchcodec, played by PyAV on the CPU. Returns the options of each decoder."""
+    opened = []
+
+    class VideoDecoder:
+        cpu_fallback = False
+
+        def __init__(self, path: str, **options: object) -> None:
+            opened.append({"path": path, **options})
+            self.frames = torch.from_numpy(decode_all(path))
+
+        def __len__(self) -> int:
+            return len(self.frames)
+
+        def get_frames_at(self, indices: list[int]) -> SimpleNamespace:
+            return SimpleNamespace(data=self.frames[indices])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setitem(sys.modules, "torchcodec", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=VideoDecoder))
+    return opened
+
+
+def test_nvdec_gives_the_frames_of_the_file_at_the_size_that_is_asked(folder, nvdec):
+    expected = open_media(folder / "b_frames.mp4")
+    opened = open_media(folder / "b_frames.mp4", "torchcodec_cuda")
+    assert opened.info == expected.info
+    indices = [7, 3, *range(36), 3]  # more than are decoded at once
+    np.testing.assert_array_equal(opened.read(indices), expected.read(indices))
+    small, reference = (reader.read(indices, (20, 28)).astype(int) for reader in (opened, expected))
+    assert small.shape == (39, 20, 28, 3)
+    assert (np.abs(small - reference) > 1).mean() < 0.01
+    assert nvdec[0]["dimension_order"] == "NHWC"
+    assert nvdec[0]["device"] == torch.device("cuda", 0)
+
+
+def test_nvdec_decodes_on_the_gpu_of_its_rank(folder, nvdec, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    open_media(folder / "b_frames.mp4", "torchcodec_cuda")
+    open_media(folder / "b_frames.mp4", "torchcodec")
+    assert [options["device"] for options in nvdec] == [torch.device("cuda", 3), torch.device("cpu")]
+
+
+def test_a_file_that_nvdec_leaves_to_the_cpu_is_named(folder, nvdec, monkeypatch):
+    decoder = sys.modules["torchcodec.decoders"].VideoDecoder
+    monkeypatch.setattr(decoder, "cpu_fallback", "unsupported codec")
+    opened = open_media(folder / "b_frames.mp4", "torchcodec_cuda")
+    with pytest.warns(UserWarning, match=r"b_frames\.mp4 on the CPU: unsupported codec"):
+        opened.read([0])
+
+
+def test_nvdec_without_a_gpu_or_in_a_fork_is_an_error(folder, nvdec, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(DataError, match="torchcodec_cuda cannot decode in a forked process"):
+        open_media(folder / "b_frames.mp4", "torchcodec_cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for use in (check_reader, partial(open_media, folder / "b_frames.mp4")):
+        with pytest.raises(DataError, match=r"torchcodec_cuda needs an NVIDIA GPU.*reader=auto"):
+            use("torchcodec_cuda")
+    for reader in ("torchcodec", "auto"):
+        check_reader(reader)  # need none
+
+
+def test_workers_that_decode_on_a_gpu_are_spawned(folder, monkeypatch):
+    started = []
+
+    class Loader:
+        def __init__(self, dataset, multiprocessing_context, **options):
+            started.append(multiprocessing_context)
+
+        def __iter__(self):
+            return iter(())
+
+    monkeypatch.setattr(workers, "DataLoader", Loader)
+    table = pd.DataFrame({"path": [str(folder / "b_frames.mp4")], "num_frames": 40})
+    plan = BatchSchedule(np.array([40]), FrameCounts(5, 5), seed=0, batch_size=1)
+    for reader in ("auto", "torchcodec", "torchcodec_cuda"):
+        list(TrainingData(table, plan, ClipSettings(16, 16, reader=reader), 1, 2, [], []).clips(0, 1))
+    assert started == [None, None, "spawn"]
+
+
+def test_a_reader_whose_package_is_not_installed_is_a_configuration_error(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for reader, package in {"torchcodec_cuda": "torchcodec", "torchcodec": "torchcodec", "decord": "decord"}.items():
+        (issue,) = reader_issues(SimpleNamespace(data=SimpleNamespace(reader=reader)))
+        assert (issue.key, issue.value) == ("data.reader", reader)
+        assert package in issue.hint
+    assert list(reader_issues(SimpleNamespace(reader="pyav"))) == []

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import tarfile
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,9 +27,10 @@ from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.sources import DataError, Folder, open_source
-from vae3d.latents import clips, shards
+from vae3d.data.video_index import FrameSource
+from vae3d.latents import clips, encode, shards
 from vae3d.latents.cache import LatentCache
-from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of
+from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of, runs_of_files
 from vae3d.latents.encode import encode_cache
 from vae3d.latents.shards import CacheError
 from vae3d.latents.statistics import LatentStatistics
@@ -472,6 +475,34 @@ def test_all_errors_of_a_configuration_are_told_at_once():
         assert part in told
     with pytest.raises(ConfigError, match=r"source=.*: must be a path, or a node with `_target_`"):
         check_encoding(tiny.compose("checkpoint=.", "cache=x", "source={path: photos}", config="latents"))
+
+
+def test_workers_read_runs_of_the_clips_of_a_file(monkeypatch):
+    items = [SimpleNamespace(path=path) for path in "aaaaabbc"]
+    assert list(runs_of_files(items, iter(range(8)), 3)) == [[0, 1, 2], [3, 4], [5, 6], [7]]
+    monkeypatch.setattr(encode, "shared_memory_free", lambda: 2**26)  # of a container of Docker
+    assert [encode._clips_together(size, 4) for size in (2**28, 2**20, 2**10, 0)] == [1, 2, 16, 1]
+    monkeypatch.setattr(encode, "shared_memory_free", lambda: None)
+    assert [encode._clips_together(2**20, workers) for workers in (4, 0)] == [16, 1]
+
+
+def test_the_clips_of_one_file_decode_no_frame_twice(tmp_path, monkeypatch):
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(40), bf="3", g="20")
+    transform = Transform(32, 40, frames=5, clips="all")
+    items, _ = items_of(Folder(tmp_path).table(), transform, labels="none")
+    whole, decoded = FrameSource.decode, Counter()
+
+    def decode(*args, **kwargs):
+        for number, frames in whole(*args, **kwargs):
+            decoded[number] += 1
+            yield number, frames
+
+    monkeypatch.setattr(FrameSource, "decode", decode)
+    reader = ClipReader(items, transform)
+    for number in range(8):
+        assert reader[number].pixels is not None
+    assert set(range(40)) <= decoded.keys()
+    assert set(decoded.values()) == {1}
 
 
 def test_the_clips_of_one_file_open_it_once(tmp_path, monkeypatch):

@@ -23,8 +23,9 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
 from vae3d.data.fingerprint import fingerprint_of
-from vae3d.data.loader import TrainingData, clip_lengths, read_tables, validation_clips
+from vae3d.data.loader import TrainingData, clip_lengths, read_tables, schedule_notes, validation_clips
 from vae3d.data.media import DataError
+from vae3d.data.readers import check_reader
 from vae3d.data.sources import Table
 from vae3d.data.streaming import (
     StreamingData,
@@ -98,11 +99,13 @@ def build_schedule(
         rank=rank,
         world_size=world_size,
         overfit=config.data.overfit,
+        clips_per_file=config.data.clips_per_file,
     )
 
 
 def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData | StreamingData:
     data, validation = config.data, config.validation
+    check_reader(data.reader)
     settings = build_clip_settings(data, pixel_channels(config.model))
     source = instantiate(data.source)
     if is_streaming(source):
@@ -122,7 +125,7 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         data.prefetch,
         held_out,
         errors,
-        [*tables.notes, *note],
+        [*tables.notes, *note, *schedule_notes(schedule)],
         tables.skipped_files,
         data.timeout,
         fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),

@@ -22,7 +22,8 @@ from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
 from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
-from vae3d.data.loader import clip_lengths, read_tables, validation_clips
+from vae3d.data.loader import clip_lengths, read_tables, schedule_notes, validation_clips
+from vae3d.data.readers import check_reader
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.base import Sampling
@@ -140,6 +141,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
 
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     data, validation = config.data, config.validation
+    check_reader(data.reader)
     settings, source = build_clip_settings(data, codec.model.pixel_channels), instantiate(data.source)
     tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
     every = pd.concat([tables.train, tables.val], ignore_index=True)
@@ -177,6 +179,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         notes=[
             *tables.notes,
             f"{plural(len(labels), 'file')}, {len(tables.val)} of them held out; encoded batch by batch",
+            *schedule_notes(schedule),
         ],
     )
 

@@ -21,6 +21,7 @@ from vae3d.config.validate import (
     TILE_RULE,
     batch_issues,
     logger_issues,
+    reader_issues,
     source_paths,
 )
 
@@ -140,11 +141,13 @@ def _is_node(value: Any) -> bool:
 
 # fmt: off
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues,
+    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues, reader_issues,
     Rule("denoiser", lambda c: not _is_node(c.denoiser), "has no `_target_`", "use a file of conf/denoiser"),
     Rule("process", lambda c: not _is_node(c.process), "has no `_target_`", "use a file of conf/process"),
     Rule("data.depth.mapping", lambda c: c.data.depth.mapping is not None, "depth maps have no latents", "use null"),
     Rule("optim.proximal", lambda c: c.optim.proximal, "the network has no initial weights to stay near", "use 0"),
+    Rule("data.clips_per_file", lambda c: c.cache is not None and c.data.clips_per_file > 1,
+         "is of videos, and a cache is read latent by latent", "use 1"),
     Rule("labels", lambda c: c.cache is not None and c.labels in ("column", "folder"),
          "a cache has the labels it was encoded with", "use auto or none"),
     Rule("validation.guidance", lambda c: c.validation.guidance != 1 and c.labels == "none",

@@ -70,7 +70,7 @@ Interval = Annotated[
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
 Precision = Literal["fp32", "bf16", "fp16"]
-Reader = Literal["auto", "pyav", "decord", "torchcodec"]
+Reader = Literal["auto", "pyav", "decord", "torchcodec", "torchcodec_cuda"]
 Split = Literal["train", "val", "test"]
 
 

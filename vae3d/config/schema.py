@@ -149,6 +149,7 @@ class Data:
     depth: Depth = Field(default_factory=Depth)
     reader: Reader = setting("auto", "Library that decodes videos.")
     batch_size: Int = setting(8, "Clips per optimizer step, over all ranks.", ge=1)
+    clips_per_file: Int = setting(1, "Consecutive clips from each file that is drawn, read in one pass.", ge=1)
     workers: Int = setting(4, "Reader processes per rank. 0: read in the training process.", ge=0)
     prefetch: Int = setting(2, "Batches each worker reads ahead.", ge=1)
     timeout: Float = setting(900.0, "Seconds without a batch after which the run stops. 0: never.", ge=0)

@@ -58,6 +58,15 @@ def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
         yield ConfigIssue("trainer.precision", precision, f"accelerate launch was given {launched}", hint)
 
 
+def reader_issues(config: Any) -> Iterator[ConfigIssue]:
+    """Of a reader whose package is not installed."""
+    key, reader = ("data.reader", config.data.reader) if hasattr(config, "data") else ("reader", config.reader)
+    package = reader.removesuffix("_cuda")
+    if package in ("decord", "torchcodec") and importlib.util.find_spec(package) is None:
+        hint = f"pip install {package}, or use auto"
+        yield ConfigIssue(key, reader, f"needs the package {package}, which is not installed", hint)
+
+
 def logger_issues(config: Any) -> Iterator[ConfigIssue]:
     """Of trackers whose package is not installed."""
     for name in ("wandb", "mlflow", "trackio"):
@@ -116,7 +125,7 @@ NOT_CROPPED = "panoramas (data.panorama=true) are never cropped"
 NO_STRIDE = "data.sampling=strided chooses the stride"
 NO_VALIDATION = "validation.every=0 turns validation off"
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues, _precision_issues, _no_weight,
+    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues, reader_issues, _precision_issues, _no_weight,
     _needs_checkpoints,
     Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and not _has_shortcut(c),
          "needs a model with a shortcut", "set model.shortcut=true or model.temporal.shortcut=true, or 0"),
@@ -190,7 +199,7 @@ TRAINING_RULES = [
 ]
 TILE_RULE = Rule("tile_overlap", lambda c: c.tile is None and c.tile_overlap is not None, "needs tile", "set tile")
 INFERENCE_RULES = [
-    SIZE_RULE, TILE_RULE,
+    SIZE_RULE, TILE_RULE, reader_issues,
     Rule("compile", lambda c: c.compile and c.tile is not None, "needs whole frames", "use tile=null"),
     Rule("cuda_graphs", lambda c: c.cuda_graphs and c.tile is not None, "needs whole frames", "use tile=null"),
 ]

@@ -2,10 +2,14 @@
 
 Training order: positions 0, 1, 2, ... run through epoch after epoch. Each epoch is a permutation of the table's rows,
 seeded by (seed, epoch). Step s takes the positions from s * batch_size up to (s + 1) * batch_size.
+
+With clips_per_file=n, positions k n, ..., k n + n - 1 take the k-th row of that order, so an epoch has n clips of every
+row.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,7 +72,7 @@ class BatchSchedule:
     is replaced by a random row that has enough.
 
     lengths: [rows] frames that each row can give at the configured stride or rate. batch_size: clips per step over all
-    ranks. overfit: repeat step 0.
+    ranks. overfit: repeat step 0. clips_per_file: consecutive clips from each row that is drawn.
     Raises DataError if no row has as many frames as a count that can be drawn or, with frames.fit, as the minimum.
     """
 
@@ -80,6 +84,7 @@ class BatchSchedule:
     rank: int = 0
     world_size: int = 1
     overfit: bool = False
+    clips_per_file: int = 1
 
     def __post_init__(self) -> None:
         longest = int(self.lengths.max(initial=0))
@@ -130,18 +135,25 @@ class BatchSchedule:
         return ClipIndex(position, row, frames)
 
     def replacement(self, position: int, frames: int, why: str | int) -> int:
-        """Another row with enough frames, seeded by (seed, position, why)."""
-        rng = np.random.default_rng(seed_of(self.seed, position, why, "replacement"))
+        """Another row with enough frames, seeded by (seed, position // clips_per_file, why)."""
+        rng = np.random.default_rng(seed_of(self.seed, position // self.clips_per_file, why, "replacement"))
         return int(rng.choice(self.with_at_least(frames)))
+
+    def start_at(self, position: int, draw: float) -> float:
+        """Where a clip begins, as a fraction in [0, 1) of its possible places in the file.
+
+        draw: uniform in [0, 1). The clips of one file share it evenly: the i-th of n begins in the i-th n-th.
+        """
+        start = (position % self.clips_per_file + draw) / self.clips_per_file
+        return min(start, math.nextafter(1.0, 0.0))  # the sum may round up
 
     def with_at_least(self, frames: int) -> np.ndarray:
         """Rows with at least so many frames, shortest first."""
         return self._by_length[np.searchsorted(self._sorted_lengths, frames) :]
 
     def _row_at(self, position: int) -> int:
-        count = len(self.lengths)
-        epoch, index = divmod(position, count)
+        epoch, index = divmod(position // self.clips_per_file, len(self.lengths))
         if self._epoch != epoch:
             rng = np.random.default_rng(seed_of(self.seed, epoch, "shuffle"))
-            self._epoch, self._permutation = epoch, rng.permutation(count)
+            self._epoch, self._permutation = epoch, rng.permutation(len(self.lengths))
         return int(self._permutation[index])

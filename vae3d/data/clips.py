@@ -1,7 +1,7 @@
 """Loading a clip: which frames of a file, which crop, and the tensors of one batch.
 
 open_frames opens a file, read_clip reads the chosen frames at the chosen size (readers resize, because a JPEG or a
-video decodes faster at a smaller size), to_sample makes tensors of them.
+video decodes faster at a smaller size), read_clips those of several clips in one pass, to_sample makes tensors of them.
 ClipDataset does all three for a row of a table, collate stacks samples to a batch.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -162,20 +162,42 @@ def read_clip(
     frames; None takes the centre crop and evenly spaced frames.
     Raises MediaError if the file has too few frames, or settings.panorama is set and it is no panorama.
     """
-    info = reader.info
+    return read_clips(reader, path, settings, [frames], [start], [rng])[0]
+
+
+def read_clips(
+    reader: Reader,
+    path: str,
+    settings: ClipSettings,
+    frames: Sequence[int],
+    starts: Sequence[float],
+    rngs: Sequence[np.random.Generator | None],
+) -> list[np.ndarray]:
+    """What read_clip returns for each of several clips of a file, decoded in one pass in the order of their frames.
+
+    frames, starts, rngs: of each clip. Raises MediaError as read_clip does, without saying which clip failed.
+    """
+    info, target = reader.info, (settings.height, settings.width)
     step = float(settings.step(info.fps))
-    span = int((frames - 1) * step) + 1
-    if info.num_frames < span:
-        raise MediaError(
-            path, f"has {plural(info.num_frames, 'frame')}, fewer than its table says; the clip needs {span}"
-        )
-    indices = frame_indices(settings.sampling, info.num_frames, frames, step, start, rng)
-    target = (settings.height, settings.width)
+    chosen, crops = [], []
+    for count, start, rng in zip(frames, starts, rngs, strict=True):
+        span = int((count - 1) * step) + 1
+        if info.num_frames < span:
+            raise MediaError(
+                path, f"has {plural(info.num_frames, 'frame')}, fewer than its table says; the clip needs {span}"
+            )
+        chosen.append(frame_indices(settings.sampling, info.num_frames, count, step, start, rng))
+        if not settings.panorama:
+            random = rng if settings.crop == "random" else None
+            crops.append(resize_crop_params(*info.size_to_scale(target), target, settings.short_side, random))
     if settings.panorama:
-        return _read_panoramas(reader, path, indices, target, depth=settings.depth is not None)
-    size = info.size_to_scale(target)
-    crop = resize_crop_params(*size, target, settings.short_side, rng if settings.crop == "random" else None)
-    return crop.crop(reader.read(indices, crop.size))
+        depth = settings.depth is not None
+        return [_read_panoramas(reader, path, indices, target, depth) for indices in chosen]
+    if len(chosen) == 1:
+        return [crops[0].crop(reader.read(chosen[0], crops[0].size))]
+    union = np.unique(np.concatenate(chosen))
+    pixels = reader.read(union.tolist(), crops[0].size)  # the size is the same for all; only the place is random
+    return [crop.crop(pixels[np.searchsorted(union, indices)]) for crop, indices in zip(crops, chosen, strict=True)]
 
 
 def _read_panoramas(reader: Reader, path: str, indices: Sequence[int], size: Size, depth: bool) -> np.ndarray:
@@ -241,28 +263,54 @@ class ClipDataset(Dataset[Sample]):
         for attempt in range(ATTEMPTS):
             path = os.fsdecode(self.paths[index.row])
             try:
-                return replace(self._load(path, index), errors=errors)
+                return replace(self._load(path, [index])[0], errors=errors)
             except MediaError as error:
                 errors.append((error.path, error.reason))
             index = index._replace(row=self.schedule.replacement(index.position, index.frames, attempt))
         return Sample(None, index, path, errors)
 
-    def _load(self, path: str, index: ClipIndex) -> Sample:
-        with closing(open_frames(path, self.settings, tuple(self.bounds[index.row]))) as reader:
-            return augmented_clip(reader, path, index, self.settings, self.schedule.seed)
+    def __getitems__(self, indices: Sequence[ClipIndex]) -> list[Sample]:
+        """The samples of a batch, as __getitem__ gives them. Clips of one row are read in one pass over its file."""
+        by_row: dict[int, list[ClipIndex]] = {}
+        for index in indices:
+            by_row.setdefault(index.row, []).append(index)
+        samples: dict[ClipIndex, Sample] = {}
+        for row, group in by_row.items():
+            if len(group) > 1:
+                with suppress(MediaError):  # read one by one below: only the clips that fail are replaced
+                    samples |= zip(group, self._load(os.fsdecode(self.paths[row]), group), strict=True)
+        return [samples.get(index) or self[index] for index in indices]
+
+    def _load(self, path: str, indices: Sequence[ClipIndex]) -> list[Sample]:
+        """Clips of one row. Raises MediaError."""
+        with closing(open_frames(path, self.settings, tuple(self.bounds[indices[0].row]))) as reader:
+            return augmented_clips(reader, path, indices, self.settings, self.schedule.seed, self.schedule.start_at)
 
 
-def augmented_clip(reader: Reader, path: str, index: ClipIndex, settings: ClipSettings, seed: int) -> Sample:
-    """The clip of a file at `index`: where it begins and how it is cropped, mirrored and rolled is drawn from
-    (seed, index.position). Raises MediaError."""
-    rng = np.random.default_rng(seed_of(seed, index.position, "clip"))
-    start, mirror = rng.random(), rng.random() < 0.5
-    frames = read_clip(reader, path, settings, index.frames, start, rng)
-    if mirror and settings.flip:
-        frames = frames[:, :, ::-1]
-    if settings.roll:
-        frames = np.roll(frames, int(rng.integers(settings.width)), axis=2)
-    return to_sample(frames, index, path, settings)
+def augmented_clips(
+    reader: Reader,
+    path: str,
+    indices: Sequence[ClipIndex],
+    settings: ClipSettings,
+    seed: int,
+    start_at: Callable[[int, float], float] = lambda position, draw: draw,
+) -> list[Sample]:
+    """The clips of a file at `indices`: where each begins and how it is cropped, mirrored and rolled is drawn from
+    (seed, index.position). start_at: from the position and a draw in [0, 1) to the start. Raises MediaError."""
+    rngs = [np.random.default_rng(seed_of(seed, index.position, "clip")) for index in indices]
+    starts, mirrored = [], []
+    for index, rng in zip(indices, rngs, strict=True):
+        starts.append(start_at(index.position, rng.random()))
+        mirrored.append(rng.random() < 0.5)
+    clips = read_clips(reader, path, settings, [index.frames for index in indices], starts, rngs)
+    samples = []
+    for index, rng, mirror, frames in zip(indices, rngs, mirrored, clips, strict=True):
+        if mirror and settings.flip:
+            frames = frames[:, :, ::-1]
+        if settings.roll:
+            frames = np.roll(frames, int(rng.integers(settings.width)), axis=2)
+        samples.append(to_sample(frames, index, path, settings))
+    return samples
 
 
 @dataclass

@@ -15,7 +15,7 @@ from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, ope
 from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata, probe
-from vae3d.data.readers import is_image
+from vae3d.data.readers import decodes_on_gpu, is_image
 from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import Source
@@ -148,6 +148,14 @@ def _check_broken_share(errors: list[tuple[str, str]], rows: int, max_broken: fl
         )
 
 
+def schedule_notes(schedule: BatchSchedule) -> list[str]:
+    """A line if clips of one file fall into different batches, which open it each."""
+    clips, batch = schedule.clips_per_file, schedule.micro_batch
+    if batch % clips == 0:
+        return []
+    return [f"data.clips_per_file={clips} does not divide a batch of {plural(batch, 'clip')}: files are opened twice"]
+
+
 def clip_lengths(table: pd.DataFrame, settings: ClipSettings) -> np.ndarray:
     """[rows] frames of the longest clip of each row."""
     return settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
@@ -191,6 +199,7 @@ class TrainingData:
             stopping=stopping,
             item_bytes=self.item_bytes,
             held=schedule.accumulate,
+            spawn=decodes_on_gpu(self.settings.reader),
             batch_sampler=schedule.micro_batches(first, last),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from av.video.format import VideoFormat
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from PIL import Image
+from torch import Tensor
 
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
@@ -36,6 +41,7 @@ from vae3d.data.storage import (
 )
 from vae3d.data.video_index import (
     KEYS_BACK,
+    MAX_REORDER,
     FrameSource,
     VideoIndex,
     Wanted,
@@ -51,6 +57,7 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".asf", ".flv", ".ogv", ".gif"),
 )
+AT_ONCE = 32  # frames that torchcodec decodes at full size before they are resized
 
 
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool | None = False) -> Reader:
@@ -58,8 +65,8 @@ def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: 
 
     path: a local file, a URL, a member of a tar, or a row of a dataset (see storage.py).
 
-    reader: pyav, decord, torchcodec, or auto, which is pyav: it reads all that the others read, and measures faster
-    (docs/speed.md). threads: for decoding.
+    reader: pyav, decord, torchcodec, torchcodec_cuda, or auto, which is pyav: it reads all that the others read, and
+    measures faster than those of the CPU (docs/speed.md). threads: for decoding.
     alpha: read colours and alpha, [T, H, W, 4], not premultiplied; None: if the file has alpha (see Reader.alpha).
     Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully, and
     StorageError if a store does not answer.
@@ -141,6 +148,7 @@ class PyAVReader:
         self._convert = VideoReformatter()
         self._failed = False
         self._wanted = Wanted()
+        self._read_to = len(self.index.frames)  # the last frame of the last read; no read goes on from here
         self._last: tuple[int, np.ndarray] | None = None  # index and pixels of the last frame
         self._restart(self.header.first)
         if not self.alpha and stores_alpha:
@@ -152,9 +160,20 @@ class PyAVReader:
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
-        self._wanted.set(self.index.frames["packet"][np.asarray(indices, dtype=int)].tolist())
+        self._want(indices)
         frames = {i: self._upright(self._pixels(i), size) for i in sorted(set(indices))}
         return np.stack([frames[i] for i in indices])
+
+    def _want(self, indices: Sequence[int]) -> None:
+        """Set the frames that must not be skipped: these, and where the caller reads on, the frames after them whose
+        packets come before the last of these. If one was skipped, the next read would decode from the key frame."""
+        packets = self.index.frames["packet"]
+        wanted = packets[np.asarray(indices, dtype=int)]
+        if len(indices) and min(indices) > self._read_to:
+            after = packets[max(indices) + 1 : max(indices) + 1 + MAX_REORDER]
+            wanted = np.concatenate([wanted, after[after < wanted.max()]])
+        self._read_to = max(indices, default=self._read_to)
+        self._wanted.set(wanted.tolist())
 
     def close(self) -> None:
         """Keep the file open for the next reader of it, unless something failed."""
@@ -242,8 +261,7 @@ class DecordReader:
     alpha = False
 
     def __init__(self, path: str | Path | FileRange, threads: int = 1, alpha: bool | None = False) -> None:
-        import decord
-
+        decord = _decord()
         self.path, self.error = path, decord.DECORDError
         self.info, self.times = _checked(path, "decord", alpha)
         try:
@@ -267,38 +285,91 @@ class DecordReader:
 class TorchcodecReader:
     """torchcodec, which reads all packets of a file when it opens it.
 
-    Raises MediaError for files whose frames it may return wrongly, and DataError if it is not installed.
+    device: "cuda" decodes on the GPU (NVDEC), converts to RGB and resizes there, and copies the frames to the host. Its
+    colours differ from the CPU's by rounding, and by how chroma is enlarged. Files that NVDEC does not decode, as those
+    of 4:4:4, are decoded on the CPU, with a warning.
+    Raises MediaError for files whose frames it may return wrongly, and DataError if it is not installed or, for "cuda",
+    if there is no GPU or the process is a fork.
     """
 
     alpha = False
 
-    def __init__(self, path: str | Path | FileRange, threads: int = 1, alpha: bool | None = False) -> None:
-        try:
-            from torchcodec.decoders import VideoDecoder
-        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: there are no libraries of FFmpeg
-            raise DataError(
-                f"reader=torchcodec needs torchcodec for your version of torch, and the shared libraries of FFmpeg: "
-                f"pip install torchcodec; apt install ffmpeg. reader=pyav needs neither. ({one_line(error, 200)})"
-            ) from error
-        self.path = path
+    def __init__(
+        self, path: str | Path | FileRange, threads: int = 1, alpha: bool | None = False, device: str = "cpu"
+    ) -> None:
+        decoder = _torchcodec(device)
+        self.path, self.device = path, torch.device(device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # of this rank, in workers too
         self.info, self.times = _checked(path, "torchcodec", alpha)
+        options = {"num_ffmpeg_threads": threads, "seek_mode": "exact", "dimension_order": "NHWC"}
         try:
-            file = _file_for_library(path)
-            self.video = VideoDecoder(file, num_ffmpeg_threads=threads, seek_mode="exact", dimension_order="NHWC")
+            self.video = decoder(_file_for_library(path), device=self.device, **options)
         except (RuntimeError, ValueError) as error:
             raise MediaError(path, f"torchcodec cannot open it: {one_line(error, 200)}") from error
         _check_count(path, "torchcodec", len(self.video), self.info)
 
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, self.info.num_frames)
-        try:
-            frames = self.video.get_frames_at([int(index) for index in indices]).data.numpy()
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise MediaError(self.path, f"torchcodec cannot decode it: {one_line(error, 200)}") from error
-        return np.stack([resize(frame, size or (self.info.height, self.info.width)) for frame in frames])
+        size, parts = size or (self.info.height, self.info.width), []
+        for first in range(0, len(indices), AT_ONCE):
+            try:
+                frames = self.video.get_frames_at([int(index) for index in indices[first : first + AT_ONCE]]).data
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise MediaError(self.path, f"torchcodec cannot decode it: {one_line(error, 200)}") from error
+            if self.device.type == "cuda":
+                parts.append(resize_on_gpu(frames, size).cpu().numpy())
+            else:
+                parts += [resize(frame, size)[None] for frame in frames.numpy()]
+        if self.device.type == "cuda" and (fallback := getattr(self.video, "cpu_fallback", None)):
+            warnings.warn(f"reader=torchcodec_cuda decodes {self.path} on the CPU: {fallback}", stacklevel=2)
+        return np.concatenate(parts)
 
     def close(self) -> None:
         del self.video
+
+
+def check_reader(reader: str) -> None:
+    """Raise DataError if a reader cannot work here: its package does not load, or it needs a GPU."""
+    if reader == "decord":
+        _decord()
+    elif reader.startswith("torchcodec"):
+        _torchcodec("cuda" if decodes_on_gpu(reader) else "cpu")
+
+
+def decodes_on_gpu(reader: str) -> bool:
+    """Whether a reader uses CUDA, which forked processes cannot: its workers must be spawned."""
+    return reader == "torchcodec_cuda"
+
+
+def _decord() -> ModuleType:
+    """Raises DataError if decord does not load."""
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise DataError(
+            f"reader=decord needs decord: pip install decord. reader=pyav needs nothing. ({one_line(error, 200)})"
+        ) from error
+    return decord
+
+
+def _torchcodec(device: str) -> Callable[..., Any]:
+    """torchcodec's VideoDecoder. Raises DataError if it does not load, or cannot use the device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DataError("reader=torchcodec_cuda needs an NVIDIA GPU, and PyTorch finds none here; use reader=auto")
+    if device == "cuda" and torch.cuda._is_in_bad_fork():
+        raise DataError(
+            "reader=torchcodec_cuda cannot decode in a forked process: CUDA was in use before the fork; start the "
+            "process with spawn, or read in the main process"
+        )
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: there are no libraries of FFmpeg
+        raise DataError(
+            f"reader=torchcodec needs torchcodec for your version of torch, and the shared libraries of FFmpeg: "
+            f"pip install torchcodec; apt install ffmpeg. reader=pyav needs neither. ({one_line(error, 200)})"
+        ) from error
+    return VideoDecoder
 
 
 def _file_for_library(path: str | Path | FileRange) -> str | RangeFile:
@@ -352,6 +423,7 @@ READERS: dict[str, Callable[[str | Path, int, bool | None], Reader]] = {
     "pyav": PyAVReader,
     "decord": DecordReader,
     "torchcodec": TorchcodecReader,
+    "torchcodec_cuda": partial(TorchcodecReader, device="cuda"),
 }
 
 
@@ -367,3 +439,14 @@ def resize(frame: np.ndarray, size: Size) -> np.ndarray:
     planes = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)[None]
     scaled = F.interpolate(planes, tuple(size), mode="bicubic", align_corners=False, antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
+
+
+def resize_on_gpu(frames: Tensor, size: Size) -> Tensor:
+    """[T, H, W, 3] uint8 -> size, by the filter of resize, which rounds and clips between rows and columns."""
+    if frames.shape[1:3] == tuple(size):
+        return frames
+    scaled = []
+    for frame in frames:  # one by one: float32 takes four times the memory
+        planes = frame.permute(2, 0, 1)[None].float()
+        scaled.append(F.interpolate(planes, tuple(size), mode="bicubic", align_corners=False, antialias=True)[0])
+    return torch.stack(scaled).round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -32,7 +32,7 @@ from vae3d.data.clips import (
     ClipSettings,
     Sample,
     Unreadable,
-    augmented_clip,
+    augmented_clips,
     collate,
     open_frames,
     read_clip,
@@ -249,7 +249,8 @@ class ClipStream(IterableDataset):
             try:
                 with opened(item, self.settings) as reader:
                     if has_clip(reader, self.settings, index.frames):
-                        sample = augmented_clip(reader, item.path, index, self.settings, self.schedule.seed)
+                        seed = self.schedule.seed
+                        sample = augmented_clips(reader, item.path, [index], self.settings, seed)[0]
                         return replace(sample, errors=errors)
                 self.unusable += 1
             except MediaError as error:

@@ -89,7 +89,8 @@ CHECKED = 8  # frames at the beginning whose order is compared with the timestam
 SKIPPING = {"h264"}
 KEYS_BACK = 4  # earlier key frames to retry from if a frame does not decode completely
 TRANSPARENT = "has transparent pixels; flatten it onto a background of your choice"
-MAX_DELAY = 64  # packets after its own until a frame comes out; no codec reorders by more than 16
+MAX_REORDER = 16  # frames that are shown later and decoded earlier than a frame, of any codec
+MAX_DELAY = 64  # packets after its own until a frame comes out
 
 PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
 SEEK = np.dtype([("crc", "<u4"), ("dts", "<i8")])  # only of files that need the demuxer

@@ -60,13 +60,14 @@ def load(
     stopping: Callable[[], bool] = lambda: False,
     item_bytes: int = 0,
     held: int = 1,
+    spawn: bool = False,
     **options: Any,
 ) -> Iterator[Any]:
     """The batches of DataLoader(dataset, **options).
 
     timeout: seconds without a batch until WorkerError; 0: never. stopping: whether the run was asked to end; from
     then on a batch may take GRACE seconds. item_bytes: of one batch; 0: unknown. held: batches that the caller holds
-    at a time.
+    at a time. spawn: start workers as new interpreters instead of forks, for a dataset that uses CUDA.
     Raises DataError if /dev/shm is too small for the workers' batches; WorkerError within POLL seconds of a death; and
     the errors of a worker.
     """
@@ -81,6 +82,7 @@ def load(
         prefetch_factor=prefetch,
         worker_init_fn=ignore_sigterm_in_worker,
         timeout=POLL,
+        multiprocessing_context="spawn" if spawn else None,
         **options,
     )
     others = set(multiprocessing.active_children())

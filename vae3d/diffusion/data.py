@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 
 from vae3d import distributed
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
-from vae3d.data.clips import Sample, Unreadable, collate
+from vae3d.data.clips import ClipDataset, Sample, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint
+from vae3d.data.readers import decodes_on_gpu
 from vae3d.data.sources import DataError
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError
@@ -93,6 +94,7 @@ class LatentData:
             stopping=stopping,
             item_bytes=self.item_bytes,
             held=self.schedule.accumulate,
+            spawn=isinstance(self.dataset, ClipDataset) and decodes_on_gpu(self.dataset.settings.reader),
             batch_sampler=self.schedule.micro_batches(first, last),
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),

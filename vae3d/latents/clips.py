@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,14 @@ def _check_no_duplicates(items: Sequence[Item]) -> None:
     for item in items:
         if item.key.removesuffix(FLIP) != item.key and item.key.removesuffix(FLIP) in seen:
             raise DataError(f"row {item.row}: {item.key} has the name of a mirrored clip; rename it")
+
+
+def runs_of_files(items: Sequence[Item], numbers: Iterable[int], most: int) -> Iterator[list[int]]:
+    """Runs of at most `most` consecutive numbers whose items are clips of one file. A worker that reads a run decodes
+    the file on; clip by clip, every worker would decode all of it."""
+    for _, run in groupby(numbers, lambda number: items[number].path):
+        while numbers_of_run := list(islice(run, most)):
+            yield numbers_of_run
 
 
 class ClipReader(Dataset[Read]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import platform
 import random
 import time
@@ -28,15 +29,16 @@ import torch
 from torch import Tensor
 
 from vae3d import __version__
+from vae3d.data.readers import check_reader, decodes_on_gpu
 from vae3d.data.versions import source_version
-from vae3d.data.workers import load, usable_workers
+from vae3d.data.workers import load, shared_memory_free, usable_workers
 from vae3d.hashing import file_hash, json_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, write_json, write_text
 from vae3d.latents import shards
 from vae3d.latents.cache import read_complete, read_meta_file
 from vae3d.latents.claims import BEATS, Claims
-from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform
+from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform, runs_of_files
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.places import LocalPlace, StorePlace, place_of
@@ -57,6 +59,7 @@ TILES = "tiles"  # key of meta.json, only there if they are blended
 MAX_SHOWN = 10  # errors in a message
 FINISH = "finish"  # the claim of the process that completes the cache
 POLL = 2.0  # seconds between two looks at what others do
+RUN_CLIPS, RUN_BYTES = 16, 2**24  # of one file, that a worker reads and sends at once, at most
 # Keys of meta.json, beside autoencoder and transform, that must be equal to resume.
 KEYS = ("pixel_range", "precision", "store", "dtype", "flip", "seed", "clips", "clips_hash", "shard_size", "writers")
 log = logging.getLogger("vae3d")
@@ -288,25 +291,30 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
     """Encode claimed shards. taken: gives, and claims, the next one as soon as the workers have read the last one's
     clips; it never waits, as the shards that were claimed are only finished while their clips are asked for."""
     config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
+    check_reader(config.reader)
     workers, notes = usable_workers(config.workers, "workers")
     for note in notes if not quiet else ():
         log.info(note)
+    clip_bytes = 0 if None in sides else job.codec.model.pixel_channels * math.prod(sides)
+    together = _clips_together(clip_bytes, workers)
     begun: deque[int] = deque()  # shards whose clips are being read
 
-    def numbers() -> Iterator[int]:
+    def runs_of_shards() -> Iterator[list[int]]:
         for shard in taken:
             begun.append(shard)
-            yield from job.span(shard)
+            yield from runs_of_files(job.items, job.span(shard), together)
 
-    reads: Iterable[Read] = load(
+    runs: Iterable[list[Read]] = load(
         ClipReader(job.items, job.transform, config.reader, config.verify == "hash", job.codec.model.pixel_channels),
         workers=workers,
         timeout=config.timeout,
-        item_bytes=0 if None in sides else job.codec.model.pixel_channels * math.prod(sides),
-        held=config.batch_size,
-        sampler=numbers(),
-        batch_size=None,
+        item_bytes=clip_bytes * together,
+        held=config.batch_size // together + 2,
+        spawn=decodes_on_gpu(config.reader),
+        batch_sampler=runs_of_shards(),
+        collate_fn=list,
     )
+    reads = chain.from_iterable(runs)
     seen = job.place.done()  # also by others
     bar = progress(total=len(job.items), initial=_clips_of(job, seen), unit="clip", hidden=quiet)
     batches: deque[list[Read]] = deque()
@@ -358,6 +366,17 @@ def _write_claimed(
             if claims.owns(name) or not job.place.stamp(marker):
                 raise
     claims.release(name)
+
+
+def _clips_together(clip_bytes: int, workers: int) -> int:
+    """How many clips of a file a worker reads and sends at once: one if their size is unknown, fewer if there is little
+    shared memory."""
+    if not clip_bytes or not workers:
+        return 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = shared_memory_free()
+    share = RUN_BYTES if free is None else min(RUN_BYTES, free // (2 * ranks * (2 * workers + 3)))
+    return max(1, min(RUN_CLIPS, share // clip_bytes))
 
 
 def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
