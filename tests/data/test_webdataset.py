@@ -541,3 +541,18 @@ def test_what_a_stream_cannot_do_is_an_error(shards, tmp_path):
         pass
     with pytest.raises(DataError, match=r"data\.source\.shuffle=0"):
         WebDataset(tmp_path, streaming=True, shuffle=0)
+
+
+def test_an_index_elsewhere_and_streams_of_an_index(plain, tmp_path, monkeypatch):
+    copy = shutil.copytree(plain, tmp_path / "copy", ignore=shutil.ignore_patterns(INDEX))
+    monkeypatch.chdir(tmp_path)
+    source = WebDataset("copy/{000000..000003}.tar", index="own.arrow")
+    assert len(source.table()) == 12
+    assert (tmp_path / "own.arrow").is_file()
+    assert not (copy / INDEX).exists()
+    assert WebDataset("own.arrow").table().equals(source.table())
+    assert tiny.status("index", copy, "--out", "other.arrow") == 0
+    assert read_index("other.arrow")[0].equals(read_index("own.arrow")[0])
+    assert WebDataset("own.arrow", streaming=True).stream("train").paths == sorted(map(str, copy.glob("*.tar")))
+    with pytest.raises(DataError, match="no index of shards"):
+        WebDataset(shutil.copy(copy / "000000.tar", "tar.arrow")).table()
