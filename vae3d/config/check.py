@@ -252,9 +252,7 @@ def _is_stored(key: str, path: str) -> bool:
 
 def _exists(path: str) -> bool:
     """`*` stands for any characters, of numbered images; {000..999} for each of these numbers; `::` separates a
-    checkpoint from its part. URLs are looked up when the run starts."""
-    if "://" in path:
-        return True
+    checkpoint from its part."""
     if "{" in path and not exists(path):
         from braceexpand import UnbalancedBracesError, braceexpand
 
