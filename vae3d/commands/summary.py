@@ -70,7 +70,8 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     """Training files, epochs, and the files that are skipped."""
     lengths, counts = data.schedule.lengths, data.schedule.frames.all()
     unused = int((lengths < counts[0]).sum())
-    epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
+    epoch = (len(lengths) - unused) * data.schedule.clips_per_file  # clips
+    epochs = config.trainer.max_steps * config.data.batch_size / epoch
     held_out = [path for clip in data.held_out for path in clip.paths]
     lines = [f"{plural(len(lengths), 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"]
     if held_out:
