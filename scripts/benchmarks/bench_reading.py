@@ -18,7 +18,8 @@ reading runs in a process of its own on one thread; the methods take turns. Prin
 torchvision's read_video where torchvision still has it (up to 0.25). From a tar: vae3d by its index, and webdataset in
 both ways of its users: each video is decoded whole (by its torch_video, or by PyAV where there is no read_video) and
 the clip cut out, or decord or torchcodec take the clip from its bytes. All read the same clips, and the frames must be
-equal. The methods take turns; of each the fastest of --repeats rounds counts. Prints a table for docs/train.md.
+equal. The methods take turns, in another order each round; of each the fastest of --repeats rounds counts. Prints a
+table for docs/train.md.
 """
 
 from __future__ import annotations
@@ -349,20 +350,21 @@ def measure_shards(paths: list[Path], shard: Path, repeats: int) -> dict[str, Co
     torch.set_num_threads(1)
     info = media_info(paths[0])
     crop = resize_crop_params(*info.size_to_scale((SIZE, SIZE)), (SIZE, SIZE))
-    methods, costs = shard_methods(Fraction(info.fps).limit_denominator(1001)), {}
-    rng = np.random.default_rng(0)
-    for number in range(-1, repeats):  # the first round is not counted: it makes the indexes
-        starts = rng.integers(info.num_frames - FRAMES + 1, size=len(paths)).tolist()
-        expected: list[np.ndarray] = []
-        for name, method in methods.items():
+    methods = shard_methods(Fraction(info.fps).limit_denominator(1001))
+    costs = {name: Cost() for name in methods}
+    draws = (np.arange(len(paths)) + np.random.default_rng(0).random(len(paths))) / len(paths)  # spread over the file
+    starts = (draws * (info.num_frames - FRAMES + 1)).astype(int).tolist()
+    expected: list[np.ndarray] = []
+    names = list(methods)
+    for number in range(repeats + 1):  # the first round makes the indexes, and is not counted
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             close_kept_sources()
-            clips = []
+            clips, cost = [], costs[name]
             before, wall, cpu = bytes_read(), time.perf_counter(), time.process_time()
-            for clip in method(paths, shard, starts):
+            for clip in methods[name](paths, shard, starts):
                 resized = clip if name.startswith("vae3d") else [resize(frame, crop.size) for frame in clip]
                 clips.append(crop.crop(np.stack(resized)))
-            cost = costs.setdefault(name, Cost())
-            if number >= 0:
+            if number:
                 cost.cpu = min(cost.cpu, 1e3 * (time.process_time() - cpu) / len(paths))
                 cost.wall = min(cost.wall, 1e3 * (time.perf_counter() - wall) / len(paths))
                 cost.read = (bytes_read() - before) / len(paths)

@@ -142,9 +142,10 @@ def test_ranks_and_a_later_start_do_not_change_the_clips(table):
 
 def test_a_batch_that_cuts_through_the_clips_of_a_file_is_noted(table):
     settings = ClipSettings(16, 16)
-    assert schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8)) == []
-    (note,) = schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8, world_size=4))
+    assert schedule_notes(schedule(table, settings, clips_per_file=1)) == []
+    (note,) = schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8))
     assert "data.clips_per_file=4" in note
+    (*_, note) = schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8, world_size=4))
     assert "2 clips" in note
 
 

@@ -73,7 +73,8 @@ def data_summary(config: TrainConfig, data: TrainingData | StreamingData) -> lis
         return [f"  {line}" for line in [*held_out_lines(data), *data.notes]]
     lengths, counts = data.schedule.lengths, data.schedule.frames.all()
     unused = int((lengths < counts[0]).sum())
-    epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
+    epoch = (len(lengths) - unused) * data.schedule.clips_per_file  # clips
+    epochs = config.trainer.max_steps * config.data.batch_size / epoch
     lines = [f"{plural(len(lengths), 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"]
     lines += [f"  {line}" for line in [*held_out_lines(data), *data.notes]]
     if unused:

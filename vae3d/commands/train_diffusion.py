@@ -237,7 +237,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     """Latents, network, process and batches of a run."""
     codec, trainer, batch = data.codec, config.trainer, config.data.batch_size
     stride, frames, height, width = codec.space_stride, *data.size
-    epochs = trainer.max_steps * batch / len(data.schedule.lengths)
+    epochs = trainer.max_steps * batch / (len(data.schedule.lengths) * data.schedule.clips_per_file)
     classes = plural(len(data.trained_classes), "class") if data.trained_classes else "no classes"
     return [
         f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "

@@ -149,11 +149,14 @@ def _check_broken_share(errors: list[tuple[str, str]], rows: int, max_broken: fl
 
 
 def schedule_notes(schedule: BatchSchedule) -> list[str]:
-    """A line if clips of one file fall into different batches, which open it each."""
+    """What data.clips_per_file means for epochs and batches; nothing for 1."""
     clips, batch = schedule.clips_per_file, schedule.micro_batch
-    if batch % clips == 0:
+    if clips == 1:
         return []
-    return [f"data.clips_per_file={clips} does not divide a batch of {plural(batch, 'clip')}: files are opened twice"]
+    notes = [f"data.clips_per_file={clips}: an epoch has {plural(clips, 'clip')} of each file, one after the other"]
+    if batch % clips:
+        notes.append(f"  it does not divide a batch of {plural(batch, 'clip')}: some files are opened for two batches")
+    return notes
 
 
 def clip_lengths(table: pd.DataFrame, settings: ClipSettings) -> np.ndarray:
