@@ -4,7 +4,8 @@
     torchrun --nproc-per-node=8 scripts/encode_latents.py checkpoint=Wan2.1_VAE.pth source=videos.csv \\
         cache=latents/videos height=480 width=832 frames=81 fps=16 clips=all precision=bf16
 
-The same command resumes, also with another number of processes. Settings: vae3d/config/latents.py (EncodeConfig).
+The same command resumes, also with another number of processes; started again meanwhile, it helps. With --shard 3/64 it
+is the third of 64 array jobs. Settings: vae3d/config/latents.py (EncodeConfig).
 """
 
 import sys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from tests import tiny
 from tests.http_server import SHORT, serve
 from tests.latents import caches
-from tests.latents.processes import exit_statuses, start, wait_for
+from tests.latents.processes import wait_for
 from vae3d.commands import encode_status, latent_stats
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
@@ -150,29 +150,31 @@ def of_store(url, tmp_path):
 
 
 def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(s3, local, tmp_path, monkeypatch, capsys):
-    """By two processes; a third one is killed, and taken over."""
+    """By two at once, after another was lost that had written half a shard."""
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "objects"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     url = "s3://latents/photos"
     settings = {"flip": True, "writers": ["webdataset"], "stale": 3.0}
-    job = caches.job(local.parent / "photos", url, **settings)
 
-    def part(index):
-        if index == 1:
-            monkeypatch.setattr(objects, "put", killing(objects.put))
-        encode_cache(job, index, 3)
+    def job(**changes):
+        return caches.job(local.parent / "photos", url, **settings | changes)
 
-    def killing(put):
-        def wrapped(file, url):
-            if url.endswith("00001.statistics.safetensors"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            put(file, url)
+    class Lost(BaseException):
+        pass
 
-        return wrapped
+    def lost(file, url):
+        put(file, url)
+        if url.endswith("00001.safetensors"):
+            raise Lost
 
-    lost = start(part, 1)
-    wait_for(lambda: any(name.startswith("00001.") for name in objects.listing(f"{url}/.claims")))
-    assert exit_statuses([lost, start(part, 0), start(part, 2)]) == [-signal.SIGKILL, 0, 0]
+    put = objects.put
+    with monkeypatch.context() as patch, pytest.raises(Lost):
+        patch.setattr(objects, "put", lost)
+        patch.setattr(objects, "remove", lambda url: None)  # its claim is left
+        encode_cache(job(), 1, 3)
+    assert shards.numbers_of(objects.listing(f"{url}/shards")) == set()
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(encode_cache, [job(), job()], (0, 2), (3, 3))) == [True, True]
     assert of_store(url, tmp_path) == caches.files(local)
     assert_same(LatentCache(url), local)
     latent_stats.main([url, "--partial"])
@@ -182,13 +184,11 @@ def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(s3, local, tmp
     assert of_shards[3:10] == of_file[2:9]  # the table
     # A shard that is damaged in the store is encoded again.
     objects.put(local / "meta.json", f"{url}/shards/00002.safetensors")
-    again = caches.job(local.parent / "photos", url, **settings)
-    encode_cache(again)
+    encode_cache(job())
     assert of_store(url, tmp_path) == caches.files(local)
     assert encode_status.main([url]) == 0
-    other = caches.job(local.parent / "photos", url, dtype="fp32", **settings)
     with pytest.raises(CacheError, match="s3://latents/photos was begun with other settings: dtype is fp16 there"):
-        encode_cache(other)
+        encode_cache(job(dtype="fp32"))
     with pytest.raises(CacheError, match="s3://latents is not empty, and not a latent cache"):
         encode_cache(caches.job(local.parent / "photos", "s3://latents"))
 

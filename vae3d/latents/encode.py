@@ -1,7 +1,8 @@
 """Encode a dataset into a latent cache, with any number of processes; the same command resumes.
 
-Processes share the folder only: each claims shards one at a time (latents.claims), so a slow one holds nobody up and a
-lost one is replaced. A clip's latents depend on its shard alone, in which batches are formed, never on who encodes it.
+Processes share only the place of the cache (latents.places): each claims shards one at a time (latents.claims), so a
+slow one does not hold up the others, and a lost one is replaced. A clip's latents depend on its shard alone, in which
+batches are formed, never on who encodes it.
 """
 
 from __future__ import annotations
