@@ -222,19 +222,6 @@ def with_weights(buckets: Sequence[Bucket], rows: Sequence[int]) -> list[Bucket]
 # ---- what is logged
 
 
-HEAD = ["bucket", "clips", "cost", "files", "steps", "pixels kept"]
-
-
-def table_of(buckets: Sequence[Bucket], shares: Sequence[float], rows: Sequence[int], kept: Sequence[float]) -> list:
-    """Cells below HEAD. shares: of the steps. kept: mean share of the pixels of each bucket's files."""
-    costs = relative_costs(buckets, shares)
-    cells = zip(buckets, costs, rows, shares, kept, strict=True)
-    return [
-        [b.name, str(b.batch_size), f"{cost:.2f}", str(count), f"{100 * share:.1f} %", f"{100 * of:.1f} %"]
-        for b, cost, count, share, of in cells
-    ]
-
-
 def relative_costs(buckets: Sequence[Bucket], shares: Sequence[float]) -> np.ndarray:
     """Cost of a step of each bucket over the mean of all steps."""
     costs = np.array([bucket.step_cost for bucket in buckets], dtype=float)
