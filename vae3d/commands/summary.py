@@ -16,7 +16,7 @@ from vae3d.data.buckets import buckets_of
 from vae3d.data.clips import Stream
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
-from vae3d.data.streams import bucket_rows
+from vae3d.data.streams import bucket_rows, pixels_kept
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.report import text_table
 from vae3d.text import plural
@@ -114,6 +114,7 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
 def _files_and_buckets(config: TrainConfig, streams: Sequence[tuple[Stream, float]]) -> list[str]:
     """Of a source. streams: with their shares of all steps."""
     steps, first = config.trainer.max_steps, streams[0][0]
+    own = sources_of(config.data)[first.source]
     clips = sum(steps * share * stream.schedule.batch_size for stream, share in streams)
     rows = [stream.schedule.rows for stream, _ in streams]
     files = len(first.schedule.lengths) if first.bucket is None else len(np.unique(np.concatenate(rows)))
@@ -123,8 +124,13 @@ def _files_and_buckets(config: TrainConfig, streams: Sequence[tuple[Stream, floa
         line = f"{first.source}: {line}, {100 * sum(share for _, share in streams):.3g} % of the steps"
     if first.bucket is None:
         return [line]
+    kept, kept_in_one = pixels_kept(*zip(*streams, strict=True), (own.height, own.width))
     table = text_table(*bucket_rows(*zip(*streams, strict=True)))
-    return [f"{line}, in {plural(len(streams), 'bucket')}:", *(f"  {row}" for row in table.splitlines())]
+    return [
+        f"{line}, in {plural(len(streams), 'bucket')}",
+        *(f"  {row}" for row in table.splitlines()),
+        f"  pixels kept: {100 * kept:.1f} %; {100 * kept_in_one:.1f} % if all clips were {own.height}x{own.width}",
+    ]
 
 
 def _too_short(stream: Stream) -> list[str]:

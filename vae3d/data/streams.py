@@ -13,7 +13,7 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, S
 from vae3d.data.buckets import Bucket, relative_costs, rows_of, share_kept, uneven, with_batches, with_weights
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.loader import HeldOut, clip_lengths, held_out
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, Size
 from vae3d.data.segments import bounds_of
 from vae3d.text import plural
 
@@ -112,17 +112,26 @@ def bucket_rows(streams: Sequence[Stream], shares: Sequence[float]) -> tuple[lis
                 f"{cost:.2f}",
                 str(len(rows)),
                 f"{100 * share:.1f} %",
-                f"{100 * kept_of(stream):.1f} %",
+                f"{100 * _kept(stream, stream.bucket.size):.1f} %",
             ]
         )
     return ["bucket", "clips", "cost", "files", "steps", "pixels kept"], cells
 
 
-def kept_of(stream: Stream) -> float:
-    """Mean share of the pixels of its files that a bucket keeps."""
+def pixels_kept(streams: Sequence[Stream], shares: Sequence[float], size: Size) -> tuple[float, float]:
+    """Mean share of pixels that the clips of a source's buckets keep, and that they would keep at one `size`. shares:
+    of all steps."""
+    clips = [stream.schedule.batch_size * share for stream, share in zip(streams, shares, strict=True)]
+    in_bucket = [_kept(stream, stream.bucket.size) for stream in streams]
+    in_one = [_kept(stream, size) for stream in streams]
+    return float(np.average(in_bucket, weights=clips)), float(np.average(in_one, weights=clips))
+
+
+def _kept(stream: Stream, size: Size) -> float:
+    """Mean share of the pixels of a bucket's files that stay at a size."""
     heights, widths = sizes_of(stream.table)
     rows = stream.schedule.rows
-    return float(share_kept(widths[rows] / heights[rows], stream.bucket.size).mean())
+    return float(share_kept(widths[rows] / heights[rows], size).mean())
 
 
 def held_out_of(
