@@ -147,7 +147,7 @@ def test_measured_costs_replace_the_number_of_pixels():
 def test_uneven_costs_are_told_with_their_numbers():
     buckets = with_batches([Bucket(17, 256, 256), Bucket(11, 256, 256)], Bucket(17, 256, 256, 2), 2)
     (line,) = uneven(buckets, [0.5, 0.5], 2)
-    assert "17x256x256 (2 x 1114112: 1.21)" in line
+    assert "17x256x256 (2 x 1114112: 0.87)" in line
     assert "multiples of 2" in line
     assert uneven(buckets[:1], [1.0], 2) == []
 
