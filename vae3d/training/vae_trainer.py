@@ -231,10 +231,16 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
 
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         changed = state.check_same_run(checkpoint, asdict(self.config))
-        clips, info = self.data.clips_per_step(), checkpoint / state.META
-        saved = read_json(info).get(CLIPS_PER_STEP, {}) if info.is_file() else clips  # a state file does not say it
-        for name, (old, new) in state.changes(saved, clips).items():  # such as on another number of ranks
-            changed[f"clips per step of {name}"] = old, new
+        clips, file = self.data.clips_per_step(), checkpoint / state.META
+        saved = read_json(file).get(CLIPS_PER_STEP, {}) if file.is_file() else clips  # a state file does not say it
+        other = {name: (old, new) for name, (old, new) in state.changes(saved, clips).items() if old and new}
+        changed |= {f"clips per step of {name}": pair for name, pair in other.items()}
+        if other:
+            self.log.warn(
+                "the buckets have other numbers of clips per step than the run had until now, since it has another "
+                "number of ranks or data.batch_size: the next clips are not those that would have come then; fix "
+                "data.buckets.clips_multiple for a run that changes its number of ranks"
+            )
         before, now = changed.get("loss.logvar", (0.0, 0.0))
         if (before is None) != (now is None):
             raise ResumeError(
