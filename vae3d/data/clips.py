@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
+from vae3d.data.batch_schedule import BatchSchedule, BatchShape, ClipIndex, Schedule, StepShape
+from vae3d.data.buckets import Bucket
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
 from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
@@ -250,13 +251,15 @@ class ClipDataset(Dataset[Sample]):
 
     Every random choice is a pure function of (seed, position): workers, ranks and a resume do not change a clip.
     A file that cannot be read is reported in `errors` and replaced by another row, seeded as well.
+    streams: how many there are; positions of one of several are numbered over all, see Interleaved.step.
     """
 
-    def __init__(self, table: pd.DataFrame, schedule: BatchSchedule, settings: ClipSettings) -> None:
+    def __init__(self, table: pd.DataFrame, schedule: BatchSchedule, settings: ClipSettings, streams: int = 1) -> None:
         self.paths = np.array([os.fsencode(path) for path in table["path"]])  # one buffer, shared by forked workers
         self.bounds = np.array(bounds_of(table)).reshape(-1, 2)
         self.schedule = schedule
         self.settings = settings
+        self.streams = streams
 
     def __getitem__(self, index: ClipIndex) -> Sample:
         errors: list[tuple[str, str]] = []
@@ -266,7 +269,9 @@ class ClipDataset(Dataset[Sample]):
                 return replace(self._load(path, [index])[0], errors=errors)
             except MediaError as error:
                 errors.append((error.path, error.reason))
-            index = index._replace(row=self.schedule.replacement(index.position, index.frames, attempt))
+            index = index._replace(
+                row=self.schedule.replacement(self._in_stream(index.position), index.frames, attempt)
+            )
         return Sample(None, index, path, errors)
 
     def __getitems__(self, indices: Sequence[ClipIndex]) -> list[Sample]:
@@ -284,7 +289,13 @@ class ClipDataset(Dataset[Sample]):
     def _load(self, path: str, indices: Sequence[ClipIndex]) -> list[Sample]:
         """Clips of one row. Raises MediaError."""
         with closing(open_frames(path, self.settings, tuple(self.bounds[indices[0].row]))) as reader:
-            return augmented_clips(reader, path, indices, self.settings, self.schedule.seed, self.schedule.start_at)
+            return augmented_clips(reader, path, indices, self.settings, self.schedule.seed, self._start_at)
+
+    def _start_at(self, position: int, draw: float) -> float:
+        return self.schedule.start_at(self._in_stream(position), draw)
+
+    def _in_stream(self, position: int) -> int:
+        return position // self.streams
 
 
 def augmented_clips(
@@ -311,6 +322,81 @@ def augmented_clips(
             frames = np.roll(frames, int(rng.integers(settings.width)), axis=2)
         samples.append(to_sample(frames, index, path, settings))
     return samples
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the steps of one kind take their clips from: rows of a table, in the order of a schedule.
+
+    source: its name in data.sources; empty: the only one. bucket: whose shape all clips have; None: settings and
+    schedule say it.
+    """
+
+    table: pd.DataFrame
+    schedule: BatchSchedule
+    settings: ClipSettings
+    source: str = ""
+    bucket: Bucket | None = None
+
+    @property
+    def name(self) -> str:
+        """For logs: photos, 33x256x256 or photos_33x256x256."""
+        return "_".join(filter(None, (self.source, self.bucket.name if self.bucket else "")))
+
+
+class StepShapes:
+    """Shapes and counts of what `streams` give in the order of `schedule`."""
+
+    streams: Sequence[Stream]
+    schedule: Schedule
+
+    def shapes(self) -> list[BatchShape]:
+        """Of every kind of micro-batch."""
+        return [self._shape(shape) for shape in self.schedule.shapes()]
+
+    def shape_at(self, step: int) -> BatchShape:
+        """Of the micro-batches of a step."""
+        stream = self.schedule.locate(step)[0]
+        micro_batch = self.streams[stream].schedule.micro_batch
+        return self._shape(StepShape(stream, self.schedule.frames_at(step), micro_batch))
+
+    def _shape(self, shape: StepShape) -> BatchShape:
+        settings = self.streams[shape.stream].settings
+        return BatchShape(shape.stream, shape.micro_batch, shape.frames, settings.height, settings.width)
+
+    @property
+    def item_bytes(self) -> int:
+        """Of the largest batch that a worker reads."""
+        settings = self.streams[0].settings  # channels and depth are of the run
+        largest = max(shape.pixels for shape in self.shapes())
+        return settings.channels * largest * (1 if settings.depth is None else 4)
+
+    def clips_per_step(self) -> dict[str, int]:
+        """Of each source and bucket; nothing of one stream alone."""
+        return {stream.name: stream.schedule.batch_size for stream in self.streams if stream.name}
+
+    def counts(self, step: int) -> dict[str, float]:
+        """Steps and clips before a step of each source and each bucket, for the log; nothing of one stream alone."""
+        counts: dict[str, float] = {}
+        for stream, steps in zip(self.streams, self.schedule.steps_before(step), strict=True):
+            for name in dict.fromkeys(filter(None, (stream.source, stream.name))):
+                for what, count in (("steps", steps), ("clips", steps * stream.schedule.batch_size)):
+                    counts[f"data/{what}_{name}"] = counts.get(f"data/{what}_{name}", 0) + count
+        return counts
+
+
+class StreamedClips(Dataset[Sample]):
+    """Clips of several streams, indexed by ClipIndex: each from the dataset of its stream."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self.datasets = [ClipDataset(s.table, s.schedule, s.settings, len(streams)) for s in streams]
+
+    def __getitem__(self, index: ClipIndex) -> Sample:
+        return self.datasets[index.stream][index]
+
+    def __getitems__(self, indices: Sequence[ClipIndex]) -> list[Sample]:
+        """The samples of a batch, all of one stream."""
+        return self.datasets[indices[0].stream].__getitems__(indices)
 
 
 @dataclass

@@ -20,17 +20,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vae3d.arguments import ArgumentError
-from vae3d.data.batch_schedule import ClipIndex, FrameCounts
+from vae3d.data.batch_schedule import ClipIndex, FrameCounts, OneStream
 from vae3d.data.clips import (
     ATTEMPTS,
     ClipSettings,
     Sample,
+    StepShapes,
+    Stream,
     Unreadable,
     augmented_clips,
     collate,
@@ -161,7 +162,7 @@ class ShuffledItems:
 
 
 @dataclass(frozen=True)
-class StreamingSchedule:
+class StreamingSchedule(OneStream):
     """Which frame count each step has, and which clips of a step this rank reads; see BatchSchedule. lengths: empty, as
     a stream does not know them."""
 
@@ -176,10 +177,6 @@ class StreamingSchedule:
     def __post_init__(self) -> None:
         if self.frames.fit:
             raise DataError("data.frames.fit needs the frame counts of all files, which a stream does not have")
-
-    @property
-    def micro_batch(self) -> int:
-        return self.batch_size // (self.accumulate * self.world_size)
 
     def frames_at(self, step: int) -> int:
         """Frames per clip of a step."""
@@ -292,7 +289,7 @@ def has_clip(reader: Reader, settings: ClipSettings, frames: int) -> bool:
 
 
 @dataclass
-class StreamingData:
+class StreamingData(StepShapes):
     """The data of a training run from a stream; see loader.TrainingData, which has the same interface."""
 
     stream: ShardedStream
@@ -306,19 +303,15 @@ class StreamingData:
     notes: list[str] = field(default_factory=list)
     skipped_files: list[tuple[str, str]] = field(default_factory=list)
     timeout: float = 0.0
+    val_groups: Sequence[tuple[str, ...]] = ()
+    warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.table: pd.DataFrame = rows_from_paths([], [])
+        self.streams = [Stream(rows_from_paths([], []), self.schedule, self.settings)]
         self.positions = [Position()] * max(1, self.workers)
         # (micro-batch, the reader's position behind it), as far back as a checkpoint may need them
         self._passed: list[deque[tuple[int, Position]]] = [deque() for _ in self.positions]
         self.fingerprint = StreamingFingerprint(self.stream.name, self.stream.shards)
-
-    @property
-    def item_bytes(self) -> int:
-        """Of the largest batch that a worker reads."""
-        values = self.settings.channels * self.schedule.frames.all()[-1] * self.settings.height * self.settings.width
-        return self.schedule.micro_batch * values * (1 if self.settings.depth is None else 4)
 
     def clips(
         self, first: int, last: int, stopping: Callable[[], bool] = lambda: False
