@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
@@ -13,12 +14,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fsspec import AbstractFileSystem
 from PIL import Image
 
 from tests import compose_cache, tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config.schema import TrainConfig
+from vae3d.data import storage
 
 
 def pytest_collection_finish() -> None:
@@ -172,3 +175,25 @@ def clip() -> torch.Tensor:
     """[2, 3, 5, 16, 16] in [-1, 1]."""
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.uniform(-1, 1, (2, 3, 5, 16, 16))).float()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Callable[[str], AbstractFileSystem]]:
+    """bucket -> fsspec's file system of an S3 server on this machine, with that bucket."""
+    pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**settings, "ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(f"AWS_{name}", value)
+
+        def with_bucket(name: str) -> AbstractFileSystem:
+            system = storage._file_system(f"s3://{name}")[0]
+            system.mkdir(name)
+            return system
+
+        yield with_bucket
+    server.stop()

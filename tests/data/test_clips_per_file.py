@@ -13,8 +13,8 @@ from tests import tiny
 from vae3d.config.diffusion import check_diffusion
 from vae3d.config.issues import ConfigError
 from vae3d.data import clips
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import ClipDataset, ClipSettings
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved
+from vae3d.data.clips import ClipDataset, ClipSettings, Stream, StreamedClips
 from vae3d.data.loader import TrainingData, clip_lengths, schedule_notes
 from vae3d.data.media import MediaError
 from vae3d.data.readers import PyAVReader
@@ -132,7 +132,9 @@ def test_ranks_and_a_later_start_do_not_change_the_clips(table):
 
     def videos(first, last, **kwargs):
         plan = schedule(table, settings, clips_per_file=2, batch_size=4, **kwargs)
-        return [clip.video for clip in TrainingData(table, plan, settings, 0, 2, [], []).clips(first, last)]
+        return [
+            clip.video for clip in TrainingData([Stream(table, plan, settings)], plan, 0, 2, [], []).clips(first, last)
+        ]
 
     whole, later = videos(0, 4), videos(2, 4)
     halves = [videos(0, 4, rank=rank, world_size=2) for rank in range(2)]
@@ -140,12 +142,29 @@ def test_ranks_and_a_later_start_do_not_change_the_clips(table):
     assert all(torch.equal(torch.cat(pair), clip) for clip, *pair in zip(whole, *halves, strict=True))
 
 
+def test_streams_of_a_mixture_have_clips_per_file_of_their_own(table):
+    settings = ClipSettings(16, 16, crop="random")
+    plans = [schedule(table, settings, clips_per_file=n, batch_size=4, seed=n) for n in (4, 1, 2)]
+    mixed = Interleaved(plans, [1, 1, 2], seed=0)
+    dataset = StreamedClips([Stream(table, plan, settings) for plan in plans])
+    seen = set()
+    for step in range(8):
+        (batch,) = mixed.step(step)
+        stream = batch[0].stream
+        seen.add(stream)
+        starts = [plans[stream].start_at(index.position // 3, 0.5) for index in batch]
+        assert starts == {0: [0.125, 0.375, 0.625, 0.875], 1: [0.5] * 4, 2: [0.25, 0.75] * 2}[stream]
+        for together, index in zip(dataset.__getitems__(batch), batch, strict=True):
+            assert torch.equal(together.video, dataset[index].video)
+    assert seen == {0, 1, 2}
+
+
 def test_a_batch_that_cuts_through_the_clips_of_a_file_is_noted(table):
     settings = ClipSettings(16, 16)
-    assert schedule_notes(schedule(table, settings, clips_per_file=1)) == []
-    (note,) = schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8))
+    assert schedule_notes([schedule(table, settings, clips_per_file=1)]) == []
+    (note,) = schedule_notes([schedule(table, settings, clips_per_file=4, batch_size=8)])
     assert "data.clips_per_file=4" in note
-    (*_, note) = schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8, world_size=4))
+    (*_, note) = schedule_notes([schedule(table, settings, clips_per_file=4, batch_size=8, world_size=4)])
     assert "2 clips" in note
 
 

@@ -83,22 +83,12 @@ def store(files, cache):
 
 
 @pytest.fixture(scope="module")
-def bucket(files):
+def bucket(files, s3):
     """The same files in the bucket `data` of an S3 server on this machine."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(HOST, port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"endpoint_url": f"http://{host}:{port}", "key": "key", "secret": "secret"}
-    patch = pytest.MonkeyPatch()
-    patch.setitem(fsspec.config.conf, "s3", settings)
-    system = fsspec.filesystem("s3")
-    system.mkdir("data")
+    system = s3("data")
     for file in sorted(files.iterdir()):
         system.pipe_file(f"data/{file.name}", file.read_bytes())
-    yield "s3://data"
-    patch.undo()
-    server.stop()
+    return "s3://data"
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -560,22 +559,12 @@ def test_an_index_elsewhere_and_streams_of_an_index(plain, tmp_path, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def bucket(plain):
+def bucket(plain, s3):
     """The shards, without their index, in the bucket `shards` of an S3 server on this machine."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    patch = pytest.MonkeyPatch()
-    settings = {"endpoint_url": f"http://{host}:{port}", "key": "key", "secret": "secret"}
-    patch.setitem(fsspec.config.conf, "s3", settings)
-    system = fsspec.filesystem("s3")
-    system.mkdir("shards")
+    system = s3("shards")
     for file in plain.glob("*.tar"):
         system.pipe_file(f"shards/{file.name}", file.read_bytes())
-    yield "s3://shards"
-    patch.undo()
-    server.stop()
+    return "s3://shards"
 
 
 def test_shards_in_s3_are_listed_indexed_and_read(bucket, plain, tmp_path, monkeypatch, capsys):

@@ -126,21 +126,8 @@ def test_latent_stats_of_a_remote_cache(store, local, capsys):
 
 
 @pytest.fixture(scope="module")
-def s3():
-    """A store on this machine, with the bucket `latents`."""
-    pytest.importorskip("s3fs", reason="the extra `s3` is not installed")
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**settings, "ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(f"AWS_{name}", value)
-        storage._systems.clear()  # of other settings
-        storage._file_system("s3://latents")[0].mkdir("latents")
-        yield
-    server.stop()
+def bucket(s3):
+    s3("latents")
 
 
 def of_store(url, tmp_path):
@@ -149,7 +136,7 @@ def of_store(url, tmp_path):
     return {name: objects.get(f"{url}/{name}", file) and file.read_bytes() for name in objects.listing(url)}
 
 
-def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(s3, local, tmp_path, monkeypatch, capsys):
+def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(bucket, local, tmp_path, monkeypatch, capsys):
     """By two at once, after another was lost that had written half a shard."""
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "objects"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -193,7 +180,7 @@ def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(s3, local, tmp
         encode_cache(caches.job(local.parent / "photos", "s3://latents"))
 
 
-def test_claims_in_a_store(s3, tmp_path, caplog):
+def test_claims_in_a_store(bucket, tmp_path, caplog):
     url = "s3://latents/claims"
     with StoreClaims(url, tmp_path / "one", 3.0) as one, StoreClaims(url, tmp_path / "other", 3.0) as other:
         assert one.take("a")
@@ -214,7 +201,7 @@ def test_claims_in_a_store(s3, tmp_path, caplog):
     assert not objects.listing(url)
 
 
-def test_two_that_claim_at_once_do_not_both_get_it(s3, tmp_path, monkeypatch):
+def test_two_that_claim_at_once_do_not_both_get_it(bucket, tmp_path, monkeypatch):
     one, other = (StoreClaims("s3://latents/race", tmp_path / name, 60.0) for name in ("one", "other"))
     listed = one._others
     monkeypatch.setattr(one, "_others", lambda name: listed(name) if one._own else {})
