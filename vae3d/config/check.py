@@ -9,6 +9,7 @@ import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +32,7 @@ from vae3d.config.issues import (
     raise_if_any,
     walk,
 )
+from vae3d.config.sources import expand_sources, of_source, sources_of, without_inherited
 from vae3d.config.targets import target_issues
 
 C = TypeVar("C")
@@ -119,27 +121,44 @@ def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     issues: list[ConfigIssue] = []
     tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", issues)
     issues += adapter_issues(tree)
+    tree, given, beside = expand_sources(tree)
+    issues += beside
     config, wrong = _typed(tree, schema)
     for found in (target_issues(tree), _number_issues(tree), wrong, _missing(tree, config)):
         issues = add_new(issues, found)
-    return config, issues
+    return config, without_inherited(issues, given)
 
 
 def check_rules(config: Any, rules: Rules, issues: Sequence[ConfigIssue] = ()) -> list[ConfigIssue]:
-    """Errors of rules. A rule that reads a value with an issue is skipped."""
-    c = _Readable(config, [issue.key for issue in issues])
-    found = []
+    """Errors of rules. A rule that reads a value with an issue is skipped. Rules on keys that each source of a mixture
+    has are checked on every source."""
+    wrong = [issue.key for issue in issues]
+    c, found = _Readable(config, wrong), []
+    sources = _by_source(config, wrong)
     for rule in rules:
-        try:
-            if not isinstance(rule, Rule):
-                found += rule(c)
-            elif rule.broken(c):
-                value = c
-                for name in rule.key.split("."):
-                    value = value.get(name) if isinstance(value, dict) else getattr(value, name)
-                found.append(ConfigIssue(rule.key, value, rule.message.format(c=c), rule.hint.format(c=c)))
-        except _WrongValue:
-            pass
+        if isinstance(rule, Rule) and sources and of_source("NAME", rule.key) != rule.key:
+            broken = [(of_source(name, rule.key), own) for name, own in sources.items()]
+        else:
+            broken = [(rule.key if isinstance(rule, Rule) else "", c)]
+        for key, of in broken:
+            with suppress(_WrongValue):
+                if not isinstance(rule, Rule):
+                    found += rule(of)
+                elif rule.broken(of):
+                    value = of
+                    for name in rule.key.split("."):
+                        value = value.get(name) if isinstance(value, dict) else getattr(value, name)
+                    found.append(ConfigIssue(key, value, rule.message.format(c=of), rule.hint.format(c=of)))
+    return found
+
+
+def _by_source(config: Any, wrong: Sequence[str]) -> dict[str, _Readable]:
+    """Source of a mixture -> the configuration as if it were the only one; nothing without a mixture."""
+    data, found = getattr(config, "data", None), {}
+    for name, own in (sources_of(data) if getattr(data, "sources", None) else {}).items():
+        alone = copy.copy(config)
+        alone.data = own
+        found[name] = _Readable(alone, [key.replace(f"data.sources.{name}.", "data.") for key in wrong])
     return found
 
 
@@ -183,9 +202,11 @@ def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
             if issue.value != MISSING:
                 issues.append(issue)
             parent = present
-            for name in path[:-1]:
-                parent = parent.get(name, {})
-            parent.pop(path[-1], None)
+            for depth, name in enumerate(path):
+                if depth == len(path) - 1 or not isinstance(parent.get(name), dict):
+                    parent.pop(name, None)  # with all that is in it, if that is a list
+                    break
+                parent = parent[name]
         return adapter.validate_python(present), issues
 
 
@@ -210,9 +231,13 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
             hint = nearest(name, fields, prefix)
             return ConfigIssue(f"{prefix}{name}", NO_VALUE, "unknown key", hint, malformed=True), path
         field = fields[name]
+        schema = nested_schema(field.annotation)
         if typing.get_origin(field.annotation) is dict and loc:
             path.append(loc.pop(0))
-        schema = nested_schema(field.annotation)
+            if schema and loc == ["[key]"]:  # as pydantic calls a wrong name
+                schema, loc = None, []
+        elif schema and loc and loc[0].isdigit():
+            path[-1] += f"[{loc.pop(0)}]"
     is_entry = typing.get_origin(field.annotation) is list and loc
     message, hint = f"must be {allowed_entry(field) if is_entry else allowed(field)}", ""
     if error["type"] == "value_error":
@@ -229,6 +254,8 @@ def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
     entries = [*walk(dataclasses.asdict(config)), *walk(tree)]
     for key in dict.fromkeys(key for key, value in entries if value == MISSING):
         example = EXAMPLES.get(key, f"{key}=VALUE")
+        if key.startswith("data.sources.") and key.endswith((".source.path", ".source.root")):
+            example = f"{key}=PATH"
         if key == "stage.init_from" and "all" in config.stage.train:  # no part would stay random
             example += " or random"
         yield ConfigIssue(key, NO_VALUE, "required", f"set {example}")
@@ -251,7 +278,7 @@ def _download_hint(key: str, path: str) -> str:
     """How to download a path that may be a name of the Hugging Face hub."""
     if any(is_within(key, checkpoint) for checkpoint in CHECKPOINT_KEYS):
         return hub_hint(path).removeprefix("; ")
-    if key == "data.source.path":
+    if key.startswith("data.") and key.endswith("source.path"):
         from vae3d.data.dataset_rows import how_to_download  # imports pandas
 
         return how_to_download(path).removeprefix("; ")

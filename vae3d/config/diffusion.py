@@ -169,7 +169,7 @@ def check_diffusion(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> Diff
 
 
 def _training_paths(config: DiffusionConfig) -> dict[str, Any]:
-    return {"vae.path": config.vae.path, "cache": config.cache, **source_paths(config.data.source)}
+    return {"vae.path": config.vae.path, "cache": config.cache, **source_paths(config.data)}
 
 
 check_sampling = partial(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from vae3d.config.issues import MISSING
+from vae3d.data.buckets import AUTO, parse_aspect
 
 # Values are as Hydra parses them: numbers may be strings, as from ${oc.env:STEPS}, and names may be numbers.
 # defer_build: --help needs no validators, and a command only those of its own schema.
@@ -30,6 +32,37 @@ def not_bool(value: Any) -> Any:
 def as_list(value: Any) -> Any:
     """A single value is a list of it: metrics=psnr."""
     return [value] if isinstance(value, str | int | float) and value != MISSING else value
+
+
+def as_buckets(value: Any) -> Any:
+    """A list of shapes is {shapes: list}, and [frames, height, width] is {frames: ..., height: ..., width: ...}."""
+    value = {"shapes": value} if isinstance(value, list) else value
+    if not isinstance(value, dict) or not isinstance(value.get("shapes"), list):
+        return value
+    keys = ("frames", "height", "width")
+    for shape in value["shapes"]:
+        if isinstance(shape, list) and len(shape) != len(keys):
+            raise ValueError(f"has the bucket {shape}; one is [frames, height, width], or a group with these keys")
+    shapes = [
+        dict(zip(keys, shape, strict=True)) if isinstance(shape, list) and len(shape) == len(keys) else shape
+        for shape in value["shapes"]
+    ]
+    return {**value, "shapes": shapes}
+
+
+def _aspects(value: list[str]) -> list[str]:
+    if AUTO in value and len(value) > 1:
+        raise ValueError(f"must be {AUTO} alone, or a list of ratios")
+    for text in value:
+        if text != AUTO:
+            parse_aspect(text)
+    return value
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", value):
+        raise ValueError("must be a name of letters, digits, _ and -")
+    return value
 
 
 def _folder_name(value: str) -> str:
@@ -67,6 +100,13 @@ Ramp = Annotated[list[Annotated[Int, Field(ge=0)]], AfterValidator(_ascending), 
 Interval = Annotated[
     list[Annotated[Float, Field(ge=0, le=1)]], AfterValidator(_ascending), Field(min_length=2, max_length=2)
 ]
+Counts = Annotated[
+    list[Annotated[Int, Field(ge=1)]], BeforeValidator(as_list), AfterValidator(_distinct), Field(min_length=1)
+]
+Aspects = Annotated[
+    list[str], BeforeValidator(as_list), AfterValidator(_distinct), AfterValidator(_aspects), Field(min_length=1)
+]
+Name = Annotated[str, AfterValidator(_name)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -95,9 +135,15 @@ def defaults_of(schema: Any) -> dict[str, Any]:
 
 
 def nested_schema(kind: Any) -> Any:
-    """The schema of a section, or of the values of a dict of sections; None for other types."""
-    if typing.get_origin(kind) is dict:
-        kind = typing.get_args(kind)[1]
+    """The schema of a section, which may be null, or of the entries of a dict or list of sections; None for other
+    types."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return nested_schema(inner[0])
+    if origin in (typing.Union, types.UnionType) and types.NoneType in inner and len(inner) == 2:
+        return nested_schema(next(one for one in inner if one is not types.NoneType))
+    if origin in (dict, list):
+        kind = inner[-1]
     return kind if dataclasses.is_dataclass(kind) else None
 
 

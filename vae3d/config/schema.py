@@ -10,25 +10,30 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from hydra.core.config_store import ConfigStore
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vae3d.config.fields import (
     STRICT,
+    Aspects,
     Betas,
+    Counts,
     Float,
     FolderName,
     Int,
+    Name,
     PathPrefix,
     Precision,
     Ramp,
     Reader,
     Split,
     Strings,
+    as_buckets,
     defaults_of,
     setting,
 )
 from vae3d.config.issues import MISSING
+from vae3d.data.buckets import AUTO
 from vae3d.schedules import Schedule
 
 CONF = Path(__file__).parents[1] / "conf"  # the project's conf/, which an installed package carries inside
@@ -128,13 +133,50 @@ class Depth:
 
 
 @dataclass(config=STRICT)
-class Data:
+class BucketShape:
+    """A listed bucket. [33, 256, 256] is short for {frames: 33, height: 256, width: 256}."""
+
+    frames: Int = setting(MISSING, "Frames.", ge=1)
+    height: Int = setting(MISSING, "Pixels.", ge=1)
+    width: Int = setting(MISSING, "Pixels.", ge=1)
+    cost: Float | None = setting(None, "Of a clip, such as measured seconds; for all or none. null: pixels.", gt=0)
+    batch_size: Int | None = setting(None, "Clips per step, over all ranks. null: as many as cost the same.", ge=1)
+    weight: Float | None = setting(
+        None, "Of its steps; for all or none. null: so that each file of each bucket is drawn equally often.", gt=0
+    )
+
+
+@dataclass(config=STRICT)
+class Buckets:
+    """Shapes of clips, one per step, at about equal cost per step: `shapes`, or every size with every frame count.
+    data.buckets=[...] is short for data.buckets.shapes=[...]. See docs/train.md."""
+
+    shapes: list[BucketShape] | None = setting(None, "The buckets. null: by the rule of the other keys.")
+    aspects: Aspects = setting(
+        lambda: [AUTO],
+        "Aspect ratios such as '16:9'; sizes have the area of `data.height` x `data.width`. auto: the data's own.",
+    )
+    frames: Counts | None = setting(None, "Frame counts. null: those of `data.frames`.")
+    multiple: Int = setting(16, "Height and width of sizes are multiples of this.", ge=1)
+    clips_multiple: Int | None = setting(
+        None,
+        "Clips per step are multiples of this. null: ranks x `trainer.accumulate`. Fix it to resume exactly on "
+        "other numbers of ranks.",
+        ge=1,
+    )
+
+
+@dataclass(config=STRICT)
+class Clips:
     """Which clips are read, and how they are cut."""
 
     source: Any = setting(MISSING, "Where the files are, a `_target_` node.")
     height: Int = setting(256, "Pixels.", ge=1)
     width: Int = setting(256, "Pixels.", ge=1)
     frames: Frames = Field(default_factory=Frames)
+    buckets: Annotated[Buckets | None, BeforeValidator(as_buckets)] = setting(
+        None, "Several sizes and frame counts. null: one size, `height` x `width`."
+    )
     stride: Int = setting(1, "Take every n-th frame.", ge=1)
     fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
     sampling: Literal["contiguous", "first_last_random", "strided"] = setting(
@@ -144,17 +186,35 @@ class Data:
     min_side: Int | None = setting(None, "Skip files whose shorter side has fewer pixels. null: enlarge them.", ge=1)
     crop: Literal["center", "random"] = setting("center", "Position of the crop.")
     flip: bool = setting(False, "Mirror half of the clips.")
+    reader: Reader = setting("auto", "Library that decodes videos.")
+    batch_size: Int = setting(
+        8, "Clips per optimizer step, over all ranks. With buckets: of `frames.max` frames of `height` x `width`.", ge=1
+    )
+    num_val_files: Int = setting(16, "Files held out for validation where the table has no `split` column.", ge=0)
+
+
+@dataclass(config=STRICT)
+class MixedSource(Clips):
+    """A source of a mixture. A key that is not given has the value of `data`."""
+
+    weight: Float = setting(1.0, "Of its steps among those of all sources: 2 and 1 are two thirds and one third.", gt=0)
+
+
+@dataclass(config=STRICT)
+class Data(Clips):
+    """Which clips are read, and how they are cut."""
+
     panorama: bool = setting(False, "Files are equirectangular panoramas (2:1), never cropped.")
     roll: bool = setting(False, "Rotate panoramas by a random number of columns.")
     depth: Depth = Field(default_factory=Depth)
-    reader: Reader = setting("auto", "Library that decodes videos.")
-    batch_size: Int = setting(8, "Clips per optimizer step, over all ranks.", ge=1)
     workers: Int = setting(4, "Reader processes per rank. 0: read in the training process.", ge=0)
     prefetch: Int = setting(2, "Batches each worker reads ahead.", ge=1)
     timeout: Float = setting(900.0, "Seconds without a batch after which the run stops. 0: never.", ge=0)
-    num_val_files: Int = setting(16, "Files held out for validation where the table has no `split` column.", ge=0)
     max_broken: Float = setting(0.2, "Stop when a larger share of reads fails.", ge=0, lt=1)
     overfit: bool = setting(False, "Train on the first step's clips only.")
+    sources: dict[Name, MixedSource] = setting(
+        dict, "Several sources instead of `source`, by name. A step takes its clips from one of them."
+    )
 
 
 @dataclass(config=STRICT)

@@ -13,7 +13,8 @@ from packaging.version import Version
 
 from vae3d.config.check import Rule, check, check_all, resume_issues
 from vae3d.config.issues import NO_VALUE, ConfigIssue
-from vae3d.config.schema import CompareConfig, InferConfig, TrainConfig
+from vae3d.config.schema import CompareConfig, Data, InferConfig, TrainConfig
+from vae3d.config.sources import of_source, sources_of
 from vae3d.text import plural
 
 TRACKIO_SINCE = Version("1.9")  # of accelerate, the first with a TrackioTracker
@@ -24,22 +25,60 @@ def _training_paths(config: TrainConfig) -> dict[str, Any]:
     starts = {f"stage.init_from.{name}": path for name, path in init.items()} if isinstance(init, dict) else {}
     starts = starts or {"stage.init_from": init}
     checkpoints = {key: path for key, path in starts.items() if path != "random"}
-    return {"teacher.path": config.teacher.path or None, **checkpoints, **source_paths(config.data.source)}
+    return {"teacher.path": config.teacher.path or None, **checkpoints, **source_paths(config.data)}
 
 
-def source_paths(source: Any) -> dict[str, Any]:
-    return {f"data.source.{key}": source.get(key) for key in ("path", "root")} if isinstance(source, dict) else {}
+def source_paths(data: Data) -> dict[str, Any]:
+    """Key -> path of every source."""
+    found = {}
+    for name, own in sources_of(data).items():
+        if isinstance(own.source, dict):
+            found |= {of_source(name, f"data.source.{key}"): own.source.get(key) for key in ("path", "root")}
+    return found
 
 
 def batch_issues(config: Any) -> Iterator[ConfigIssue]:
-    """The batch must divide over ranks and micro-batches."""
-    launcher, batch, accumulate = config.launcher, config.data.batch_size, config.trainer.accumulate
+    """The batch must divide over ranks and micro-batches, of every source and of every listed bucket."""
+    launcher, accumulate, sources = config.launcher, config.trainer.accumulate, config.data.sources
     world = int(os.environ.get("WORLD_SIZE", launcher.nproc if launcher.name == "torchrun" else 1))
     share = world * accumulate
-    if batch % share:
-        above = -(-batch // share) * share
-        message = f"does not divide over {plural(world, 'rank')} x trainer.accumulate={accumulate}"
-        yield ConfigIssue("data.batch_size", batch, message, f"use a multiple of {share}, such as {above}")
+    for name, own in sources.items() if sources else [("", config.data)]:
+        batches = {"data.batch_size": own.batch_size}
+        if own.buckets is not None:
+            batches["data.buckets.clips_multiple"] = own.buckets.clips_multiple or share
+            for i, shape in enumerate(own.buckets.shapes or []):
+                batches[f"data.buckets.shapes[{i}].batch_size"] = shape.batch_size or share
+        for key, batch in batches.items():
+            if batch % share:
+                above = -(-batch // share) * share
+                message = f"does not divide over {plural(world, 'rank')} x trainer.accumulate={accumulate}"
+                yield ConfigIssue(of_source(name, key), batch, message, f"use a multiple of {share}, such as {above}")
+
+
+def bucket_issues(config: Any) -> Iterator[ConfigIssue]:
+    """Listed buckets that are not consistent, of every source."""
+    sources = config.data.sources
+    for name, own in sources.items() if sources else [("", config.data)]:
+        if own.buckets is None or own.buckets.shapes is None:
+            continue
+        key, shapes = of_source(name, "data.buckets.shapes"), own.buckets.shapes
+        if not shapes:
+            yield ConfigIssue(key, NO_VALUE, "has no buckets", "list some, such as [[33, 256, 256]], or use null")
+        sizes = [(shape.frames, shape.height, shape.width) for shape in shapes]
+        for i, size in enumerate(sizes):
+            if size in sizes[:i]:
+                yield ConfigIssue(f"{key}[{i}]", NO_VALUE, f"is the same as {key}[{sizes.index(size)}]", "leave it out")
+        for of in ("cost", "weight"):
+            given = [getattr(shape, of) is not None for shape in shapes]
+            if any(given) and not all(given):
+                where = f"{key}[{given.index(False)}].{of}"
+                yield ConfigIssue(where, NO_VALUE, f"is missing, and other buckets have a {of}", "give all, or none")
+        reference = (own.frames.max, own.height, own.width)
+        if shapes and all(s.cost is not None for s in shapes) and not all(s.batch_size for s in shapes):
+            if reference not in sizes:
+                message = f"has costs, but none of {'x'.join(map(str, reference))}, of which batch_size is the number"
+                keys = ", ".join(of_source(name, f"data.{k}") for k in ("frames.max", "height", "width"))
+                yield ConfigIssue(key, NO_VALUE, message, f"set {keys} to those of a bucket, or give each a batch_size")
 
 
 def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
@@ -107,8 +146,20 @@ SIZE_RULE = Rule("height", lambda c: (c.height is None) != (c.width is None),
 NOT_CROPPED = "panoramas (data.panorama=true) are never cropped"
 NO_STRIDE = "data.sampling=strided chooses the stride"
 NO_VALIDATION = "validation.every=0 turns validation off"
+BUCKET_RULES = [
+    bucket_issues,
+    Rule("data.buckets", lambda c: c.data.buckets is not None and c.data.panorama,
+         "panoramas (data.panorama=true) are never cropped, so they have one shape", "use null"),
+    Rule("data.short_side", lambda c: c.data.buckets is not None and c.data.short_side is not None,
+         "is of one size, and data.buckets has several", "use null"),
+    Rule("data.frames.images", lambda c: c.data.buckets is not None and c.data.frames.images,
+         "draws frame counts, and with data.buckets these are those of the buckets",
+         "use 0, and data.buckets.frames=[1, {c.data.frames.max}]"),
+    Rule("data.frames.fit", lambda c: c.data.buckets is not None and c.data.frames.fit,
+         "chooses frame counts, and with data.buckets these are those of the buckets", "use false"),
+]
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues, _precision_issues, _no_weight,
+    FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, batch_issues, resume_issues, logger_issues, _precision_issues, _no_weight,
     _needs_checkpoints,
     Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and not _has_shortcut(c),
          "needs a model with a shortcut", "set model.shortcut=true or model.temporal.shortcut=true, or 0"),

@@ -2,12 +2,17 @@
 
 Training order: positions 0, 1, 2, ... run through epoch after epoch. Each epoch is a permutation of the table's rows,
 seeded by (seed, epoch). Step s takes the positions from s * batch_size up to (s + 1) * batch_size.
+
+Buckets of shapes and mixtures of sources have several such streams. A step takes all its clips from one of them:
+Interleaved says which, again as a pure function of (seed, step).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +21,25 @@ from vae3d.data.media import DataError
 from vae3d.seeding import seed_of
 from vae3d.text import plural
 
+MAX_CYCLE = 10_000  # steps after which every stream has had exactly its share
+
 
 class ClipIndex(NamedTuple):
-    """A clip to load: its position in the training order, its row in the table, its number of frames."""
+    """A clip to load: its position in the training order, its row in the stream's table, its number of frames, and the
+    number of its stream."""
 
     position: int
     row: int
     frames: int
+    stream: int = 0
+
+
+class StepShape(NamedTuple):
+    """A kind of step: the number of its stream, frames per clip, and clips per micro-batch."""
+
+    stream: int
+    frames: int
+    micro_batch: int
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ class BatchSchedule:
     is replaced by a random row that has enough.
 
     lengths: [rows] frames that each row can give at the configured stride or rate. batch_size: clips per step over all
-    ranks. overfit: repeat step 0.
+    ranks. overfit: repeat step 0. rows: [rows] their numbers in the table; None: they are all of its rows.
     Raises DataError if no row has as many frames as a count that can be drawn or, with frames.fit, as the minimum.
     """
 
@@ -80,6 +97,7 @@ class BatchSchedule:
     rank: int = 0
     world_size: int = 1
     overfit: bool = False
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         longest = int(self.lengths.max(initial=0))
@@ -98,6 +116,27 @@ class BatchSchedule:
     @property
     def micro_batch(self) -> int:
         return self.batch_size // (self.accumulate * self.world_size)
+
+    # What Interleaved has, too: one stream is the whole.
+
+    @property
+    def leaves(self) -> list[BatchSchedule]:
+        return [self]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        return 0, step
+
+    def steps_before(self, step: int) -> list[int]:
+        return [step]
+
+    def clips_before(self, step: int) -> int:
+        return step * self.batch_size
+
+    def batch_size_at(self, step: int) -> int:
+        return self.batch_size
+
+    def shapes(self) -> list[StepShape]:
+        return [StepShape(0, frames, self.micro_batch) for frames in self.frames.all()]
 
     def frames_at(self, step: int) -> int:
         """Frames per clip of a step."""
@@ -126,17 +165,20 @@ class BatchSchedule:
     def clip_at(self, position: int, frames: int) -> ClipIndex:
         row = self._row_at(position)
         if self.lengths[row] < frames:
-            row = self.replacement(position, frames, "short")
-        return ClipIndex(position, row, frames)
+            return ClipIndex(position, self.replacement(position, frames, "short"), frames)
+        return ClipIndex(position, self._in_table(row), frames)
 
     def replacement(self, position: int, frames: int, why: str | int) -> int:
-        """Another row with enough frames, seeded by (seed, position, why)."""
+        """Another row of the table with enough frames, seeded by (seed, position, why)."""
         rng = np.random.default_rng(seed_of(self.seed, position, why, "replacement"))
-        return int(rng.choice(self.with_at_least(frames)))
+        return self._in_table(int(rng.choice(self.with_at_least(frames))))
 
     def with_at_least(self, frames: int) -> np.ndarray:
         """Rows with at least so many frames, shortest first."""
         return self._by_length[np.searchsorted(self._sorted_lengths, frames) :]
+
+    def _in_table(self, row: int) -> int:
+        return row if self.rows is None else int(self.rows[row])
 
     def _row_at(self, position: int) -> int:
         count = len(self.lengths)
@@ -145,3 +187,137 @@ class BatchSchedule:
             rng = np.random.default_rng(seed_of(self.seed, epoch, "shuffle"))
             self._epoch, self._permutation = epoch, rng.permutation(count)
         return int(self._permutation[index])
+
+
+@dataclass
+class Interleaved:
+    """Several schedules, one of which gives all clips of a step. There is no state: it is a pure function of the step.
+
+    Steps run through cycles, in each of which every schedule has exactly its share of steps: `weights`, as fractions,
+    and with a cycle of at most MAX_CYCLE steps. Within a cycle the steps of a schedule are spread evenly, each at a
+    random time of its own interval, seeded by (seed, cycle): so shares hold within a few steps at any time. A schedule
+    then takes its own step number n in its n-th step.
+
+    schedules: BatchSchedule or Interleaved, such as sources and their buckets, of the same ranks and accumulation. The
+    BatchSchedules at the bottom are the streams, numbered in order (`leaves`). overfit: repeat step 0.
+    Raises ValueError for a weight that is not above 0.
+    """
+
+    schedules: Sequence[Schedule]
+    weights: Sequence[float | Fraction]
+    seed: int
+    overfit: bool = False
+
+    def __post_init__(self) -> None:
+        self.counts = cycle_counts(self.weights)
+        self.leaves = [leaf for schedule in self.schedules for leaf in schedule.leaves]
+        firsts = np.cumsum([0, *(len(schedule.leaves) for schedule in self.schedules)])
+        self._first_leaf = firsts[:-1].tolist()
+        self._cycle, self._order, self._earlier = -1, np.empty(0, int), np.empty(0, int)  # of cycle `_cycle`
+
+    @property
+    def accumulate(self) -> int:
+        return self.leaves[0].accumulate
+
+    @property
+    def rank(self) -> int:
+        return self.leaves[0].rank
+
+    @property
+    def world_size(self) -> int:
+        return self.leaves[0].world_size
+
+    @property
+    def micro_batch(self) -> int:
+        """The largest."""
+        return max(leaf.micro_batch for leaf in self.leaves)
+
+    def shapes(self) -> list[StepShape]:
+        """Every kind of step."""
+        return [shape._replace(stream=i) for i, leaf in enumerate(self.leaves) for shape in leaf.shapes()]
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The stream of a step, and the number of the step in it."""
+        cycle, place = divmod(step, sum(self.counts))
+        self._draw(cycle)
+        which = int(self._order[place])
+        leaf, local = self.schedules[which].locate(cycle * self.counts[which] + int(self._earlier[place]))
+        return self._first_leaf[which] + leaf, local
+
+    def steps_before(self, step: int) -> list[int]:
+        """How many of the steps before this one each stream has given."""
+        if self.overfit:
+            repeated = self.locate(0)[0]
+            return [step * (i == repeated) for i in range(len(self.leaves))]
+        cycle, place = divmod(step, sum(self.counts))
+        self._draw(cycle)
+        begun = np.bincount(self._order[:place], minlength=len(self.counts)).tolist()
+        taken = (cycle * count + more for count, more in zip(self.counts, begun, strict=True))
+        return [n for schedule, steps in zip(self.schedules, taken, strict=True) for n in schedule.steps_before(steps)]
+
+    def clips_before(self, step: int) -> int:
+        """How many clips all ranks have drawn before this step."""
+        return sum(n * leaf.batch_size for n, leaf in zip(self.steps_before(step), self.leaves, strict=True))
+
+    def batch_size_at(self, step: int) -> int:
+        """Clips of a step over all ranks."""
+        return self.leaves[self._located(step)[0]].batch_size
+
+    def frames_at(self, step: int) -> int:
+        """Frames per clip of a step."""
+        leaf, local = self._located(step)
+        return self.leaves[leaf].frames_at(local)
+
+    def step(self, step: int) -> list[list[ClipIndex]]:
+        """This rank's clips of a step, one list per micro-batch, all of one stream."""
+        stream, local = self._located(step)
+        streams = len(self.leaves)
+        return [
+            [ClipIndex(i.position * streams + stream, i.row, i.frames, stream) for i in micro]
+            for micro in self.leaves[stream].step(local)
+        ]
+
+    def micro_batches(self, first: int, last: int) -> Iterator[list[ClipIndex]]:
+        """This rank's micro-batches of the steps first, ..., last - 1: the batch_sampler of a DataLoader."""
+        for step in range(first, last):
+            yield from self.step(step)
+
+    def _located(self, step: int) -> tuple[int, int]:
+        return self.locate(0 if self.overfit else step)
+
+    def _draw(self, cycle: int) -> None:
+        """Which schedule gives each step of a cycle, and how many of its steps come earlier in the cycle."""
+        if self._cycle == cycle:
+            return
+        rng = np.random.default_rng(seed_of(self.seed, cycle, "streams"))
+        times = np.concatenate([(np.arange(count) + rng.random(count)) / count for count in self.counts])
+        numbers = np.concatenate([np.arange(count) for count in self.counts])
+        order = np.argsort(times, kind="stable")
+        self._cycle, self._order = cycle, np.repeat(np.arange(len(self.counts)), self.counts)[order]
+        self._earlier = numbers[order]
+
+
+Schedule = BatchSchedule | Interleaved
+
+
+def cycle_counts(weights: Sequence[float | Fraction]) -> list[int]:
+    """The steps of each stream in the shortest cycle that holds the weights exactly: 0.5 and 1.5 give 1 and 3.
+
+    With a cycle longer than MAX_CYCLE: the nearest counts that add up to MAX_CYCLE, at least 1 each.
+    Raises ValueError for a weight that is not above 0.
+    """
+    shares = [Fraction(str(weight)) for weight in weights]  # 0.1 is one tenth
+    if min(shares) <= 0:
+        raise ValueError(f"weights must be above 0, and these are {', '.join(map(str, weights))}")
+    unit = math.lcm(*(share.denominator for share in shares))
+    counts = [int(share * unit) for share in shares]
+    divisor = math.gcd(*counts)
+    counts = [count // divisor for count in counts]
+    if sum(counts) <= MAX_CYCLE:
+        return counts
+    exact = [Fraction(count * MAX_CYCLE, sum(counts)) for count in counts]
+    rounded = [max(1, int(count)) for count in exact]
+    remainders = sorted(range(len(counts)), key=lambda i: (rounded[i] - exact[i], i))  # the most that is lacking first
+    for i in remainders[: max(0, MAX_CYCLE - sum(rounded))]:
+        rounded[i] += 1
+    return rounded

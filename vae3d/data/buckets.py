@@ -1,0 +1,255 @@
+"""Buckets: shapes of clips of about equal cost per step. All clips of a step have the shape of one bucket.
+
+A bucket says how many frames its clips have, at which size, and how many of them make a step. Sizes keep the aspect
+ratios of the files, so that little is cropped, and larger clips come in smaller batches, so that steps cost the same.
+Imports no torch, since configurations are checked with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+
+from vae3d.data.media import Size
+
+AUTO = "auto"  # aspects: those of the data
+MAX_ASPECT = 8.0  # of a longer side over the shorter one
+MAX_SIZES = 12  # chosen for the data's aspect ratios
+ENOUGH = 0.95  # share of its pixels that every file should keep
+MIN_GAIN = 0.002  # of all pixels, for which one more size is worth it
+EVEN = 0.1  # by how much the cost of a step may differ from the mean
+SAME = 1e-4  # difference of shares of pixels that counts as none
+
+
+class Spec(Protocol):
+    """The settings of data.buckets, as config.schema.Buckets has them."""
+
+    shapes: Sequence[Bucket] | None
+    aspects: Sequence[str]
+    frames: Sequence[int] | None
+    multiple: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Clips of `frames` frames of height x width.
+
+    batch_size: clips per step over all ranks. weight: of its steps among those of all buckets. cost: of one clip;
+    None: its number of pixels. 0 and None: still to be filled in, see with_batches and with_weights.
+    """
+
+    frames: int
+    height: int
+    width: int
+    batch_size: int | None = None
+    weight: float | Fraction | None = None
+    cost: float | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+    @property
+    def size(self) -> Size:
+        return self.height, self.width
+
+    @property
+    def clip_cost(self) -> float:
+        return self.frames * self.height * self.width if self.cost is None else self.cost
+
+    @property
+    def step_cost(self) -> float:
+        """Of all clips of a step."""
+        return self.batch_size * self.clip_cost
+
+
+# ---- which shapes there are
+
+
+def buckets_of(
+    spec: Spec, frames: Sequence[int], size: Size, heights: np.ndarray | None = None, widths: np.ndarray | None = None
+) -> list[Bucket]:
+    """The buckets of data.buckets: listed ones, or every size with every frame count.
+
+    frames: counts where spec.frames is null. size: height and width whose area all sizes have. heights, widths: of the
+    files, for aspects=auto; None: `size` alone stands for those that are not known yet.
+    """
+    if spec.shapes is not None:
+        return [Bucket(s.frames, s.height, s.width, s.batch_size, s.weight, s.cost) for s in spec.shapes]
+    area = size[0] * size[1]
+    if AUTO not in spec.aspects:
+        sizes = [size_of_aspect(parse_aspect(aspect), area, spec.multiple) for aspect in spec.aspects]
+    elif heights is None:
+        sizes = [size_of_aspect(size[1] / size[0], area, spec.multiple)]
+    else:
+        sizes = sizes_for(heights, widths, area, spec.multiple)
+    counts = frames if spec.frames is None else spec.frames
+    return [Bucket(count, *side) for side in dict.fromkeys(sizes) for count in dict.fromkeys(counts)]
+
+
+def parse_aspect(text: str) -> float:
+    """Width over height, from `16:9` or `1.78`. Raises ValueError."""
+    width, colon, height = text.partition(":")
+    try:
+        aspect = float(width) / (float(height) if colon else 1.0)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text} is no aspect ratio such as 16:9") from None
+    if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
+        raise ValueError(f"{text} is no aspect ratio from 1:8 to 8:1; in YAML put ratios in quotes: ['16:9', '4:3']")
+    return aspect
+
+
+def size_of_aspect(aspect: float, area: int, multiple: int) -> Size:
+    """Height and width, multiples of `multiple`, of about this aspect ratio (width over height) and area: of the
+    nearest sides those with the smallest sum of the share of pixels lost and the relative difference in area."""
+    near = [
+        [max(1, int(side / multiple)) * multiple, (int(side / multiple) + 1) * multiple]
+        for side in (math.sqrt(area / aspect), math.sqrt(area * aspect))
+    ]
+    sizes = [(height, width) for height in near[0] for width in near[1]]
+
+    def loss(size: Size) -> float:
+        height, width = size
+        return 1 - float(share_kept(aspect, size)) + abs(height * width / area - 1)
+
+    return min(sizes, key=loss)
+
+
+def sizes_for(heights: np.ndarray, widths: np.ndarray, area: int, multiple: int) -> list[Size]:
+    """As few sizes of about this area as keep ENOUGH of the pixels of every file, at most MAX_SIZES.
+
+    One after the other, that which keeps most pixels. A few odd files get no size of their own, see MIN_GAIN.
+    """
+    aspects = np.clip(widths / heights, 1 / MAX_ASPECT, MAX_ASPECT)
+    steps, counts = np.unique(np.round(np.log(aspects) * 100), return_counts=True)  # to one percent
+    aspects, weights = np.exp(steps / 100), counts / counts.sum()
+    candidates = sorted({size_of_aspect(float(aspect), area, multiple) for aspect in aspects})
+    kept = np.stack([share_kept(aspects, size) for size in candidates])  # [sizes, aspects]
+    best, chosen = np.zeros(len(aspects)), []
+    while len(chosen) < MAX_SIZES and best.min() < ENOUGH:
+        gains = (np.maximum(kept, best) - best) @ weights
+        first = int(gains.argmax())
+        if chosen and gains[first] < MIN_GAIN:
+            break
+        chosen.append(candidates[first])
+        best = np.maximum(best, kept[first])
+    return sorted(chosen)
+
+
+# ---- which files fit which
+
+
+def share_kept(aspects: np.ndarray | float, size: Size) -> np.ndarray:
+    """Share of the pixels of frames with these aspect ratios (width over height) that stay when they are resized, with
+    their aspect ratio kept, and cropped to `size`."""
+    aspect = size[1] / size[0]
+    return np.minimum(aspects, aspect) / np.maximum(aspects, aspect)
+
+
+def rows_of(
+    buckets: Sequence[Bucket], heights: np.ndarray, widths: np.ndarray, lengths: np.ndarray
+) -> list[np.ndarray]:
+    """The rows whose clips each bucket takes, ascending. lengths: [rows] frames of the longest clip of each.
+
+    A row goes to the size that loses fewest of its pixels, with every frame count that it has. Of sizes that lose as
+    much it goes to all, but to those that would enlarge it only if there is no other. Among images (1 frame) and among
+    longer clips this is decided separately. A row that is too short for all buckets is in none.
+    """
+    aspects = np.asarray(widths, np.float64) / heights
+    found: dict[int, np.ndarray] = {}
+    for images in (True, False):
+        numbers = [i for i, bucket in enumerate(buckets) if (bucket.frames == 1) == images]
+        shortest: dict[Size, int] = {}
+        for i in numbers:
+            size, frames = buckets[i].size, buckets[i].frames
+            shortest[size] = min(frames, shortest.get(size, frames))
+
+        def kept(size: Size, shortest: dict[Size, int] = shortest) -> np.ndarray:
+            return np.where(lengths >= shortest[size], share_kept(aspects, size), 0.0)
+
+        best = np.full(len(lengths), SAME)
+        for size in shortest:
+            best = np.maximum(best, kept(size))
+        fits = {size: kept(size) > best - SAME for size in shortest}
+        whole = {size: fit & (heights >= size[0]) & (widths >= size[1]) for size, fit in fits.items()}
+        has_whole = np.logical_or.reduce([*whole.values(), np.zeros(len(lengths), bool)])
+        for i in numbers:
+            size = buckets[i].size
+            chosen = np.where(has_whole, whole[size], fits[size]) & (lengths >= buckets[i].frames)
+            found[i] = np.flatnonzero(chosen).astype(np.int32)
+    return [found[i] for i in range(len(buckets))]
+
+
+# ---- how many clips make a step, and how often it comes
+
+
+def with_batches(buckets: Sequence[Bucket], reference: Bucket, divisor: int) -> list[Bucket]:
+    """The buckets with the clips per step that cost about as much as reference.batch_size clips of its shape: a
+    multiple of `divisor`, at least one. Given batch sizes stay.
+
+    Given costs are in a unit of their own: that of the reference is the cost of the bucket of its shape.
+    Raises ValueError if there is none.
+    """
+    cost = reference.clip_cost
+    if any(bucket.cost is not None for bucket in buckets):
+        same = [bucket.clip_cost for bucket in buckets if bucket.name == reference.name]
+        if not same:
+            raise ValueError(f"no cost of {reference.name}, of which data.batch_size is the number of clips")
+        cost = same[0]
+    target = reference.batch_size * cost
+    return [b if b.batch_size else replace(b, batch_size=_clips(b.clip_cost, target, divisor)) for b in buckets]
+
+
+def _clips(cost: float, target: float, divisor: int) -> int:
+    few = int(target / (cost * divisor)) * divisor
+    return min(max(few, divisor), few + divisor, key=lambda clips: abs(math.log(clips * cost / target)))
+
+
+def with_weights(buckets: Sequence[Bucket], rows: Sequence[int]) -> list[Bucket]:
+    """The buckets with the weights that draw every file of every bucket equally often: files / clips per step.
+    Given weights stay. rows: number of files of each bucket."""
+    return [
+        bucket if bucket.weight is not None else replace(bucket, weight=Fraction(int(count), bucket.batch_size))
+        for bucket, count in zip(buckets, rows, strict=True)
+    ]
+
+
+# ---- what is logged
+
+
+HEAD = ["bucket", "clips", "cost", "files", "steps", "pixels kept"]
+
+
+def table_of(buckets: Sequence[Bucket], shares: Sequence[float], rows: Sequence[int], kept: Sequence[float]) -> list:
+    """Cells below HEAD. shares: of the steps. kept: mean share of the pixels of each bucket's files."""
+    costs = relative_costs(buckets, shares)
+    cells = zip(buckets, costs, rows, shares, kept, strict=True)
+    return [
+        [b.name, str(b.batch_size), f"{cost:.2f}", str(count), f"{100 * share:.1f} %", f"{100 * of:.1f} %"]
+        for b, cost, count, share, of in cells
+    ]
+
+
+def relative_costs(buckets: Sequence[Bucket], shares: Sequence[float]) -> np.ndarray:
+    """Cost of a step of each bucket over the mean of all steps."""
+    costs = np.array([bucket.step_cost for bucket in buckets], dtype=float)
+    return costs / np.average(costs, weights=shares)
+
+
+def uneven(buckets: Sequence[Bucket], shares: Sequence[float], divisor: int) -> list[str]:
+    """Lines about the buckets whose steps cost more than EVEN more or less than the mean, and what to change."""
+    costs = relative_costs(buckets, shares)
+    off = [(b, cost) for b, cost in zip(buckets, costs, strict=True) if abs(cost - 1) > EVEN]
+    if not off:
+        return []
+    names = ", ".join(f"{b.name} ({b.batch_size} x {b.clip_cost:g}: {cost:.2f})" for b, cost in off)
+    return [
+        f"steps of {len(off)} of {len(buckets)} buckets cost over {EVEN:.0%} more or less than the mean (clips x "
+        f"cost of one: over the mean): {names}; clips per step are multiples of {divisor}: raise data.batch_size, "
+        "lower the ranks or trainer.accumulate, or give other shapes"
+    ]
