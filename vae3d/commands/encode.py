@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
+from vae3d.data.buckets import AUTO, buckets_of
 from vae3d.data.image_folder import ImageFolder
+from vae3d.data.media import DataError
+from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import is_image
+from vae3d.data.rows import NUMBERS
 from vae3d.data.sources import Folder, Source, open_source
 from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
-from vae3d.latents.clips import Transform, items_of
+from vae3d.latents.clips import Item, Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import EncodeJob, encode_cache
 from vae3d.loading import instantiate, open_codec, require_file_channels
 from vae3d.models.interface import nearest_frames
+from vae3d.text import plural
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from vae3d.config.latents import EncodeConfig
 
 log = logging.getLogger("vae3d")
@@ -39,9 +48,10 @@ def run(config: EncodeConfig) -> None:
     )
     require_file_channels(codec.model, config.checkpoint)
     source = open_images_or_source(config)
-    transform = Transform(**{field.name: getattr(config, field.name) for field in fields(Transform)})
     with ranks.main_process_first():  # it probes the files; the others read its cache
-        items, errors = items_of(source.table(), transform, labels=config.labels, split=config.split)
+        table = source.table()
+        transform = transform_of(config, table)
+        items, errors = items_of(table, transform, labels=config.labels, split=config.split)
     check_ranks_agree(
         {
             "clips to encode": len(items),
@@ -50,7 +60,8 @@ def run(config: EncodeConfig) -> None:
         }
     )
     if ranks.is_main_process:
-        for note in (*getattr(source, "notes", ()), *padding(codec, transform), *tile_notes(codec)):
+        notes = (*padding(codec, transform), *tile_notes(codec), *bucket_notes(items, transform))
+        for note in (*getattr(source, "notes", ()), *notes):
             log.info(note)
     job = EncodeJob(config, codec, items, errors, transform)
     encode_cache(job, ranks.process_index, ranks.num_processes, ranks.wait_for_everyone)
@@ -65,15 +76,43 @@ def open_images_or_source(config: EncodeConfig) -> Source:
     return ImageFolder(config.source) if images else source
 
 
+def transform_of(config: EncodeConfig, table: pd.DataFrame) -> Transform:
+    """How clips are read. Buckets of aspects=auto are those of the table's files. Raises DataError if none opens."""
+    settings = {field.name: getattr(config, field.name) for field in fields(Transform)}
+    if config.buckets is None:
+        return Transform(**settings)
+    heights = widths = None
+    if config.buckets.shapes is None and AUTO in config.buckets.aspects:
+        rows = table if config.split is None else table[table["split"] == config.split]
+        known = fill_metadata(rows.reset_index(drop=True), NUMBERS)[0]
+        if known.empty:
+            raise DataError("buckets.aspects=auto: no file can be opened, whose aspect ratio would count")
+        heights, widths = known["height"].to_numpy(float), known["width"].to_numpy(float)
+    buckets = buckets_of(config.buckets, [config.frames], (config.height, config.width), heights, widths)
+    shapes = tuple(sorted((bucket.frames, *bucket.size) for bucket in buckets))
+    return Transform(**settings | {"frames": None, "height": None, "width": None, "buckets": shapes})
+
+
+def bucket_notes(items: Sequence[Item], transform: Transform) -> list[str]:
+    """Lines with the number of clips of every bucket."""
+    if not transform.buckets:
+        return []
+    counts = Counter(item.shape for item in items)
+    lines = [f"{plural(len(transform.buckets), 'bucket')} of frames x height x width:"]
+    return lines + [f"  {'x'.join(map(str, shape))}: {plural(counts[shape], 'clip')}" for shape in transform.buckets]
+
+
 def padding(codec: LatentCodec, transform: Transform) -> list[str]:
     """Notes on clips that the autoencoder pads to its strides: their last latents contain padding."""
-    sizes = {name: getattr(transform, name) or 0 for name in ("height", "width")}
-    stride = codec.space_stride
-    notes = [f"{name}={size} is padded to a multiple of {stride}" for name, size in sizes.items() if size % stride]
-    fits = codec.model.frames_valid
-    if transform.frames is not None and not fits(transform.frames):
-        nearest = ", ".join(map(str, nearest_frames(transform.frames, fits)))
-        notes.append(f"frames={transform.frames} is padded with extra frames; without: {nearest}")
+    stride, fits, notes = codec.space_stride, codec.model.frames_valid, []
+    for shape in transform.buckets or [(transform.frames, transform.height, transform.width)]:
+        of = f" of bucket {'x'.join(map(str, shape))}" if transform.buckets else ""
+        for name, size in zip(("height", "width"), shape[1:], strict=True):
+            if (size or 0) % stride:
+                notes.append(f"{name}={size}{of} is padded to a multiple of {stride}")
+        if shape[0] is not None and not fits(shape[0]):
+            nearest = ", ".join(map(str, nearest_frames(shape[0], fits)))
+            notes.append(f"frames={shape[0]}{of} is padded with extra frames; without: {nearest}")
     return notes
 
 

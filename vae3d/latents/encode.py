@@ -9,7 +9,7 @@ import platform
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -74,6 +74,17 @@ class EncodeJob:
         """Indices of a shard's items, the same for any number of processes."""
         return range(shard * self.config.shard_size, min(len(self.items), (shard + 1) * self.config.shard_size))
 
+    def order(self, shard: int) -> list[int]:
+        """Indices of a shard's items in the order in which they are encoded: bucket after bucket, so that batches
+        fill."""
+        return sorted(self.span(shard), key=lambda index: self.items[index].shape or ())
+
+    def clips_per_batch(self, shape: Sequence[int]) -> int:
+        """batch_size clips of the largest bucket; of a smaller one as many as have no more pixels. shape: (frames,
+        height, width)."""
+        largest = max(map(math.prod, self.transform.buckets or [shape]))
+        return self.config.batch_size * largest // math.prod(shape)
+
     def meta(self) -> dict[str, Any]:
         """Content of meta.json; `digest` identifies the settings that must be equal to resume."""
         config = self.config
@@ -81,8 +92,8 @@ class EncodeJob:
             "vae": vae_metadata(self.codec, config.checkpoint),
             "pixel_range": self.codec.pixel_range,
             "precision": str(self.codec.dtype).removeprefix("torch."),
-            "transform": asdict(self.transform),
-            "transform_hash": json_hash(asdict(self.transform)),
+            "transform": self.transform.settings_dict(),
+            "transform_hash": json_hash(self.transform.settings_dict()),
             "store": config.store,
             "dtype": config.dtype,
             **blended_tiles(self.codec.model),
@@ -193,8 +204,10 @@ def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
 
 
 def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool) -> None:
-    numbers = [number for shard in todo for number in job.span(shard)]
-    config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
+    numbers = [number for shard in todo for number in job.order(shard)]
+    config, transform = job.config, job.transform
+    shapes = transform.buckets or [(transform.frames, transform.height, transform.width)]
+    pixels = 0 if None in shapes[0] else max(map(math.prod, shapes))
     workers, notes = usable_workers(config.workers, "workers")
     for note in notes if not quiet else ():
         log.info(note)
@@ -202,7 +215,7 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
         ClipReader(job.items, job.transform, config.reader, config.verify == "hash", job.codec.model.pixel_channels),
         workers=workers,
         timeout=config.timeout,
-        item_bytes=0 if None in sides else job.codec.model.pixel_channels * math.prod(sides),
+        item_bytes=job.codec.model.pixel_channels * pixels,
         held=config.batch_size,
         sampler=numbers,
         batch_size=None,
@@ -213,7 +226,7 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
     def encoded() -> Iterator[tuple[int, dict[str, Moments]]]:
         """Shard and moments of each of `batches`."""
         for number in todo:
-            for batch in _batches(islice(clips, len(job.span(number))), config.batch_size):
+            for batch in _batches(islice(clips, len(job.span(number))), job.clips_per_batch):
                 batches.append(batch)
                 yield number, _encode_batch(job, batch)
 
@@ -222,16 +235,17 @@ def _encode_shards(job: EncodeJob, todo: Sequence[int], digest: str, quiet: bool
         shard, statistics = Shard(), LatentStatistics(job.codec.channels)
         for _, moments in run:
             _add_batch(job, number, batches.popleft(), moments, shard, statistics)
+        shard.rows.sort(key=itemgetter("number"))
         shards.write_shard(job.folder, number, shard, statistics, digest, config.writers)
         errors += shard.errors
         if len(errors) > config.max_broken * len(job.items):
             raise CacheError(_too_many(errors, len(job.items), config.max_broken))
 
 
-def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
-    """Consecutive clips of one shape; errors stand alone."""
+def _batches(reads: Iterable[Read], size: Callable[[Sequence[int]], int]) -> Iterator[list[Read]]:
+    """Consecutive clips of one shape, `size` of (frames, height, width) at a time; errors stand alone."""
     for shape, run in groupby(reads, lambda read: None if read.pixels is None else read.pixels.shape):
-        while batch := list(islice(run, 1 if shape is None else size)):
+        while batch := list(islice(run, 1 if shape is None else size(shape[1:]))):
             yield batch
 
 
