@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,13 +16,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae3d import distributed
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
+from vae3d.config.issues import ConfigIssue, raise_if_any
+from vae3d.data.batch_schedule import ClipIndex, Schedule
 from vae3d.data.clips import Sample, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.sources import DataError
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError
-from vae3d.latents.cache import NO_LABEL, CacheError, LatentCache
+from vae3d.latents.cache import NO_LABEL, LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
@@ -30,6 +32,7 @@ from vae3d.transfer import to_device
 from vae3d.types import ClipBatch
 
 log = logging.getLogger("vae3d")
+ClipSize = tuple[int, int, int]  # frames, height, width
 
 
 class Batch(NamedTuple):
@@ -47,23 +50,24 @@ class Batch(NamedTuple):
 class LatentData:
     """Training and validation data.
 
-    dataset: indexed by ClipIndex. size: frames, height and width of sampled clips. latent_shape: (C, t, h, w) of their
-    latents. trained: numbers of latent frames of the training clips. sample: draw latents from the posterior; else take
-    its mean. classes: names. trained_classes: indices of the classes that occur in the training data; numeric
-    labels leave gaps, and validation files may have others. held_out: this rank's validation clips, one per batch.
-    timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
+    dataset: indexed by ClipIndex. stream_sizes: height and width of the clips of each stream of the schedule. size:
+    frames, height and width of sampled clips. sample: draw latents from the posterior; else take its mean. classes:
+    names. trained_classes: indices of the classes that occur in the training data; numeric labels leave gaps, and
+    validation files may have others. held_out: this rank's validation clips, one per batch. held_out_sizes: of those of
+    all ranks, each with latents of another shape. timeout: seconds without a batch until WorkerError; 0: never.
+    fingerprint: of the data, for checkpoints.
     """
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Batch]
-    schedule: BatchSchedule
+    schedule: Schedule
     codec: LatentCodec
-    size: tuple[int, int, int]
-    latent_shape: tuple[int, int, int, int]
-    trained: tuple[int, ...]
+    stream_sizes: list[tuple[int, int]]
+    size: ClipSize
     classes: list[str]
     trained_classes: list[int]
     held_out: list[Batch]
+    held_out_sizes: list[ClipSize]
     sample: bool = True
     workers: int = 0
     prefetch: int = 2
@@ -73,12 +77,40 @@ class LatentData:
     fingerprint: DataFingerprint | None = None
 
     @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of the latents of sampled clips."""
+        return self.codec.latent_shape(*self.size)
+
+    @property
+    def batch_sizes(self) -> list[tuple[ClipSize, int]]:
+        """Frames, height and width of the clips of every kind of step, and clips per micro-batch; ascending."""
+        shapes = self.schedule.shapes()
+        return sorted({((s.frames, *self.stream_sizes[s.stream]), s.micro_batch) for s in shapes})
+
+    @property
+    def rows(self) -> int:
+        """How many clips or latents are trained on."""
+        streams = self.schedule.leaves
+        return (
+            len(streams[0].lengths) if len(streams) == 1 else len(np.unique(np.concatenate([s.rows for s in streams])))
+        )
+
+    @property
+    def sizes(self) -> list[ClipSize]:
+        """Of the training clips, ascending."""
+        return sorted({size for size, _ in self.batch_sizes})
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int, int]]:
+        """(C, t, h, w) of the training latents, each once."""
+        return list(dict.fromkeys(self.codec.latent_shape(*size) for size in self.sizes))
+
+    @property
     def item_bytes(self) -> int:
         """Of the largest batch that a worker reads."""
         if isinstance(self.dataset, CachedLatents):
-            return self.schedule.micro_batch * 4 * math.prod(self.latent_shape)
-        values = self.codec.model.pixel_channels * math.prod((self.schedule.frames.all()[-1], *self.size[1:]))
-        return self.schedule.micro_batch * values
+            return max(4 * count * math.prod(self.codec.latent_shape(*size)) for size, count in self.batch_sizes)
+        return max(count * self.codec.model.pixel_channels * math.prod(size) for size, count in self.batch_sizes)
 
     def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Micro-batches of optimizer steps first..last-1, a pure function of the schedule.
@@ -118,9 +150,10 @@ class LatentData:
         Raises ScaleError if no file can be read.
         """
         data = replace(self, schedule=replace(self.schedule, overfit=False))
+        steps = next(step for step in itertools.count() if data.schedule.clips_before(step) >= count)
         stats = RunningStats(self.latent_shape[0], device)
         seen = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in data.batches(0, math.ceil(count / self.schedule.batch_size)):
+        for batch in data.batches(0, steps):
             if batch.values is not None:
                 z = self.latents(batch, device)
                 stats.update_channels(z)
@@ -201,17 +234,28 @@ def split_cache(index: pd.DataFrame, num_val_files: int) -> tuple[np.ndarray, np
     return np.flatnonzero(rest), np.flatnonzero(held_out & ~index["flip"])
 
 
-def clip_and_latent_size(cache: LatentCache) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
-    """(T, H, W) of a cache's clips and (C, t, h, w) of their latents. Raises CacheError for clips of several sizes."""
-    sizes = cache.index.groupby(["frames", "height", "width", "latent"]).size().sort_values(ascending=False)
-    if len(sizes) > 1:
-        counts = ", ".join(f"{count} of {'x'.join(map(str, size[:3]))}" for size, count in sizes.head(5).items())
-        raise CacheError(
-            f"{cache.folder} holds clips of {len(sizes)} sizes ({counts}), which do not fit into one batch; encode "
-            "again with height, width and frames"
-        )
-    frames, height, width, latent = sizes.index[0]
-    return (int(frames), int(height), int(width)), tuple(int(side) for side in latent.split("x"))
+def choose_size(counts: Mapping[ClipSize, int], height: int | None, width: int | None) -> ClipSize:
+    """The size of samples: the commonest one of the training clips, and of equally common ones the largest.
+
+    counts: of training clips. height, width: only sizes with these. Raises ConfigError if there are none.
+    """
+    chosen = {size: count for size, count in counts.items() if height is None or size[1:] == (height, width)}
+    if not chosen:
+        sizes = ", ".join(f"{h}x{w}" for h, w in sorted({size[1:] for size in counts}))
+        message = f"validation.width={width}: no training clip has this size; they have {sizes}"
+        raise_if_any([ConfigIssue("validation.height", height, message, "use one of them, or null")])
+    return max(chosen, key=lambda size: (chosen[size], size))
+
+
+def distinct_sizes(codec: LatentCodec, sizes: Iterable[ClipSize]) -> list[ClipSize]:
+    """One size, the largest, for each shape of latents; ascending."""
+    return sorted({codec.latent_shape(*size): size for size in sorted(sizes)}.values())
+
+
+def take_turns(entries: Sequence[int], groups: Iterable[Sequence[int]]) -> np.ndarray:
+    """`entries`, so that the groups take turns: the first of each group, the second of each, and so on."""
+    turn = {entry: number for group in groups for number, entry in enumerate(group)}
+    return np.array(sorted(entries, key=turn.__getitem__), int)  # stable
 
 
 def require_labels(labels: Sequence[int], names: Sequence[str], what: str) -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Settings that a resumed run must share with its checkpoint.
 MUST_MATCH = (
     *("denoiser", "process", "vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride"),
-    *("data.fps", "run.seed"),
+    *("data.fps", "data.buckets", "run.seed"),
 )
 
 
@@ -83,7 +83,8 @@ class DiffusionTrainer(Trainer[Batch]):
         self.latents = LatentsState(identity, data.classes, config.vae.path)
         self.checkpointer.register("latents", self.latents)
         self.held_out: list[tuple[Tensor, Batch]] = []
-        self.real: list[Tensor] = []  # held-out latents of all ranks, on the first, which compares samples with them
+        # Held-out latents of all ranks of the samples' size, on the first rank, which compares samples with them.
+        self.real: list[Tensor] = []
         self.shown = False  # whether the held-out clips have been logged
 
     def prepare(self) -> None:
@@ -98,7 +99,7 @@ class DiffusionTrainer(Trainer[Batch]):
             self.log.say(f"mean and standard deviation {stats}")
         self.held_out = [(self.data.latents(batch, self.device), batch) for batch in self.data.held_out]
         ranks = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
-        self.real = [z for rank in ranks for z in rank]
+        self.real = [z for rank in ranks for z in rank if z.shape[1:] == self.data.latent_shape]
 
     def load_batches(self, stopping: Callable[[], bool]) -> Iterator[Batch]:
         return self.data.batches(self.step, self.config.trainer.max_steps, stopping)
@@ -147,12 +148,20 @@ class DiffusionTrainer(Trainer[Batch]):
 
     @property
     def better(self) -> Mapping[str, bool | None]:
-        return {"loss": False, **{f"loss_q{q}": False for q in range(QUARTILES)}, "sliced_wasserstein": False}
+        losses = [f"loss_q{q}" for q in range(QUARTILES)] + [f"loss_{size}" for size in self._validated_sizes]
+        return {"loss": False, **dict.fromkeys(losses, False), "sliced_wasserstein": False}
+
+    @property
+    def _validated_sizes(self) -> list[str]:
+        """Names of the sizes of held-out clips, such as 17x256x256, if there are several."""
+        sizes = self.data.held_out_sizes
+        return ["x".join(map(str, size)) for size in sizes] if len(sizes) > 1 else []
 
     def validate(self) -> dict[str, float]:
         """Log samples, and mean squared errors on the held-out latents of all ranks.
 
-        val/loss and, by quarter of the timesteps, val/loss_q0 to val/loss_q3.
+        val/loss, by quarter of the timesteps val/loss_q0 to val/loss_q3, and with clips of several sizes by size, as in
+        val/loss_17x256x256.
         """
 
         def compute() -> tuple[Tensor, dict[str, float]]:
@@ -164,20 +173,25 @@ class DiffusionTrainer(Trainer[Batch]):
             return {}
         sums, samples = computed
         distributed.all_reduce_mean([sums])
-        total, count = sums.sum(0).tolist()
+        total, count = sums.sum((0, 1)).tolist()
         values = {"val/loss": total / count} if count else {}
-        values |= {f"val/loss_q{q}": total / n for q, (total, n) in enumerate(sums.tolist()) if n} | samples
+        values |= {f"val/loss_q{q}": total / n for q, (total, n) in enumerate(sums.sum(0).tolist()) if n}
+        by_size = zip(self._validated_sizes, sums.sum(1).tolist(), strict=False)
+        values |= {f"val/loss_{size}": total / n for size, (total, n) in by_size if n} | samples
         self.log.scalars(values, self.step)
         return values
 
     @torch.no_grad()
     def _held_out_sums(self) -> Tensor:
-        """[QUARTILES, 2]: by quarter of the timesteps, the sum and the number of mean squared errors on this rank.
+        """[sizes, QUARTILES, 2]: by size of the clips and quarter of the timesteps, the sum and the number of mean
+        squared errors on this rank.
 
         Each held-out latent is noised `draws` times, with the same timesteps and noise at every validation.
         """
-        sums = torch.zeros(QUARTILES, 2, dtype=torch.float64, device=self.device)
+        shapes = [self.data.codec.latent_shape(*size) for size in self.data.held_out_sizes]
+        sums = torch.zeros(len(shapes), QUARTILES, 2, dtype=torch.float64, device=self.device)
         for z, batch in self.held_out:
+            of_size = sums[shapes.index(tuple(z.shape[1:]))]
             labels = batch.labels if self.network.num_classes else None
             for draw in range(self.config.validation.draws):
                 noise = [
@@ -186,7 +200,7 @@ class DiffusionTrainer(Trainer[Batch]):
                 ]
                 with self.accelerator.autocast():
                     losses = training_losses(self.network, self.process, z, noise, labels)
-                sums += quartile_sums(losses["mse"], losses["t_normalised"])
+                of_size += quartile_sums(losses["mse"], losses["t_normalised"])
         return sums
 
     def _sample_or_warn(self) -> dict[str, float]:
@@ -262,6 +276,7 @@ class DiffusionTrainer(Trainer[Batch]):
             "process": self.config.process,
             "latent_shape": list(self.data.latent_shape),
             "size": list(self.data.size),
+            "sizes": [list(size) for size in self.data.sizes],
             "classes": self.data.classes,
             "trained_classes": self.data.trained_classes,
             "label_dropout": self.config.label_dropout,
