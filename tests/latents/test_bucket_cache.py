@@ -156,6 +156,21 @@ def test_other_buckets_are_refused_by_name_and_none_change_nothing(videos, whole
     assert plain.transform.settings_dict() == settings == plain.meta()["transform"]
 
 
+def test_an_entry_whose_bucket_changes_is_encoded_again(videos, tmp_path, caplog):
+    table = pd.DataFrame(
+        {"path": [str(videos / name) for name in ("0.mp4", "1.mp4", "7.mp4")], "fps": 24, "num_frames": 5}
+    )
+    settings = SETTINGS | {"shard_size": 1, "writers": []}
+    for heights, widths in (([16, 32, 32], [32, 16, 18]), ([16, 16, 32], [32, 32, 18])):  # the second one is corrected
+        table.assign(height=heights, width=widths).to_csv(tmp_path / "table.csv", index=False)
+        folder = caches.made(tmp_path / "table.csv", tmp_path / "cache", **settings)
+    assert [text for text in caplog.messages if "again" in text] == [
+        "shard 1 is encoded again: " + LatentCache(folder).index["key"][2] + " goes to another bucket, 5x8x16"
+    ]
+    anew = caches.made(tmp_path / "table.csv", tmp_path / "anew", **settings)
+    assert caches.files(folder) == caches.files(anew)
+
+
 def test_a_file_that_is_too_short_for_all_buckets_is_an_error(videos, tmp_path):
     settings = SETTINGS | {"buckets": {"shapes": SETTINGS["buckets"]["shapes"][1:]}}
     job = caches.job(videos, tmp_path / "cache", **settings)
@@ -174,7 +189,7 @@ def test_a_rule_gives_sizes_of_one_area_for_the_aspect_ratios_of_the_files(video
         **{(1, 12, 20): 1, (1, 12, 24): 1, (1, 16, 16): 2},
         **{(5, 12, 20): 1, (5, 12, 24): 1, (5, 20, 12): 1, (5, 24, 12): 1},
     }
-    assert "  5x12x20: 1 clip" in caplog.messages
+    assert "  5x12x20: 1 clip, 93.8% of the pixels kept" in caplog.messages  # 20 of 21.33 columns
     paths = [str(videos / name) for name in ("0.mp4", "1.mp4")]
     table = pd.DataFrame({"path": paths, "height": [16, 32], "width": [32, 16], "split": ["val", "train"]})
     table.to_csv(tmp_path / "table.csv", index=False)

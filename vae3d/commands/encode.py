@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from statistics import mean
 from typing import TYPE_CHECKING
 
-from vae3d.data.buckets import AUTO, buckets_of
+from vae3d.data.buckets import AUTO, buckets_of, share_kept
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.media import DataError
 from vae3d.data.probe import fill_metadata
@@ -17,7 +17,7 @@ from vae3d.data.rows import NUMBERS
 from vae3d.data.sources import Folder, Source, open_source
 from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
-from vae3d.latents.clips import Item, Transform, items_of
+from vae3d.latents.clips import Item, Shape, Transform, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import EncodeJob, encode_cache
 from vae3d.loading import instantiate, open_codec, require_file_channels
@@ -60,7 +60,7 @@ def run(config: EncodeConfig) -> None:
         }
     )
     if ranks.is_main_process:
-        notes = (*padding(codec, transform), *tile_notes(codec), *bucket_notes(items, transform))
+        notes = (*padding(codec, transform), *tile_notes(codec), *bucket_notes(items, transform, table))
         for note in (*getattr(source, "notes", ()), *notes):
             log.info(note)
     job = EncodeJob(config, codec, items, errors, transform)
@@ -93,13 +93,20 @@ def transform_of(config: EncodeConfig, table: pd.DataFrame) -> Transform:
     return Transform(**settings | {"frames": None, "height": None, "width": None, "buckets": shapes})
 
 
-def bucket_notes(items: Sequence[Item], transform: Transform) -> list[str]:
-    """Lines with the number of clips of every bucket."""
+def bucket_notes(items: Sequence[Item], transform: Transform, table: pd.DataFrame) -> list[str]:
+    """Lines with the clips of every bucket, and the share of their files' pixels that is kept."""
     if not transform.buckets:
         return []
-    counts = Counter(item.shape for item in items)
-    lines = [f"{plural(len(transform.buckets), 'bucket')} of frames x height x width:"]
-    return lines + [f"  {'x'.join(map(str, shape))}: {plural(counts[shape], 'clip')}" for shape in transform.buckets]
+    known = fill_metadata(table, NUMBERS)[0]
+    aspects = dict(zip(known["row"], (known["width"] / known["height"]).astype(float), strict=True))
+    kept: dict[Shape, list[float]] = {shape: [] for shape in transform.buckets}
+    for item in items:
+        kept[item.shape].append(float(share_kept(aspects[item.row], item.shape[1:])))
+    lines = [f"{plural(len(kept), 'bucket')} of frames x height x width:"]
+    for shape, shares in kept.items():
+        of = f", {mean(shares):.1%} of the pixels kept" if shares else ""
+        lines.append(f"  {'x'.join(map(str, shape))}: {plural(len(shares), 'clip')}{of}")
+    return lines
 
 
 def padding(codec: LatentCodec, transform: Transform) -> list[str]:

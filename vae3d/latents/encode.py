@@ -179,7 +179,8 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     if "webdataset" in job.config.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
         return False  # its tar file has old labels
     verify = job.config.verify == "hash"
-    why = _replaced(job, shard, marker["sources"]) or shards.damage(job.folder, shard, marker, verify=verify)
+    why = _replaced(job, shard, marker["sources"]) or _other_bucket(job, marker["rows"])
+    why = why or shards.damage(job.folder, shard, marker, verify=verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
@@ -197,9 +198,23 @@ def _replaced(job: EncodeJob, shard: int, sources: Mapping[str, Any]) -> str | N
     return None
 
 
+def _other_bucket(job: EncodeJob, rows: Sequence[dict[str, Any]]) -> str | None:
+    """Which entry belongs in another bucket now, since the table has another size of its file; None if none does."""
+    for row in rows:
+        shape = _item(job, row).shape
+        if shape is not None and shape != (row["frames"], row["height"], row["width"]):
+            return f"{row['key']} goes to another bucket, {'x'.join(map(str, shape))}"
+    return None
+
+
+def _item(job: EncodeJob, row: dict[str, Any]) -> Item:
+    """The item of an entry."""
+    return job.items[row["number"] // 2 if job.config.flip else row["number"]]
+
+
 def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
     """Label, split and text of an entry, as the source has them now."""
-    item = job.items[row["number"] // 2 if job.config.flip else row["number"]]
+    item = _item(job, row)
     return {"label": item.label, "split": item.split, "text": item.text}
 
 
