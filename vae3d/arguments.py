@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -208,6 +209,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def without_source_name(key: str) -> str:
+    """data.sources.NAME.height -> data.height: the setting that a source of a mixture has of its own."""
+    return re.sub(r"^data\.sources\.[^.]+\.", "data.", key)
 
 
 def short(value: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vae3d.arguments import flatten
+from vae3d.arguments import flatten, without_source_name
 from vae3d.errors import UserError
 from vae3d.host_memory import keep_freed_memory
 from vae3d.precision import as_device
@@ -120,7 +120,8 @@ def check_ranks_agree(settings: Mapping[str, Any]) -> None:
     if not is_distributed():
         return
     own = tuple(f"{name}." for name in PER_MACHINE)
-    ranks = all_gather_object({k: value for k, value in flatten(settings).items() if not f"{k}.".startswith(own)})
+    shared = {k: v for k, v in flatten(settings).items() if not f"{without_source_name(k)}.".startswith(own)}
+    ranks = all_gather_object(shared)
     keys = sorted({key for rank in ranks for key in rank})
     lines = [f"  {key}: {_by_value(key, ranks)}" for key in keys if any(r.get(key) != ranks[0].get(key) for r in ranks)]
     if lines:

@@ -10,7 +10,16 @@ from PIL import Image
 
 from tests import tiny
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import ATTEMPTS, ClipDataset, ClipSettings, Unreadable, collate, read_clip, resize_crop_params
+from vae3d.data.clips import (
+    ATTEMPTS,
+    ClipDataset,
+    ClipSettings,
+    Stream,
+    Unreadable,
+    collate,
+    read_clip,
+    resize_crop_params,
+)
 from vae3d.data.images import resize_circular
 from vae3d.data.loader import TrainingData, clip_lengths, validation_clips
 from vae3d.data.probe import fill_metadata
@@ -22,7 +31,7 @@ def training_data(table, workers=0, frames=(1, 9), settings=None, **kwargs) -> T
     settings = settings or ClipSettings(16, 16, crop="random", flip=True)
     rows, errors = fill_metadata(Table(table).table())
     schedule = BatchSchedule(clip_lengths(rows, settings), FrameCounts(*frames), seed=3, batch_size=4, **kwargs)
-    return TrainingData(rows, schedule, settings, workers, 2, [], errors)
+    return TrainingData([Stream(rows, schedule, settings)], schedule, workers, 2, [], errors)
 
 
 def number(frame: np.ndarray) -> int:
@@ -144,7 +153,7 @@ def test_a_broken_file_is_reported_and_replaced_by_a_seeded_draw(videos, tmp_pat
 @pytest.mark.parametrize("workers", [0, 1])
 def test_nothing_but_broken_files_gives_their_names_in_place_of_clips(videos, tmp_path, workers):
     rows, schedule, settings = broken(videos, tmp_path, 10)
-    data = TrainingData(rows, schedule, settings, workers, 2, [], [])
+    data = TrainingData([Stream(rows, schedule, settings)], schedule, workers, 2, [], [])
     given = list(data.clips(0, 3))
     assert len(given) == 3  # and reading goes on
     for unreadable in given:
@@ -186,7 +195,7 @@ def test_rows_that_promise_more_than_the_file_has_are_replaced(videos):
     rows = pd.concat([rows.iloc[:3].assign(num_frames=21), rows.iloc[9:10]], ignore_index=True)  # 12, 13, 14, 21
     settings = ClipSettings(16, 16)
     schedule = BatchSchedule(clip_lengths(rows, settings), FrameCounts(21, 21), seed=0, batch_size=4)
-    clip = next(TrainingData(rows, schedule, settings, 0, 2, [], []).clips(0, 1))
+    clip = next(TrainingData([Stream(rows, schedule, settings)], schedule, 0, 2, [], []).clips(0, 1))
     assert all("clip9" in path for path in clip.paths)
     assert all("clip needs" in reason for _, reason in clip.errors)
 

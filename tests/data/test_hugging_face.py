@@ -20,7 +20,7 @@ from vae3d.commands import train
 from vae3d.data import dataset_rows, probe
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.check import main as check
-from vae3d.data.clips import ClipSettings
+from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import TrainingData, clip_lengths, read_tables
@@ -217,10 +217,10 @@ def test_workers_read_the_same_as_one_process_with_the_dataset_opened_before_or_
     schedule = BatchSchedule(clip_lengths(tables.train, SETTINGS), FrameCounts(1, 1), seed=3, batch_size=4)
     clips = {}
     for workers in (0, 2):
-        data = TrainingData(tables.train, schedule, SETTINGS, workers, 2, [], [])
+        data = TrainingData([Stream(tables.train, schedule, SETTINGS)], schedule, workers, 2, [], [])
         clips[workers] = list(data.clips(0, 4))
     forget()  # what a worker that is not a fork finds
-    clips["again"] = list(TrainingData(tables.train, schedule, SETTINGS, 2, 2, [], []).clips(0, 4))
+    clips["again"] = list(TrainingData([Stream(tables.train, schedule, SETTINGS)], schedule, 2, 2, [], []).clips(0, 4))
     for one, two, again in zip(*clips.values(), strict=True):
         assert one.paths == two.paths == again.paths
         assert torch.equal(one.video, two.video)

@@ -159,7 +159,9 @@ def test_every_export_of_a_run_has_its_own_scale_and_training_knows_nothing_of_i
         factors.append(loaded.scaling_factor)
         assert info["latents"]["clips"] == 4
         data = t.data
-        found = measure(loaded, spread_clips(data.table, data.settings, 1, 4, []), t.config.run.seed)
+        found = measure(
+            loaded, spread_clips(data.streams[0].table, data.streams[0].settings, 1, 4, []), t.config.run.seed
+        )
         assert loaded.scaling_factor == pytest.approx(1 / found.over_channels()[1], rel=1e-6)
         assert info["latents"]["std"] == pytest.approx(found.std.tolist(), rel=1e-6)
     assert factors[0] != factors[1]
@@ -168,7 +170,7 @@ def test_every_export_of_a_run_has_its_own_scale_and_training_knows_nothing_of_i
 
 def test_an_export_without_readable_clips_keeps_its_scale_and_says_so(videos, tmp_path, caplog):
     t = trainer(videos, tmp_path, **MEASURES)
-    t.data.table["path"] = "/nowhere.mp4"
+    t.data.streams[0].table["path"] = "/nowhere.mp4"
     t.checkpointer.save(t.step)
     assert "the export of step 0 has the scale of the configuration: the scale of the latents cannot be" in caplog.text
     assert vae3d.load(tmp_path).scaling_factor == 0.13025

@@ -21,7 +21,7 @@ from typing import Annotated, Any, TypedDict
 
 import torch
 
-from vae3d.arguments import ArgumentError, Range, check_fields, flatten
+from vae3d.arguments import ArgumentError, Range, check_fields, flatten, without_source_name
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
@@ -32,6 +32,7 @@ RANK_STATE = "rank-{rank}.pt"
 # Settings that a resumed run must share with its checkpoint.
 MUST_MATCH = (
     "model", "stage.name", "stage.train", "adversary", "data.frames", "data.height", "data.width", "data.short_side",
+    "data.buckets.shapes", "data.buckets.aspects", "data.buckets.frames", "data.buckets.multiple",
     "data.stride", "data.fps", "data.panorama", "data.depth.mapping", "teacher.features", "run.seed",
 )  # fmt: skip
 # Exceptions, which may change as optim may: the discriminator's learning rate is often tied to optim.
@@ -290,7 +291,13 @@ def check_same_run(
     differing = changes(saved_config(folder), config)
     # A setting that is off now and missing in an older checkpoint was off there too.
     changed = {key: (old, new) for key, (old, new) in differing.items() if old is not None or new}
-    fatal = {key: pair for key, pair in changed.items() if key.startswith(must_match) and key not in MAY_CHANGE}
+    fatal = {
+        key: pair
+        for key, pair in changed.items()
+        if without_source_name(key).startswith(must_match)
+        and key not in MAY_CHANGE
+        and not _of_new_source(key, changed)
+    }
     if fatal:
         lines = "\n".join(f"  {key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in fatal.items())
         raise ResumeError(
@@ -298,6 +305,12 @@ def check_same_run(
             "  undo the changes to resume, or give this run another run.name"
         )
     return differing
+
+
+def _of_new_source(key: str, changed: Mapping[str, tuple[Any, Any]]) -> bool:
+    """Whether a setting is of a source of a mixture that was added or taken out, as files may be."""
+    name = re.match(r"data\.sources\.[^.]+\.", key)
+    return name is not None and None in changed.get(f"{name[0]}weight", ())
 
 
 def _steps(root: Path) -> list[Path]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # The check of a VAE's training on the meta device needs these.
 MODEL_KEYS = ("model", "loss", "teacher", "adversary", "stage.train", "data.frames", "data.height", "data.width")
+MODEL_KEYS += ("data.buckets", "data.sources")
 
 
 def check_training(cfg: DictConfig, issues: Sequence[ConfigIssue] = ()) -> TrainConfig:

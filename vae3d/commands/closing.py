@@ -28,11 +28,13 @@ def closing(trainer: Trainer, first_step: int, seconds: float, commands: Sequenc
 
     first_step: where this start began. seconds: since then. commands: (purpose, command) that work with this run.
     """
-    steps, batch = trainer.step - first_step, trainer.config.data.batch_size
+    steps, schedule = trainer.step - first_step, trainer.data.schedule
     lines = []
     if steps:
-        done = f"{plural(steps, 'step')} of {plural(batch, 'clip')} in {duration(seconds)}"
-        lines.append(f"{done}: {plural(steps * batch, 'clip')}")
+        clips = schedule.clips_before(trainer.step) - schedule.clips_before(first_step)
+        each = sorted({leaf.batch_size for leaf in schedule.leaves})
+        size = plural(each[0], "clip") if len(each) == 1 else f"{each[0]} to {plural(each[-1], 'clip')}"
+        lines.append(f"{plural(steps, 'step')} of {size} in {duration(seconds)}: {plural(clips, 'clip')}")
     rows = validation_rows(trainer.folder)
     if scores := score_rows(rows, trainer.better):
         head = ["score", f"at step {rows[0]['step']}", "best", "at step", f"at step {rows[-1]['step']}"]

@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 from functools import partial
 
+import numpy as np
 import torch
 
 from vae3d.checkpoints.formats import read_checkpoint
 from vae3d.commands import train, train_diffusion
-from vae3d.commands.estimate import diffusion_needs, estimates, world_of
+from vae3d.commands.estimate import clips_text, diffusion_needs, estimates, world_of
 from vae3d.commands.meta_check import lacking_weights
 from vae3d.commands.step_cost import vae_needs
 from vae3d.commands.summary import data_summary, first_batch, summary
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import TrainConfig
+from vae3d.config.sources import sources_of
 from vae3d.data.loader import check_files_exist
 from vae3d.loading import build_from_checkpoint, instantiate
 from vae3d.training.freeze import train_parts
 
 log = logging.getLogger("vae3d")
+STEPS = 200  # of which the mean size is taken
 
 
 def describe(config: TrainConfig | DiffusionConfig) -> None:
@@ -39,17 +42,30 @@ def describe_training(config: TrainConfig) -> None:
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
     world = world_of(config)
-    files = check_files_exist(instantiate(config.data.source), config.data.max_broken)
+    files = []
+    for name, own in sources_of(config.data).items():
+        with train.naming_source(name):
+            lines = check_files_exist(instantiate(own.source), own.max_broken)
+        files += [line.replace("data:", f"data.sources.{name}:", 1) if name else line for line in lines]
     log.info("\n".join([*summary(config, model, world), *files]))
     data = train.build_training_data(config, 0, world)
-    log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), data.schedule.lengths)]))
+    lengths = np.concatenate([schedule.lengths for schedule in data.schedule.leaves])
+    log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), lengths)]))
+    for line in data.warnings:
+        log.warning(line)
     if lines := lacking_weights(config):
         log.info("\n".join(lines))
     teacher = None
     if config.teacher.path is not None:
         teacher = partial(build_from_checkpoint, read_checkpoint(config.teacher.path))
-    needs = vae_needs(config, data.schedule.micro_batch, teacher, world)
-    log.info("\n".join(estimates(config, needs, data.schedule, data.item_bytes, data.workers)))
+    largest = max(data.shapes(), key=lambda shape: (shape.pixels, shape.frames))
+    needs = vae_needs(config, largest.clips, teacher, world, size=largest[2:])
+    steps = range(min(config.trainer.max_steps, STEPS))
+    share = sum(data.shape_at(step).pixels for step in steps) / len(steps) / largest.pixels
+    clips = clips_text(largest.clips, largest.frames)
+    if len(data.streams) > 1:
+        clips += f" of {largest.height}x{largest.width}"
+    log.info("\n".join(estimates(config, needs, clips, share, world, data.item_bytes, data.workers)))
 
 
 def describe_diffusion(config: DiffusionConfig) -> None:
@@ -64,4 +80,8 @@ def describe_diffusion(config: DiffusionConfig) -> None:
     lines = train_diffusion.summary(config, network, data, data.schedule.world_size)
     log.info("\n".join([*lines, *first_batch(data.batches(0, 1), data.schedule.lengths)]))
     needs = diffusion_needs(config, process, data, data.schedule.micro_batch)
-    log.info("\n".join(estimates(config, needs, data.schedule, data.item_bytes, data.workers)))
+    schedule, steps = data.schedule, range(min(config.trainer.max_steps, STEPS))
+    longest = schedule.frames.all()[-1]
+    share = sum(map(schedule.frames_at, steps)) / len(steps) / longest
+    clips = clips_text(schedule.micro_batch, longest)
+    log.info("\n".join(estimates(config, needs, clips, share, schedule.world_size, data.item_bytes, data.workers)))

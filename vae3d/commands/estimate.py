@@ -22,7 +22,6 @@ from vae3d.training.runlog import duration
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
     from vae3d.config.schema import TrainConfig
-    from vae3d.data.batch_schedule import BatchSchedule
     from vae3d.diffusion.data import LatentData
     from vae3d.diffusion.processes import Process
 
@@ -58,17 +57,25 @@ def world_of(config: Any) -> int:
     return int(os.environ.get("WORLD_SIZE", launcher.nproc if launcher.name == "torchrun" else 1))
 
 
+def clips_text(clips: int, frames: int) -> str:
+    return plural(clips, "image") if frames == 1 else f"{plural(clips, 'clip')} of {frames} frames"
+
+
 def estimates(
-    config: TrainConfig | DiffusionConfig, needs: Needs, schedule: BatchSchedule, batch_bytes: int, workers: int
+    config: TrainConfig | DiffusionConfig,
+    needs: Needs,
+    clips: str,
+    share: float,
+    ranks: int,
+    batch_bytes: int,
+    workers: int,
 ) -> list[str]:
     """Lines on memory, time and disk.
 
-    batch_bytes: of one batch that a worker reads ahead.
+    clips: what `needs` is counted on, in words. share: of the mean step's pixels in those of such a step. batch_bytes:
+    of one batch that a worker reads ahead.
     """
-    trainer, frames = config.trainer, schedule.frames.all()[-1]
-    clips = plural(schedule.micro_batch, "image")
-    if frames > 1:
-        clips = f"{plural(schedule.micro_batch, 'clip')} of {frames} frames"
+    trainer = config.trainer
     stays = ", ".join(f"{name} {amount(value)}" for name, value in needs.stays.items() if value > MIN_SHOWN)
     here, ahead = psutil.Process().memory_info().rss, workers * config.data.prefetch * batch_bytes
     host = [f"this process now {amount(here)}"]
@@ -79,8 +86,6 @@ def estimates(
     copied = needs.state if trainer.async_mode == "async" and trainer.save_every else 0
     if copied:
         host.append(f"a copy of the checkpoint while it is written, on the first rank, {amount(copied)}")
-    steps = range(min(trainer.max_steps, 200))
-    share = sum(map(schedule.frames_at, steps)) / len(steps) / frames
     step_flops = needs.flops * trainer.accumulate * share
     whole, cpu = step_flops * trainer.max_steps, cpu_flops()
     return [
@@ -92,7 +97,7 @@ def estimates(
         f"  time: {step_flops / 1e12:.3g} TFLOP per step and rank: {plural(trainer.max_steps, 'step')} take "
         f"{duration(whole / 1e12 / GPU_TFLOPS)} on a GPU that reaches {GPU_TFLOPS} TFLOP/s, {duration(whole / cpu)} on "
         f"this CPU, where a convolution reaches {cpu / 1e12:.2g}; reading, validation and waiting come on top",
-        f"  disk: {disk(config, needs, schedule.world_size)}",
+        f"  disk: {disk(config, needs, ranks)}",
     ]
 
 

@@ -17,13 +17,16 @@ from torch import nn
 
 from vae3d import loading
 from vae3d.adversarial.base import Adversary
+from vae3d.adversarial.seraena import Seraena
 from vae3d.checkpoints.export import to_layout
 from vae3d.checkpoints.formats import CheckpointError, meta_model, read_checkpoint
 from vae3d.commands import train
-from vae3d.commands.summary import frame_counts
+from vae3d.commands.summary import clip_sizes
 from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
 from vae3d.config.overrides import key_of
+from vae3d.config.sources import of_source, sources_of
 from vae3d.config.validate import training_issues
+from vae3d.data.buckets import AUTO
 from vae3d.errors import UserError
 from vae3d.inference import scale
 from vae3d.losses.distillation import FeatureDistillation
@@ -44,6 +47,8 @@ from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
+
+Size = tuple[int, int, int]  # frames, height and width of a clip
 
 
 def issues(config: TrainConfig) -> list[ConfigIssue]:
@@ -86,6 +91,7 @@ def _training_issues(config: TrainConfig, model: nn.Module, objective: Objective
         return found
     if distillation is not None:
         found = [*_unread_features(distillation, objective), *_shape_issues(config, model, distillation.teacher)]
+    found += _replay_issues(config, adversary)
     return found or list(_step_issues(config, model, objective, adversary, distillation))
 
 
@@ -104,7 +110,7 @@ def built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIs
 def _metric_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
     """Metrics of the validation that do not exist, cannot score such clips, or lack their weights; and a best score
     that they do not give."""
-    size, frames = min(config.data.height, config.data.width), config.validation.frames
+    size, frames = min(min(size[1:]) for _, size in _sizes(config)), config.validation.frames
     known = []
     for name in ("metrics", "slow_metrics"):
         key, given = f"validation.{name}", getattr(config.validation, name)
@@ -159,43 +165,74 @@ def _channel_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIss
         yield ConfigIssue("model.pixel_channels", channels, message, "use 3 or 4, or data.depth.mapping for depth")
 
 
+def _sizes(config: TrainConfig) -> list[tuple[str, tuple[int, int, int]]]:
+    """(name of the source, frames, height and width) of all clips; see clip_sizes."""
+    return [(name, size) for name, own in sources_of(config.data).items() for size in clip_sizes(own)]
+
+
 def _size_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     stride = model.spec.space_stride
-    for side in ("height", "width"):
-        size = getattr(config.data, side)
+    sides: dict[str, int] = {}
+    for name, own in sources_of(config.data).items():
+        if own.buckets is None:
+            sides |= {of_source(name, f"data.{side}"): getattr(own, side) for side in ("height", "width")}
+        elif own.buckets.shapes is None:
+            sides[of_source(name, "data.buckets.multiple")] = own.buckets.multiple
+        else:
+            for i, shape in enumerate(own.buckets.shapes):
+                key = of_source(name, f"data.buckets.shapes[{i}]")
+                sides |= {f"{key}.{side}": getattr(shape, side) for side in ("height", "width")}
+    for key, size in sides.items():
         if size % stride:
             near = " or ".join(str(s) for s in (size // stride * stride, -(-size // stride) * stride) if s)
             message = f"is not a multiple of the model's stride {stride}"
-            yield ConfigIssue(f"data.{side}", size, message, f"use {near}")
+            yield ConfigIssue(key, size, message, f"use {near}")
     yield from _frame_issues(
-        config, model.frames_valid, lambda count: f"the model does not take {plural(count, 'frame')}"
+        config,
+        lambda size: model.frames_valid(size[0]),
+        lambda size: f"the model does not take {plural(size[0], 'frame')}",
     )
 
 
 def _frame_issues(
-    config: TrainConfig, fits: Callable[[int], bool], message: Callable[[int], str]
+    config: TrainConfig, fits: Callable[[Size], bool], message: Callable[[Size], str]
 ) -> Iterator[ConfigIssue]:
-    """The first frame count of the data that does not fit, with the nearest that do."""
-    for count in frame_counts(config.data).all():
-        if not fits(count):
-            near = nearest_frames(count, fits)
-            hint = f"nearest are {', '.join(map(str, near))}" if near else ""
-            yield ConfigIssue("data.frames", NO_VALUE, message(count), hint)
-            return
+    """The first frame count of the data that does not fit, of each source, with the nearest that do."""
+    for name, own in sources_of(config.data).items():
+        for size in clip_sizes(own):
+            if not fits(size):
+                near = nearest_frames(size[0], lambda count, size=size: fits((count, *size[1:])))
+                hint = f"nearest are {', '.join(map(str, near))}" if near else ""
+                key = "data.frames" if own.buckets is None else "data.buckets"
+                yield ConfigIssue(of_source(name, key), NO_VALUE, message(size), hint)
+                break
 
 
 def _shape_issues(config: TrainConfig, model: nn.Module, teacher: nn.Module) -> Iterator[ConfigIssue]:
     """Frame counts that the teacher would extend, and latents that do not come in the same shape."""
-    size = (config.data.height, config.data.width)
 
-    def message(count: int) -> str:
-        shapes = ["x".join(map(str, network.latent_shape(count, *size))) for network in (teacher, model)]
+    def message(size: Size) -> str:
+        shapes = ["x".join(map(str, network.latent_shape(*size))) for network in (teacher, model)]
         return (
-            f"teacher and model do not both take {plural(count, 'frame')} of {size[0]}x{size[1]} whole, to latents of "
-            f"one shape (teacher {shapes[0]}, model {shapes[1]})"
+            f"teacher and model do not both take {plural(size[0], 'frame')} of {size[1]}x{size[2]} whole, to latents "
+            f"of one shape (teacher {shapes[0]}, model {shapes[1]})"
         )
 
-    yield from _frame_issues(config, lambda count: share_frames(model, teacher, count, *size), message)
+    yield from _frame_issues(config, lambda size: share_frames(model, teacher, *size), message)
+
+
+def _replay_issues(config: TrainConfig, adversary: Adversary) -> Iterator[ConfigIssue]:
+    """Seraena keeps images of earlier steps, which must have one size."""
+    if not isinstance(adversary, Seraena):
+        return
+    sizes = {size[1:] for _, size in _sizes(config)}
+    for name, own in sources_of(config.data).items():
+        auto = own.buckets is not None and own.buckets.shapes is None and AUTO in own.buckets.aspects
+        if auto or len(sizes) > 1:
+            key = "data.height" if own.buckets is None else "data.buckets"
+            message = "Seraena keeps images of earlier steps beside those of this one, and the clips have several sizes"
+            yield ConfigIssue(of_source(name, key), NO_VALUE, message, "use one size, or another adversary")
+            return
 
 
 def _unread_features(distillation: Distillation, objective: Objective) -> Iterator[ConfigIssue]:
@@ -331,9 +368,11 @@ def _step_issues(
 ) -> Iterator[ConfigIssue]:
     """Forward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
     adversary.load(model, torch.device("meta"), config.run.seed, rank=0)
-    counts = frame_counts(config.data).all()
-    height, width = config.data.height, config.data.width
-    for frames in counts[:2]:  # the two smallest counts: what holds for two holds for more
+    sizes = sorted({size for _, size in _sizes(config)})
+    counts = sorted({size[0] for size in sizes})[:2]  # the two smallest: what holds for two holds for more
+    tried = [next(size for size in sizes if size[0] == count) for count in counts]
+    tried.append(min(sizes, key=lambda size: min(size[1:])))
+    for frames, height, width in dict.fromkeys(tried):
         batch = ClipBatch(
             torch.zeros(1, model.pixel_channels, frames, height, width, device="meta"), torch.full((1,), -1), [""]
         )
@@ -353,7 +392,8 @@ def _step_issues(
         try:
             adversary.generator_loss(batch, out, loss, step=ALL_ON)
         except (ValueError, RuntimeError) as error:
-            yield ConfigIssue("adversary", NO_VALUE, f"a clip of {plural(frames, 'frame')} fails: {error}")
+            clip = f"a clip of {plural(frames, 'frame')} of {height}x{width}"
+            yield ConfigIssue("adversary", NO_VALUE, f"{clip} fails: {error}")
             return
         if missed := {p for p in model.parameters() if p.requires_grad} - parameters_behind(loss):
             parts = _parts_with(model, missed.__contains__)

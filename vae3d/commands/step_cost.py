@@ -65,14 +65,21 @@ class Needs:
         return sum(self.stays.values()) + max(self.parts.values())
 
 
-def vae_needs(config: TrainConfig, clips: int, teacher: Callable[[], nn.Module] | None = None, ranks: int = 1) -> Needs:
+def vae_needs(
+    config: TrainConfig,
+    clips: int,
+    teacher: Callable[[], nn.Module] | None = None,
+    ranks: int = 1,
+    size: tuple[int, int, int] | None = None,
+) -> Needs:
     """Of the training of an autoencoder on `clips` of the most frames at a time, with every loss on.
 
     Counts the second micro-batch of a step, when the first one's gradients and the optimizer's moments exist. teacher:
-    builds the network that teacher.path would open. ranks: of the run.
+    builds the network that teacher.path would open. ranks: of the run. size: frames, height and width of the clips;
+    None: those of `data`, without buckets.
     """
     with fake_tensors(), StepCost([]) as cost:
-        step = build(config, teacher)
+        step = build(config, teacher, size=size)
         batch = step.noise(clips)
         for optimizer in step.optimizers:
             for parameter in parameters_of(optimizer):
@@ -105,12 +112,19 @@ def vae_needs(config: TrainConfig, clips: int, teacher: Callable[[], nn.Module] 
 class TrainingStep:
     """Model, losses, adversary and optimizer of a configuration, built and used as vae3d.training does.
 
-    teacher: the network that teacher.path would open. Weights of loss networks are still to be loaded; call `prepare`
-    before the first step.
+    teacher: the network that teacher.path would open. size: frames, height and width of the largest clips; None: those
+    of `data`. Weights of loss networks are still to be loaded; call `prepare` before the first step.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, teacher: nn.Module | None = None) -> None:
-        self.config, self.device, self.frames = config, device, frame_counts(config.data).all()[-1]
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        teacher: nn.Module | None = None,
+        size: tuple[int, int, int] | None = None,
+    ) -> None:
+        self.config, self.device, data = config, device, config.data
+        self.frames, self.height, self.width = size or (frame_counts(data).all()[-1], data.height, data.width)
         self.model = loading.instantiate(config.model).to(device)
         groups = train_parts(self.model, config.stage.train)
         set_mode(self.model, config.stage.train)
@@ -138,8 +152,7 @@ class TrainingStep:
 
     def noise(self, clips: int, frames: int | None = None) -> ClipBatch:
         """A micro-batch. frames: of each clip; None: the most."""
-        data = self.config.data
-        size = (clips, self.model.pixel_channels, frames or self.frames, data.height, data.width)
+        size = (clips, self.model.pixel_channels, frames or self.frames, self.height, self.width)
         return ClipBatch(torch.rand(size, device=self.device) * 2 - 1, torch.arange(clips), ["noise"] * clips)
 
     def passes(
@@ -214,20 +227,25 @@ class TrainingStep:
 
     def replay_bytes(self, clips: int) -> int:
         """Bytes of Seraena's replay on one rank at the end of the run; 0 without Seraena. clips: of a micro-batch."""
-        adversary, data, trainer = self.adversary, self.config.data, self.config.trainer
+        adversary, trainer = self.adversary, self.config.trainer
         if not isinstance(adversary, Seraena):
             return 0
-        channels, _, height, width = self.model.latent_shape(self.frames, data.height, data.width)
-        pair = ReplayBuffer.bytes_of(3 * adversary.frames * data.height * data.width, channels * height * width)
+        channels, _, height, width = self.model.latent_shape(self.frames, self.height, self.width)
+        pair = ReplayBuffer.bytes_of(3 * adversary.frames * self.height * self.width, channels * height * width)
         images = clips * math.ceil(self.frames / adversary.frames)
         pushed = max(trainer.max_steps - adversary.discriminator_start, 0) * trainer.accumulate * images
         return min(adversary.buffer.capacity(pair), pushed) * pair
 
 
-def build(config: TrainConfig, teacher: Callable[[], nn.Module] | None = None, device: str = "cpu") -> TrainingStep:
+def build(
+    config: TrainConfig,
+    teacher: Callable[[], nn.Module] | None = None,
+    device: str = "cpu",
+    size: tuple[int, int, int] | None = None,
+) -> TrainingStep:
     """A step on fake tensors, or on the meta device, which is faster but has no autocast.
 
-    teacher: builds the network that teacher.path would open.
+    teacher: builds the network that teacher.path would open. size: see TrainingStep.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.teacher.precision])  # since fake parameters cannot be cast later
@@ -237,7 +255,7 @@ def build(config: TrainConfig, teacher: Callable[[], nn.Module] | None = None, d
     finally:
         torch.set_default_dtype(default)
     with torch.device(device):
-        step = TrainingStep(config, torch.device(device), network)
+        step = TrainingStep(config, torch.device(device), network, size)
     if device != "meta":
         for network in step.loss_networks:
             give_shapes(network)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
+from vae3d.config.sources import sources_of
 from vae3d.data.batch_schedule import FrameCounts
+from vae3d.data.buckets import buckets_of
+from vae3d.data.clips import Stream
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
+from vae3d.data.streams import bucket_rows, pixels_kept
 from vae3d.models.diffusers_vae import DiffusersVAE
+from vae3d.report import text_table
 from vae3d.text import plural
 from vae3d.training.freeze import ALL
 
@@ -27,6 +32,15 @@ LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's
 def frame_counts(config: Data) -> FrameCounts:
     frames = config.frames
     return FrameCounts(frames.min, frames.max, frames.step, frames.images, frames.fit)
+
+
+def clip_sizes(config: Data) -> list[tuple[int, int, int]]:
+    """Frames, height and width of all clips, ascending; with data.buckets.aspects=auto of square ones, since the data's
+    aspect ratios are not known yet."""
+    counts, size = frame_counts(config).all(), (config.height, config.width)
+    if config.buckets is None:
+        return [(count, *size) for count in counts]
+    return sorted((b.frames, *b.size) for b in buckets_of(config.buckets, counts, size))
 
 
 def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None) -> list[str]:
@@ -45,10 +59,12 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
             lines.append(f"    {part}: {millions(parameters)}")
         elif not any(p.requires_grad for p in parameters):
             lines.append(f"  frozen {part}: {millions(parameters)}")
-    counts = frame_counts(data)
-    for count in sorted({counts.all()[0], counts.all()[-1]}):
-        latent = "x".join(map(str, model.latent_shape(count, data.height, data.width)))
-        lines.append(f"  {plural(count, 'frame')} of {data.height}x{data.width} -> latent {latent}")
+    sources = sources_of(data)
+    sizes = [(name, size) for name, own in sources.items() for size in dict.fromkeys(ends(clip_sizes(own)))]
+    for name, size in sizes:
+        latent = "x".join(map(str, model.latent_shape(*size)))
+        of = f"{name}: " if name else ""
+        lines.append(f"  {of}{plural(size[0], 'frame')} of {size[1]}x{size[2]} -> latent {latent}")
     terms = " + ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
     reduced = {"sum": "summed over the elements of a frame", "mean": "means over elements"}[config.loss.reduction]
     lines.append(f"loss: {terms}; {reduced}. Logged per element, with each term's share of the loss")
@@ -57,7 +73,20 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
         decoded = LATENTS[teacher.decode]
         lines.append(f"teacher: {teacher.path} in {teacher.precision}; the model decodes {decoded} latents")
     steps = f"{plural(trainer.max_steps, 'step')} at learning rate {config.optim.lr:g}, {trainer.precision}"
-    return [*lines, f"{batch_summary(data.batch_size, world, trainer.accumulate)}; {steps}"]
+    batches = []
+    for name, own in sources.items():
+        of = f"{name}: " if name else ""
+        kind = (
+            "" if own.buckets is None else f", of {own.frames.max} frames of {own.height}x{own.width}; see the buckets"
+        )
+        batches.append(f"{of}{batch_summary(own.batch_size, world, trainer.accumulate)}{kind}")
+    if len(batches) == 1 and "" in sources:
+        return [*lines, f"{batches[0]}; {steps}"]
+    return [*lines, *batches, steps]
+
+
+def ends(values: Sequence[Any]) -> tuple[Any, Any]:
+    return values[0], values[-1]
 
 
 def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
@@ -67,24 +96,54 @@ def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
 
 
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
-    """Training files, epochs, and the files that are skipped."""
-    lengths, counts = data.schedule.lengths, data.schedule.frames.all()
-    unused = int((lengths < counts[0]).sum())
-    epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
+    """Training files, epochs and buckets of each source, and the files that are skipped."""
+    by_source: dict[str, list[tuple[Stream, float]]] = {}
+    for stream, share in zip(data.streams, data.schedule.shares(), strict=True):
+        by_source.setdefault(stream.source, []).append((stream, share))
+    lines = [line for streams in by_source.values() for line in _files_and_buckets(config, streams)]
     held_out = [path for clip in data.held_out for path in clip.paths]
-    lines = [f"{plural(len(lengths), 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"]
     if held_out:
         names = ", ".join(held_out[:SHOWN_FILES]) + (", ..." if len(held_out) > SHOWN_FILES else "")
         lines.append(f"  held out on this rank: {names}")
     if data.errors:
         lines.append(f"  skipped: {plural(len(data.errors), 'file')} that cannot be read")
     lines += [f"  {note}" for note in data.notes]
+    return [*lines, *(line for stream in data.streams if stream.bucket is None for line in _too_short(stream))]
+
+
+def _files_and_buckets(config: TrainConfig, streams: Sequence[tuple[Stream, float]]) -> list[str]:
+    """Of a source. streams: with their shares of all steps."""
+    steps, first = config.trainer.max_steps, streams[0][0]
+    own = sources_of(config.data)[first.source]
+    clips = sum(steps * share * stream.schedule.batch_size for stream, share in streams)
+    rows = [stream.schedule.rows for stream, _ in streams]
+    files = len(first.schedule.lengths) if first.bucket is None else len(np.unique(np.concatenate(rows)))
+    used = files if first.bucket is not None else int((first.schedule.lengths >= first.schedule.frames.all()[0]).sum())
+    line = f"{plural(files, 'training file')}, {plural(f'{clips / used:.3g}', 'epoch')}"
+    if first.source:
+        line = f"{first.source}: {line}, {100 * sum(share for _, share in streams):.3g} % of the steps"
+    if first.bucket is None:
+        return [line]
+    kept, kept_in_one = pixels_kept(*zip(*streams, strict=True), (own.height, own.width))
+    table = text_table(*bucket_rows(*zip(*streams, strict=True)))
+    return [
+        f"{line}, in {plural(len(streams), 'bucket')}",
+        *(f"  {row}" for row in table.splitlines()),
+        f"  pixels kept: {100 * kept:.1f} %; {100 * kept_in_one:.1f} % if all clips were {own.height}x{own.width}",
+    ]
+
+
+def _too_short(stream: Stream) -> list[str]:
+    """Files that are not used, or in some steps only."""
+    lengths, counts = stream.schedule.lengths, stream.schedule.frames.all()
+    of, lines = f"{stream.source}: " if stream.source else "", []
+    unused = int((lengths < counts[0]).sum())
     if unused:
-        lines.append(f"  skipped: {plural(unused, 'file')} with fewer than {plural(counts[0], 'frame')}")
+        lines.append(f"  {of}skipped: {plural(unused, 'file')} with fewer than {plural(counts[0], 'frame')}")
     short = int((lengths < counts[-1]).sum()) - unused
     if short:
         fewer = f"{plural(short, 'file')} with fewer than {plural(counts[-1], 'frame')}"
-        lines.append(f"  used in shorter steps only: {fewer}")
+        lines.append(f"  {of}used in shorter steps only: {fewer}")
     return lines
 
 

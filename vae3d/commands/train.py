@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from os.path import isfile as is_file
 from pathlib import Path
 from shlex import quote
@@ -18,12 +20,15 @@ from torch import nn
 from vae3d.checkpoints.state import starting_state
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, frame_counts, summary
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import ClipSettings
+from vae3d.config.sources import sources_of
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved
+from vae3d.data.buckets import Bucket, buckets_of
+from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
-from vae3d.data.fingerprint import fingerprint_of
-from vae3d.data.loader import TrainingData, clip_lengths, read_tables, validation_clips
-from vae3d.data.sources import Table
+from vae3d.data.fingerprint import combined, fingerprint_of
+from vae3d.data.loader import HeldOut, Tables, TrainingData, clip_lengths, read_held_out, read_tables, require_held_out
+from vae3d.data.sources import DataError, Table
+from vae3d.data.streams import SourceStreams, bucket_streams, held_out_of, in_turn, sizes_of
 from vae3d.data.workers import usable_workers
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
@@ -42,11 +47,13 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
+from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
 from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
+from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
@@ -77,45 +84,143 @@ def build_clip_settings(config: Data, channels: int = 3) -> ClipSettings:
 
 
 def build_schedule(
-    config: TrainConfig | DiffusionConfig, lengths: np.ndarray, frames: FrameCounts, rank: int, world_size: int
+    config: TrainConfig | DiffusionConfig,
+    lengths: np.ndarray,
+    frames: FrameCounts,
+    rank: int,
+    world_size: int,
+    **changes: Any,
 ) -> BatchSchedule:
-    return BatchSchedule(
-        lengths,
-        frames,
-        seed=config.run.seed,
-        batch_size=config.data.batch_size,
-        accumulate=config.trainer.accumulate,
-        rank=rank,
-        world_size=world_size,
-        overfit=config.data.overfit,
+    """changes: arguments of BatchSchedule that are not those of `config`."""
+    settings = {
+        "seed": config.run.seed,
+        "batch_size": config.data.batch_size,
+        "accumulate": config.trainer.accumulate,
+        "rank": rank,
+        "world_size": world_size,
+        "overfit": config.data.overfit,
+    }
+    return BatchSchedule(lengths, frames, **settings | changes)
+
+
+def build_streams(
+    config: TrainConfig | DiffusionConfig,
+    name: str,
+    own: Data,
+    table: pd.DataFrame,
+    settings: ClipSettings,
+    rank: int,
+    world_size: int,
+) -> SourceStreams:
+    """The streams of a source. name: empty for the only one. own: its settings. table: its training files.
+
+    Raises DataError if no file has enough frames.
+    """
+    seed = seed_of(config.run.seed, "source", name) if name else config.run.seed
+    overfit = config.data.overfit and not name  # of a mixture the whole schedule does
+    make = partial(build_schedule, config, rank=rank, world_size=world_size)
+    counts = frame_counts(own)
+    if own.buckets is None:
+        schedule = make(clip_lengths(table, settings), counts, batch_size=own.batch_size, seed=seed, overfit=overfit)
+        return SourceStreams([Stream(table, schedule, settings, name)], schedule)
+
+    def of_bucket(
+        lengths: np.ndarray, frames: FrameCounts, batch_size: int, bucket: str, rows: np.ndarray
+    ) -> BatchSchedule:
+        changes = {"batch_size": batch_size, "seed": seed_of(seed, "bucket", bucket), "overfit": False, "rows": rows}
+        return make(lengths, frames, **changes)
+
+    size = (own.height, own.width)
+    return bucket_streams(
+        table,
+        settings,
+        buckets_of(own.buckets, counts.all(), size, *sizes_of(table)),
+        Bucket(own.frames.max, *size, own.batch_size),
+        own.buckets.clips_multiple or world_size * config.trainer.accumulate,
+        of_bucket,
+        seed,
+        name,
+        overfit,
     )
 
 
 def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:
-    data, validation = config.data, config.validation
-    settings = build_clip_settings(data, pixel_channels(config.model))
-    tables = read_tables(
-        instantiate(data.source), settings, data.num_val_files if validation.every else 0, data.max_broken
-    )
-    schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
-    held_out, errors = [], tables.errors
-    workers, note = usable_workers(data.workers)
+    """Read the tables of all sources and this rank's held-out clips. Raises DataError, with the name of the source."""
+    data, validation, channels = config.data, config.validation, pixel_channels(config.model)
+    tables: dict[str, Tables] = {}
+    parts: dict[str, SourceStreams] = {}
+    possible: dict[str, list[HeldOut]] = {}
+    notes, errors, skipped_files = [], [], []
+    for name, own in sources_of(data).items():
+        settings, bucketed = build_clip_settings(own, channels), own.buckets is not None
+        with naming_source(name):
+            read = read_tables(
+                instantiate(own.source),
+                settings,
+                own.num_val_files if validation.every else 0,
+                own.max_broken,
+                sizes=bucketed,
+            )
+            part = build_streams(config, name, own, read.train, settings, rank, world_size)
+        tables[name], parts[name] = read, part
+        prefix = f"{name}: " if name else ""
+        notes += [prefix + note for note in (*read.notes, *part.notes)]
+        errors += [(path, prefix + reason) for path, reason in read.errors]
+        skipped_files += [(path, prefix + reason) for path, reason in (*read.skipped_files, *part.skipped_files)]
+        if validation.every:
+            buckets = [stream.bucket for stream in part.streams] if bucketed else None
+            clips = held_out_of(read.val, settings, validation.frames, validation.clips, name, buckets)
+            possible[name] = clips
+            if name and not clips:
+                notes.append(
+                    f"{name}: is not validated, since no held-out file has validation.frames={validation.frames}"
+                )
+    chosen = in_turn([*possible.values()], validation.clips)
+    held_out: list[ClipBatch] = []
     if validation.every:
-        held_out, more = validation_clips(tables.val, settings, validation.frames, validation.clips, rank, world_size)
-        errors = errors + more
+        require_held_out(chosen, validation.frames, sum(len(read.val) for read in tables.values()))
+        held_out, more = read_held_out(chosen, validation.frames, rank, world_size)
+        errors += more
+    schedule = (
+        parts[""].schedule
+        if "" in parts
+        else Interleaved(
+            [part.schedule for part in parts.values()],
+            [data.sources[name].weight for name in parts],
+            config.run.seed,
+            data.overfit,
+        )
+    )
+    fingerprints = {
+        name: fingerprint_of(pd.concat([read.train, read.val], ignore_index=True), stat_files=rank == 0)
+        for name, read in tables.items()
+    }
+    workers, note = usable_workers(data.workers)
     return TrainingData(
-        tables.train,
+        [stream for part in parts.values() for stream in part.streams],
         schedule,
-        settings,
         workers,
         data.prefetch,
         held_out,
         errors,
-        [*tables.notes, *note],
-        tables.skipped_files,
+        [*notes, *note],
+        skipped_files,
         data.timeout,
-        fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),
+        fingerprints[""] if "" in fingerprints else combined(fingerprints),
+        [clip.groups for clip in chosen],
+        [f"{name}: {line}" if name else line for name, part in parts.items() for line in part.warnings],
     )
+
+
+@contextmanager
+def naming_source(name: str) -> Iterator[None]:
+    """Put the name of a source in front of the messages of DataErrors; nothing if it is empty."""
+    try:
+        yield
+    except DataError as error:
+        if not name:
+            raise
+        raise DataError(f"data.sources.{name}: {error}") from error
 
 
 def loggers_of(config: TrainConfig | DiffusionConfig) -> Loggers:
@@ -209,8 +314,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     check_ranks_agree(asdict(config))
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
-    check_ranks_agree(data.fingerprint.digests())
-    set_cudnn_benchmark(len(data.schedule.frames.all()))  # height and width are fixed
+    check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
+    shapes = {shape._replace(stream=0) for shape in data.shapes()}
+    set_cudnn_benchmark(len(shapes))
     objective = build_objective(config.loss)
     objective.load(accelerator.device)
     validation = config.validation
@@ -232,7 +338,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     if anchored and resumes:
         started = [f"optim.proximal pulls towards stage.init_from={config.stage.init_from}"]
     if config.trainer.compile:
-        compile_blocks(model, dynamic=None if len(data.schedule.frames.all()) > 1 else False)
+        compile_blocks(model, dynamic=None if len(shapes) > 1 else False)
     adversary, logger = instantiate(config.adversary), loggers_of(config)
     teacher = None if config.teacher.path is None else place(load(config.teacher.path), accelerator.device)
     distillation = build_distillation(config, teacher, model)
@@ -240,6 +346,8 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     trainer.setup()
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         trainer.log.say(line)
+    for line in data.warnings:
+        trainer.log.warn(line)
     if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
         trainer.log.warn(f"no teacher (teacher=none): the latents will drift away from those of {model.variant}")
     if not is_known(config.model):
@@ -256,7 +364,9 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
     """(purpose, command) that work with the files of this run."""
     config, run = trainer.config, shown(trainer.folder)
     found = [longer("train", trainer)]
-    files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.table["path"].tolist()
+    files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.streams[0].table[
+        "path"
+    ].tolist()
     if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
         if is_file(files[0]):
             found.append(
@@ -265,7 +375,7 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
                     f"{start_of('try')} {quote(shown(Path(files[0])))} {quote(run)}",
                 )
             )
-        has_split = trainer.data.table["split"].notna().any()
+        has_split = trainer.data.streams[0].table["split"].notna().any()
         alone = files[0] if trainer.data.held_out and len(set(files)) == 1 and is_file(files[0]) else None
         found += _reconstruct(config, has_split, alone, run, f"{run}/reconstructed-{trainer.step}")
     return [pair for pair in (*found, curves(trainer.folder)) if pair]
@@ -279,7 +389,7 @@ def _reconstruct(
     Held-out ones, if the table says which they are, or there is just one, `held_out`.
     """
     source, data = config.data.source, config.data
-    if not isinstance(source.get("path"), str):
+    if source is None or not isinstance(source.get("path"), str):  # None: a mixture
         return []
     has_split = has_split and source[TARGET] == target_of(Table)
     alone = held_out is not None and not has_split

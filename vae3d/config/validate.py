@@ -74,11 +74,13 @@ def bucket_issues(config: Any) -> Iterator[ConfigIssue]:
                 where = f"{key}[{given.index(False)}].{of}"
                 yield ConfigIssue(where, NO_VALUE, f"is missing, and other buckets have a {of}", "give all, or none")
         reference = (own.frames.max, own.height, own.width)
-        if shapes and all(s.cost is not None for s in shapes) and not all(s.batch_size for s in shapes):
-            if reference not in sizes:
-                message = f"has costs, but none of {'x'.join(map(str, reference))}, of which batch_size is the number"
-                keys = ", ".join(of_source(name, f"data.{k}") for k in ("frames.max", "height", "width"))
-                yield ConfigIssue(key, NO_VALUE, message, f"set {keys} to those of a bucket, or give each a batch_size")
+        needs_reference = any(shape.cost is not None and shape.batch_size is None for shape in shapes)
+        if needs_reference and reference not in sizes:
+            message = (
+                f"has costs, but none of {'x'.join(map(str, reference))}, of which batch_size is the number of clips"
+            )
+            keys = ", ".join(of_source(name, f"data.{k}") for k in ("frames.max", "height", "width"))
+            yield ConfigIssue(key, NO_VALUE, message, f"set {keys} to those of a bucket, or give each a batch_size")
 
 
 def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:

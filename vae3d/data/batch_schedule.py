@@ -42,6 +42,20 @@ class StepShape(NamedTuple):
     micro_batch: int
 
 
+class BatchShape(NamedTuple):
+    """Of a micro-batch: the number of its stream, clips, and their frames, height and width."""
+
+    stream: int
+    clips: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.clips * self.frames * self.height * self.width
+
+
 @dataclass(frozen=True)
 class FrameCounts:
     """Frames per clip: 1 with probability `images`, else minimum, minimum + step, ..., maximum with equal probability.
@@ -134,6 +148,9 @@ class BatchSchedule:
 
     def batch_size_at(self, step: int) -> int:
         return self.batch_size
+
+    def shares(self) -> list[float]:
+        return [1.0]
 
     def shapes(self) -> list[StepShape]:
         return [StepShape(0, frames, self.micro_batch) for frames in self.frames.all()]
@@ -231,6 +248,11 @@ class Interleaved:
     def micro_batch(self) -> int:
         """The largest."""
         return max(leaf.micro_batch for leaf in self.leaves)
+
+    def shares(self) -> list[float]:
+        """Of all steps, those of each stream."""
+        shares = zip(self.counts, self.schedules, strict=True)
+        return [count / sum(self.counts) * share for count, schedule in shares for share in schedule.shares()]
 
     def shapes(self) -> list[StepShape]:
         """Every kind of step."""

@@ -22,8 +22,10 @@ MAX_ASPECT = 8.0  # of a longer side over the shorter one
 MAX_SIZES = 12  # chosen for the data's aspect ratios
 ENOUGH = 0.95  # share of its pixels that every file should keep
 MIN_GAIN = 0.002  # of all pixels, for which one more size is worth it
+MAX_AREA = 0.05  # relative difference between the area of a size and that asked for
 EVEN = 0.1  # by how much the cost of a step may differ from the mean
-SAME = 1e-4  # difference of shares of pixels that counts as none
+SAME_ASPECT = 0.03  # relative difference of aspect ratios that comes from rounding sides to multiples
+OTHER_AREA = 1.2  # from which on two sizes of one aspect ratio are two resolutions
 
 
 class Spec(Protocol):
@@ -105,19 +107,22 @@ def parse_aspect(text: str) -> float:
 
 
 def size_of_aspect(aspect: float, area: int, multiple: int) -> Size:
-    """Height and width, multiples of `multiple`, of about this aspect ratio (width over height) and area: of the
-    nearest sides those with the smallest sum of the share of pixels lost and the relative difference in area."""
+    """Height and width, multiples of `multiple`, of about this aspect ratio (width over height) and area.
+
+    Of the sides near the exact ones, those with the smallest sum of the share of pixels lost and the relative
+    difference in area; if there are some, of those whose area differs by at most MAX_AREA.
+    """
     near = [
-        [max(1, int(side / multiple)) * multiple, (int(side / multiple) + 1) * multiple]
+        [count * multiple for count in range(max(1, int(side / multiple) - 1), int(side / multiple) + 3)]
         for side in (math.sqrt(area / aspect), math.sqrt(area * aspect))
     ]
     sizes = [(height, width) for height in near[0] for width in near[1]]
 
-    def loss(size: Size) -> float:
-        height, width = size
-        return 1 - float(share_kept(aspect, size)) + abs(height * width / area - 1)
+    def difference(size: Size) -> float:
+        return abs(size[0] * size[1] / area - 1)
 
-    return min(sizes, key=loss)
+    even = [size for size in sizes if difference(size) <= MAX_AREA] or sizes
+    return min(even, key=lambda size: 1 - float(share_kept(aspect, size)) + difference(size))
 
 
 def sizes_for(heights: np.ndarray, widths: np.ndarray, area: int, multiple: int) -> list[Size]:
@@ -156,9 +161,9 @@ def rows_of(
 ) -> list[np.ndarray]:
     """The rows whose clips each bucket takes, ascending. lengths: [rows] frames of the longest clip of each.
 
-    A row goes to the size that loses fewest of its pixels, with every frame count that it has. Of sizes that lose as
-    much it goes to all, but to those that would enlarge it only if there is no other. Among images (1 frame) and among
-    longer clips this is decided separately. A row that is too short for all buckets is in none.
+    A row goes to the size that loses fewest of its pixels, with every frame count that it has, and to the sizes of the
+    same aspect ratio at another resolution; but to those that would enlarge it only if there is no other. For images (1
+    frame) and for longer clips this is decided separately. A row that is too short for all buckets is in none.
     """
     aspects = np.asarray(widths, np.float64) / heights
     found: dict[int, np.ndarray] = {}
@@ -168,14 +173,17 @@ def rows_of(
         for i in numbers:
             size, frames = buckets[i].size, buckets[i].frames
             shortest[size] = min(frames, shortest.get(size, frames))
-
-        def kept(size: Size, shortest: dict[Size, int] = shortest) -> np.ndarray:
-            return np.where(lengths >= shortest[size], share_kept(aspects, size), 0.0)
-
-        best = np.full(len(lengths), SAME)
-        for size in shortest:
-            best = np.maximum(best, kept(size))
-        fits = {size: kept(size) > best - SAME for size in shortest}
+        sizes = [*shortest]
+        best, most = np.full(len(lengths), -1), np.zeros(len(lengths))  # number of the size, and what it keeps
+        for number, size in enumerate(sizes):
+            kept = np.where(lengths >= shortest[size], share_kept(aspects, size), 0.0)
+            best[kept > most] = number
+            most = np.maximum(most, kept)
+        fits = {
+            size: np.isin(best, [n for n, other in enumerate(sizes) if size == other or _is_scaled(size, other)])
+            & (lengths >= shortest[size])
+            for size in sizes
+        }
         whole = {size: fit & (heights >= size[0]) & (widths >= size[1]) for size, fit in fits.items()}
         has_whole = np.logical_or.reduce([*whole.values(), np.zeros(len(lengths), bool)])
         for i in numbers:
@@ -183,6 +191,12 @@ def rows_of(
             chosen = np.where(has_whole, whole[size], fits[size]) & (lengths >= buckets[i].frames)
             found[i] = np.flatnonzero(chosen).astype(np.int32)
     return [found[i] for i in range(len(buckets))]
+
+
+def _is_scaled(size: Size, other: Size) -> bool:
+    """Whether a size has the aspect ratio of another, but for rounding, at another resolution."""
+    areas = size[0] * size[1], other[0] * other[1]
+    return share_kept(other[1] / other[0], size) > 1 - SAME_ASPECT and max(areas) > OTHER_AREA * min(areas)
 
 
 # ---- how many clips make a step, and how often it comes
@@ -222,19 +236,6 @@ def with_weights(buckets: Sequence[Bucket], rows: Sequence[int]) -> list[Bucket]
 # ---- what is logged
 
 
-HEAD = ["bucket", "clips", "cost", "files", "steps", "pixels kept"]
-
-
-def table_of(buckets: Sequence[Bucket], shares: Sequence[float], rows: Sequence[int], kept: Sequence[float]) -> list:
-    """Cells below HEAD. shares: of the steps. kept: mean share of the pixels of each bucket's files."""
-    costs = relative_costs(buckets, shares)
-    cells = zip(buckets, costs, rows, shares, kept, strict=True)
-    return [
-        [b.name, str(b.batch_size), f"{cost:.2f}", str(count), f"{100 * share:.1f} %", f"{100 * of:.1f} %"]
-        for b, cost, count, share, of in cells
-    ]
-
-
 def relative_costs(buckets: Sequence[Bucket], shares: Sequence[float]) -> np.ndarray:
     """Cost of a step of each bucket over the mean of all steps."""
     costs = np.array([bucket.step_cost for bucket in buckets], dtype=float)
@@ -247,7 +248,7 @@ def uneven(buckets: Sequence[Bucket], shares: Sequence[float], divisor: int) -> 
     off = [(b, cost) for b, cost in zip(buckets, costs, strict=True) if abs(cost - 1) > EVEN]
     if not off:
         return []
-    names = ", ".join(f"{b.name} ({b.batch_size} x {b.clip_cost:g}: {cost:.2f})" for b, cost in off)
+    names = ", ".join(f"{b.name} ({b.batch_size} x {b.clip_cost:.7g}: {cost:.2f})" for b, cost in off)
     return [
         f"steps of {len(off)} of {len(buckets)} buckets cost over {EVEN:.0%} more or less than the mean (clips x "
         f"cost of one: over the mean): {names}; clips per step are multiples of {divisor}: raise data.batch_size, "

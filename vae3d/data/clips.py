@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
+from vae3d.data.buckets import Bucket
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
 from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
@@ -257,6 +258,36 @@ class ClipDataset(Dataset[Sample]):
         if self.settings.roll:
             frames = np.roll(frames, int(rng.integers(self.settings.width)), axis=2)
         return to_sample(frames, index, path, self.settings)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What the steps of one kind take their clips from: rows of a table, in the order of a schedule.
+
+    source: its name in data.sources; empty: the only one. bucket: whose shape all clips have; None: settings and
+    schedule say it.
+    """
+
+    table: pd.DataFrame
+    schedule: BatchSchedule
+    settings: ClipSettings
+    source: str = ""
+    bucket: Bucket | None = None
+
+    @property
+    def name(self) -> str:
+        """For logs: photos, 33x256x256 or photos_33x256x256."""
+        return "_".join(filter(None, (self.source, self.bucket.name if self.bucket else "")))
+
+
+class StreamedClips(Dataset[Sample]):
+    """Clips of several streams, indexed by ClipIndex: each from the dataset of its stream."""
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self.datasets = [ClipDataset(stream.table, stream.schedule, stream.settings) for stream in streams]
+
+    def __getitem__(self, index: ClipIndex) -> Sample:
+        return self.datasets[index.stream][index]
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -10,8 +10,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
-from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
+from vae3d.data.batch_schedule import BatchShape, ClipIndex, Schedule, StepShape
+from vae3d.data.clips import (
+    ClipSettings,
+    Stream,
+    StreamedClips,
+    Unreadable,
+    collate,
+    open_frames,
+    read_clip,
+    to_sample,
+)
 from vae3d.data.fingerprint import DataFingerprint
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata, probe
@@ -43,8 +52,10 @@ class Tables:
     notes: list[str]
 
 
-def read_tables(source: Source, settings: ClipSettings, num_val_files: int, max_broken: float) -> Tables:
-    """List a source's files and hold some out for validation.
+def read_tables(
+    source: Source, settings: ClipSettings, num_val_files: int, max_broken: float, *, sizes: bool = False
+) -> Tables:
+    """List a source's files and hold some out for validation. sizes: heights and widths of all files are needed.
 
     With a `split` column: its `val` rows. Without: the `num_val_files` files whose names have the lowest hashes, at
     most a tenth (and at least one), with all their parts; so the choice stays when the table grows or moves.
@@ -53,13 +64,13 @@ def read_tables(source: Source, settings: ClipSettings, num_val_files: int, max_
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
     rows = source.table()
-    needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (settings.min_side is not None)
+    needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (sizes or settings.min_side is not None)
     table, errors = fill_metadata(rows, needed)
     table, segment_errors = count_frames(table)
     errors += segment_errors
     _check_broken_share(errors, len(rows), max_broken)
     table, skipped_files = skip_small(table, settings.min_side)
-    notes = [*getattr(source, "notes", ()), *warn_upscaled(table, settings)]
+    notes = [*getattr(source, "notes", ()), *([] if sizes else warn_upscaled(table, settings))]
     if skipped_files:
         notes.append(f"skipped: {plural(len(skipped_files), 'file')} smaller than data.min_side={settings.min_side}")
     if table["split"].notna().any():
@@ -154,26 +165,69 @@ def clip_lengths(table: pd.DataFrame, settings: ClipSettings) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """The data of a training run: clips of any range of steps, and this rank's held-out clips."""
+class HeldOut:
+    """A clip for validation: its file, and how it is cut. groups: whose means it counts for, beside that of all clips,
+    such as its source and its size."""
 
-    table: pd.DataFrame
-    schedule: BatchSchedule
+    path: str
+    bounds: Bounds
     settings: ClipSettings
+    groups: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data of a training run: clips of any range of steps, and this rank's held-out clips.
+
+    streams: by their number in the schedule. val_groups: groups of each held-out clip of all ranks, by its position.
+    """
+
+    streams: Sequence[Stream]
+    schedule: Schedule
     workers: int
     prefetch: int
     held_out: list[ClipBatch]
     errors: list[tuple[str, str]]  # (path, reason) of files that did not open when the table was read
     notes: list[str] = field(default_factory=list)  # lines for the log
-    skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are too small
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are not used
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
     fingerprint: DataFingerprint | None = None  # saved with checkpoints
+    val_groups: Sequence[tuple[str, ...]] = ()
+    warnings: list[str] = field(default_factory=list)  # lines for the log
+
+    def shapes(self) -> list[BatchShape]:
+        """Of every kind of micro-batch."""
+        return [self._shape(shape) for shape in self.schedule.shapes()]
+
+    def shape_at(self, step: int) -> BatchShape:
+        """Of the micro-batches of a step."""
+        stream = self.schedule.locate(step)[0]
+        micro_batch = self.streams[stream].schedule.micro_batch
+        return self._shape(StepShape(stream, self.schedule.frames_at(step), micro_batch))
+
+    def _shape(self, shape: StepShape) -> BatchShape:
+        settings = self.streams[shape.stream].settings
+        return BatchShape(shape.stream, shape.micro_batch, shape.frames, settings.height, settings.width)
 
     @property
     def item_bytes(self) -> int:
         """Of the largest batch that a worker reads."""
-        values = self.settings.channels * self.schedule.frames.all()[-1] * self.settings.height * self.settings.width
-        return self.schedule.micro_batch * values * (1 if self.settings.depth is None else 4)
+        settings = self.streams[0].settings  # channels and depth are of the run
+        largest = max(shape.pixels for shape in self.shapes())
+        return settings.channels * largest * (1 if settings.depth is None else 4)
+
+    def clips_per_step(self) -> dict[str, int]:
+        """Of each source and bucket; nothing of one stream alone."""
+        return {stream.name: stream.schedule.batch_size for stream in self.streams if stream.name}
+
+    def counts(self, step: int) -> dict[str, float]:
+        """Steps and clips before a step of each source and each bucket, for the log; nothing of one stream alone."""
+        counts: dict[str, float] = {}
+        for stream, steps in zip(self.streams, self.schedule.steps_before(step), strict=True):
+            for name in dict.fromkeys(filter(None, (stream.source, stream.name))):
+                for what, count in (("steps", steps), ("clips", steps * stream.schedule.batch_size)):
+                    counts[f"data/{what}_{name}"] = counts.get(f"data/{what}_{name}", 0) + count
+        return counts
 
     def clips(
         self, first: int, last: int, stopping: Callable[[], bool] = lambda: False
@@ -184,7 +238,7 @@ class TrainingData:
         """
         schedule = self.schedule
         return load(
-            ClipDataset(self.table, schedule, self.settings),
+            StreamedClips(self.streams),
             workers=self.workers,
             prefetch=self.prefetch,
             timeout=self.timeout,
@@ -203,20 +257,38 @@ def validation_clips(
     """This rank's share of one clip from each of the first `count` held-out videos with at least `frames` frames, and
     (path, reason) of files that failed. Raises DataError if no video is long enough.
     """
-    long_enough = table[clip_lengths(table, settings) >= frames]
-    if long_enough.empty:
+    long_enough = held_out(table, settings, frames, count)
+    require_held_out(long_enough, frames, len(table))
+    return read_held_out(long_enough, frames, rank, world_size)
+
+
+def held_out(table: pd.DataFrame, settings: ClipSettings, frames: int, count: int) -> list[HeldOut]:
+    """The first `count` held-out videos with at least `frames` frames."""
+    rows = table.iloc[np.flatnonzero(clip_lengths(table, settings) >= frames)[:count]]
+    return [HeldOut(path, bounds, settings) for path, bounds in zip(rows["path"], bounds_of(rows), strict=True)]
+
+
+def require_held_out(clips: Sequence[HeldOut], frames: int, files: int) -> None:
+    """Raises DataError without clips. files: that are held out."""
+    if not clips:
         raise DataError(
-            f"no held-out video has {plural(frames, 'frame')} for validation ({len(table)} are held out); "
+            f"no held-out video has {plural(frames, 'frame')} for validation ({files} are held out); "
             "lower validation.frames, give the table a `split` column, or set validation.every=0"
         )
-    clips, errors, bounds = [], [], bounds_of(long_enough)
-    for row in range(rank, min(count, len(long_enough)), world_size):
-        path = long_enough["path"].iloc[row]
+
+
+def read_held_out(
+    clips: Sequence[HeldOut], frames: int, rank: int = 0, world_size: int = 1
+) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
+    """This rank's share of the clips, whose positions are their numbers, and (path, reason) of files that failed."""
+    read, errors = [], []
+    for number in range(rank, len(clips), world_size):
+        clip = clips[number]
         try:
-            clips.append(validation_clip(path, bounds[row], row, settings, frames))
+            read.append(validation_clip(clip.path, clip.bounds, number, clip.settings, frames))
         except MediaError as error:
             errors.append((error.path, error.reason))
-    return clips, errors
+    return read, errors
 
 
 def validation_clip(path: str, bounds: Bounds, row: int, settings: ClipSettings, frames: int) -> ClipBatch:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.data.clips import ClipSettings
+from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.loader import TrainingData, clip_lengths, validation_clip
 from vae3d.data.media import MediaError
 from vae3d.data.segments import bounds_of
@@ -161,9 +161,19 @@ def spread_clips(
 
 
 def longest_clips(data: TrainingData, count: int, errors: list[tuple[str, str]]) -> Iterator[ClipBatch]:
-    """spread_clips of training data, with as many frames as training clips have at most."""
-    frames = [n for n in data.schedule.frames.all() if len(data.schedule.with_at_least(n))]
-    return spread_clips(data.table, data.settings, frames[-1], count, errors)
+    """spread_clips of training data, with as many frames as training clips have at most. Of several streams: those of
+    the largest clips."""
+
+    def longest(stream: Stream) -> int:
+        return [n for n in stream.schedule.frames.all() if len(stream.schedule.with_at_least(n))][-1]
+
+    def pixels(stream: Stream) -> int:
+        return longest(stream) * stream.settings.height * stream.settings.width
+
+    stream = max(data.streams, key=pixels)
+    rows = stream.schedule.rows
+    table = stream.table if rows is None else stream.table.iloc[rows].reset_index(drop=True)
+    return spread_clips(table, stream.settings, longest(stream), count, errors)
 
 
 def rescaled(

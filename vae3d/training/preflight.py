@@ -1,11 +1,13 @@
-"""Preflight: forward and backward on noise with every loss on, at the shortest and the longest clip."""
+"""Preflight: forward and backward on noise with every loss on, at the smallest and the largest batches."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
 
+from vae3d.data.batch_schedule import BatchShape
 from vae3d.data.clips import ClipSettings
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
@@ -22,16 +24,16 @@ class PreflightError(UserError):
 def preflight(trainer: Trainer[ClipBatch]) -> None:
     """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
-    Every update phase is tried on a micro-batch of the fewest and of the most frames. No weight, gradient, optimizer
+    Every update phase is tried on a micro-batch of the fewest and of the most frames, and, with buckets and mixtures,
+    of the fewest and of the most pixels. No weight, gradient, optimizer
     state or random state changes.
     Raises PreflightError, on every rank, if memory runs out or a loss is not finite; PartError if a trainable part gets
     no gradient.
     """
     strategy, adversary, data = trainer.strategy, trainer.adversary, trainer.data
-    frames = data.schedule.frames.all()
     phases = {adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
-    for count, (phase, step) in product(dict.fromkeys((frames[0], frames[-1])), phases.items()):
-        batch, metrics = noise(data.schedule.micro_batch, count, data.settings), StepMetrics()
+    for shape, (phase, step) in product(extremes(data.shapes()), phases.items()):
+        batch, metrics = noise(shape, data.streams[shape.stream].settings), StepMetrics()
 
         def run(batch=batch, phase=phase, step=step, metrics=metrics) -> None:
             moments = adamw_moments(strategy.optimizer)
@@ -54,6 +56,13 @@ def preflight(trainer: Trainer[ClipBatch]) -> None:
             )
 
 
+def extremes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
+    """Those of the fewest and of the most frames, and of the fewest and of the most pixels, none twice."""
+    by_frames = sorted(shapes, key=lambda shape: (shape.frames, shape.pixels))
+    by_pixels = sorted(shapes, key=lambda shape: (shape.pixels, shape.frames))
+    return list(dict.fromkeys((by_frames[0], by_frames[-1], by_pixels[0], by_pixels[-1])))
+
+
 def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """As much memory as AdamW allocates in its first step; nothing if it has stepped."""
     if optimizer.state:
@@ -67,7 +76,7 @@ def check_status(status: StepStatus, error: str | None, metrics: StepMetrics, sh
     if not status.completed:
         raise PreflightError(
             f"a micro-batch of {shape} does not fit into memory ({status.failure()}): {error or 'see other ranks'}; "
-            "raise trainer.accumulate, lower data.height, data.width or data.frames.max, or set "
+            "raise trainer.accumulate, lower data.batch_size, data.height, data.width or data.frames.max, or set "
             "model.gradient_checkpointing=true if the model has it"
         )
     if not status.finite:
@@ -77,11 +86,11 @@ def check_status(status: StepStatus, error: str | None, metrics: StepMetrics, sh
         )
 
 
-def noise(micro_batch: int, frames: int, settings: ClipSettings) -> ClipBatch:
-    """A clip of random pixels, or depths, as the data loader gives them."""
-    shape = (micro_batch, frames, settings.height, settings.width)
+def noise(batch: BatchShape, settings: ClipSettings) -> ClipBatch:
+    """Clips of random pixels, or depths, as the data loader gives them."""
+    shape = (batch.clips, batch.frames, batch.height, batch.width)
     generator = torch.Generator().manual_seed(0)
-    positions, names = torch.arange(-micro_batch, 0), ["noise"] * micro_batch
+    positions, names = torch.arange(-batch.clips, 0), ["noise"] * batch.clips
     if settings.depth is None:
         video = torch.randint(0, 256, (shape[0], settings.channels, *shape[1:]), dtype=torch.uint8, generator=generator)
         return ClipBatch(video, positions, names)

@@ -57,8 +57,9 @@ class Trainer(ABC, Generic[Batch]):
     of all ranks; no file is read or written. Then call `setup` once, which resumes and opens the log, and `fit`.
     Subclasses implement the abstract methods, and register further state with `self.checkpointer`.
 
-    network: the model that is trained and saved. data: has `fingerprint` and `errors`. max_zero_gradients: limit of
-    consecutive steps, 0 for none. compact_gib: see release_idle_memory. metadata: written to run.json.
+    network: the model that is trained and saved. data: has `schedule`, `fingerprint` and `errors`.
+    max_zero_gradients: limit of consecutive steps, 0 for none. compact_gib: see release_idle_memory. metadata: written
+    to run.json.
     """
 
     def __init__(
@@ -409,7 +410,8 @@ class Trainer(ABC, Generic[Batch]):
         status, grad_norm = result.status, result.metrics.get("grad_norm")
         skipped = self.spikes.consecutive_skips
         try:
-            self.read_errors.record(status.read_errors + self.config.data.batch_size, status.read_errors)
+            clips = self.data.schedule.batch_size_at(self.step - 1)
+            self.read_errors.record(status.read_errors + clips, status.read_errors)
             if not result.applied and not self.strategy.can_skip_step():
                 # The next step would repeat if the weights were not saved, but right after a resume they might be NaN.
                 skipped = 0 if self.checkpointer.last_applied == self.step - 1 else skipped
@@ -478,7 +480,8 @@ class Trainer(ABC, Generic[Batch]):
         """Learning rates, clips per second since the last log line, and peak memory of this process."""
         cuda = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        clips = (self.step - self._timed_from) * self.config.data.batch_size
+        schedule = self.data.schedule
+        clips = schedule.clips_before(self.step) - schedule.clips_before(self._timed_from)
         return {
             **{
                 f"lr/{group['part']}" if "part" in group else "lr": group["lr"] for group in self.optimizer.param_groups

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
+from vae3d.io import read_json
 from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
@@ -43,11 +43,14 @@ from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
 from vae3d.training.trainer import Trainer, adamw
-from vae3d.training.vae_validation import BETTER, ValidatedClip, log_clips, mean_scores, validate
+from vae3d.training.vae_validation import BETTER, ValidatedClip, group_scores, log_clips, mean_scores, validate
 from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
+
+
+CLIPS_PER_STEP = "clips_per_step"  # key of run.json: of each source and bucket
 
 
 class VaeTrainer(Trainer[ClipBatch | Unreadable]):
@@ -76,7 +79,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         set_mode(network, config.stage.train)
         student, self.projections = network, nn.ModuleList()
         if distillation is not None:
-            student = distillation.wrap_student(network, data.schedule.frames.all()[-1])
+            student = distillation.wrap_student(network, max(shape.frames for shape in data.shapes()))
         if isinstance(student, StudentWithProjections):
             self.projections = student.projections
             groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
@@ -120,7 +123,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             best=BestExport(config.trainer.best, metrics.columns),
             preflight_enabled=robust.preflight,
             compact_gib=robust.compact_gib,
-            metadata={"strategy": config.trainer.strategy.name},
+            metadata={"strategy": config.trainer.strategy.name, CLIPS_PER_STEP: data.clips_per_step()},
         )
         self.checkpointer.register("objective", objective, strict=True)
         self.checkpointer.register("projections", self.projections, strict=True)
@@ -180,10 +183,14 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         return profiled(self.folder, self.config.debug.steps)
 
     def perf_metrics(self) -> dict[str, float]:
-        """Also frames per second, and the value of the proximal term."""
-        perf, steps = super().perf_metrics(), range(self._timed_from, self.step)
+        """Also frames per second, steps and clips of each source and bucket so far, and the value of the proximal
+        term."""
+        perf, steps, schedule = super().perf_metrics(), range(self._timed_from, self.step), self.data.schedule
         if steps:
-            perf["frames_per_second"] = perf["clips_per_second"] * fmean(map(self.data.schedule.frames_at, steps))
+            clips = [schedule.batch_size_at(step) for step in steps]
+            frames = sum(n * schedule.frames_at(step) for n, step in zip(clips, steps, strict=True))
+            perf["frames_per_second"] = perf["clips_per_second"] * frames / sum(clips)
+        perf |= self.data.counts(self.step)
         if self.proximal.weight:
             perf["prox"] = self.proximal.value().item()
         return perf
@@ -203,7 +210,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         if not clips:
             return {}
         means = {f"val/{column}": value for column, value in mean_scores(metrics, clips).items()}
-        self.log.scalars({**means, "val_clips": len(clips)}, self.step)
+        groups = group_scores(metrics, clips, self.data.val_groups)
+        self.log.scalars({**means, **groups, "val_clips": len(clips)}, self.step)
         log_clips(self.log, clips, self.step)
         return means
 
@@ -223,6 +231,10 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
 
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         changed = state.check_same_run(checkpoint, asdict(self.config))
+        clips, info = self.data.clips_per_step(), checkpoint / state.META
+        saved = read_json(info).get(CLIPS_PER_STEP, {}) if info.is_file() else clips  # a state file does not say it
+        for name, (old, new) in state.changes(saved, clips).items():  # such as on another number of ranks
+            changed[f"clips per step of {name}"] = old, new
         before, now = changed.get("loss.logvar", (0.0, 0.0))
         if (before is None) != (now is None):
             raise ResumeError(

@@ -65,6 +65,25 @@ def mean_scores(metrics: MetricSet, clips: Sequence[ValidatedClip]) -> dict[str,
     return {column: value for column, value in scores.items() if value is not None}
 
 
+def group_scores(
+    metrics: MetricSet, clips: Sequence[ValidatedClip], groups: Sequence[tuple[str, ...]]
+) -> dict[str, float]:
+    """val_GROUP/COLUMN -> mean over the clips of a source or a size. groups: of each held-out clip, by its index.
+
+    Distances between sets, which depend on the number of clips, are left out.
+    """
+    members: dict[str, list[ValidatedClip]] = {}
+    for clip in clips:
+        for group in groups[clip.index] if groups else ():
+            members.setdefault(group, []).append(clip)
+    of_clips = metrics.subset([m.name for m in metrics if not isinstance(m, SetMetric)])
+    return {
+        f"val_{group}/{column}": value
+        for group in sorted(members)
+        for column, value in mean_scores(of_clips, members[group]).items()
+    }
+
+
 def log_clips(log: RunLog, clips: Sequence[ValidatedClip], step: int) -> None:
     """Show each clip that has panels by itself, as an image or a video: each reconstruction above its error."""
     for clip in clips:

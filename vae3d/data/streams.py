@@ -1,0 +1,169 @@
+"""Streams of training clips from the table of a source: one, or one for each bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+
+import numpy as np
+import pandas as pd
+
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
+from vae3d.data.buckets import Bucket, relative_costs, rows_of, share_kept, uneven, with_batches, with_weights
+from vae3d.data.clips import ClipSettings, Stream
+from vae3d.data.loader import HeldOut, clip_lengths, held_out
+from vae3d.data.media import DataError, Size
+from vae3d.data.segments import bounds_of
+from vae3d.text import plural
+
+# Makes the schedule of a bucket's rows: lengths, frame counts, clips per step, name of the bucket, rows of the table.
+MakeSchedule = Callable[[np.ndarray, FrameCounts, int, str, np.ndarray], BatchSchedule]
+
+
+@dataclass(frozen=True)
+class SourceStreams:
+    """The streams of one source, and how they follow each other.
+
+    notes, warnings: lines for the log. skipped_files: (path, reason) of rows that fit no bucket.
+    """
+
+    streams: list[Stream]
+    schedule: Schedule
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)
+
+
+def sizes_of(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """[rows] heights and widths."""
+    return table["height"].to_numpy(float), table["width"].to_numpy(float)
+
+
+def bucket_streams(
+    table: pd.DataFrame,
+    settings: ClipSettings,
+    buckets: Sequence[Bucket],
+    reference: Bucket,
+    divisor: int,
+    make_schedule: MakeSchedule,
+    seed: int,
+    source: str = "",
+    overfit: bool = False,
+) -> SourceStreams:
+    """A stream for each bucket that a row of the table fits.
+
+    reference: with the clips per step of its shape. divisor: of all clips per step. seed: of the order of the buckets.
+    Raises DataError if no row fits any bucket.
+    """
+    heights, widths = sizes_of(table)
+    lengths = clip_lengths(table, settings)
+    fitting = rows_of(buckets, heights, widths, lengths)
+    skipped = np.setdiff1d(np.arange(len(table)), np.concatenate(fitting))
+    shortest = min(bucket.frames for bucket in buckets)
+    if len(skipped) == len(table):
+        raise DataError(
+            f"no file fits a bucket: the shortest has {plural(shortest, 'frame')}, and no training file gives more "
+            f"than {lengths.max(initial=0)}; give data.buckets fewer frames"
+        )
+    empty = [bucket.name for bucket, rows in zip(buckets, fitting, strict=True) if not len(rows)]
+    buckets = [bucket for bucket, rows in zip(buckets, fitting, strict=True) if len(rows)]
+    fitting = [rows for rows in fitting if len(rows)]
+    buckets = with_weights(with_batches(buckets, reference, divisor), [len(rows) for rows in fitting])
+    streams = [
+        Stream(
+            table,
+            make_schedule(lengths[rows], FrameCounts(b.frames, b.frames), b.batch_size, b.name, rows),
+            replace(settings, height=b.height, width=b.width),
+            source,
+            b,
+        )
+        for b, rows in zip(buckets, fitting, strict=True)
+    ]
+    schedule = Interleaved([stream.schedule for stream in streams], [b.weight for b in buckets], seed, overfit)
+    notes = []
+    if empty:
+        notes.append(f"left out: {plural(len(empty), 'bucket')} that no file fits: {', '.join(empty)}")
+    enlarged = np.zeros(len(table), bool)
+    for bucket, rows in zip(buckets, fitting, strict=True):
+        enlarged[rows] |= (heights[rows] < bucket.height) | (widths[rows] < bucket.width)
+    if enlarged.any():
+        small = f"{int(enlarged.sum())} of {plural(len(table), 'file')}"
+        notes.append(f"{small} are smaller than a bucket of theirs and are enlarged; data.min_side skips such files")
+    if len(skipped):
+        notes.append(
+            f"skipped: {plural(len(skipped), 'file')} that fit no bucket, such as {table['path'].iloc[skipped[0]]}"
+        )
+    reasons = [f"has {plural(int(lengths[row]), 'frame')}, and no bucket has fewer than {shortest}" for row in skipped]
+    skipped_files = list(zip(table["path"].iloc[skipped], reasons, strict=True))
+    return SourceStreams(streams, schedule, notes, uneven(buckets, schedule.shares(), divisor), skipped_files)
+
+
+def bucket_rows(streams: Sequence[Stream], shares: Sequence[float]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a table of a source's buckets. shares: of all steps. cost: over the mean of its steps."""
+    costs = relative_costs([stream.bucket for stream in streams], shares)
+    cells = []
+    for stream, share, cost in zip(streams, shares, costs, strict=True):
+        rows = stream.schedule.rows
+        cells.append(
+            [
+                stream.bucket.name,
+                str(stream.schedule.batch_size),
+                f"{cost:.2f}",
+                str(len(rows)),
+                f"{100 * share:.1f} %",
+                f"{100 * _kept(stream, stream.bucket.size):.1f} %",
+            ]
+        )
+    return ["bucket", "clips", "cost", "files", "steps", "pixels kept"], cells
+
+
+def pixels_kept(streams: Sequence[Stream], shares: Sequence[float], size: Size) -> tuple[float, float]:
+    """Mean share of pixels that the clips of a source's buckets keep, and that they would keep at one `size`. shares:
+    of all steps."""
+    clips = [stream.schedule.batch_size * share for stream, share in zip(streams, shares, strict=True)]
+    in_bucket = [_kept(stream, stream.bucket.size) for stream in streams]
+    in_one = [_kept(stream, size) for stream in streams]
+    return float(np.average(in_bucket, weights=clips)), float(np.average(in_one, weights=clips))
+
+
+def _kept(stream: Stream, size: Size) -> float:
+    """Mean share of the pixels of a bucket's files that stay at a size."""
+    heights, widths = sizes_of(stream.table)
+    rows = stream.schedule.rows
+    return float(share_kept(widths[rows] / heights[rows], size).mean())
+
+
+def held_out_of(
+    table: pd.DataFrame,
+    settings: ClipSettings,
+    frames: int,
+    count: int,
+    source: str = "",
+    buckets: Sequence[Bucket] | None = None,
+) -> list[HeldOut]:
+    """The first `count` held-out files of a source with at least `frames` frames, each at the size that its clips have
+    in training."""
+    named = (source,) if source else ()
+    if buckets is None:
+        return [replace(clip, groups=named) for clip in held_out(table, settings, frames, count)]
+    same = [b.size for b in buckets if (b.frames == 1) == (frames == 1)] or [b.size for b in buckets]
+    sizes = sorted(dict.fromkeys(same), key=lambda size: -size[0] * size[1])  # the largest of those that fit
+    fitting = rows_of([Bucket(frames, *size) for size in sizes], *sizes_of(table), clip_lengths(table, settings))
+    size_of: dict[int, tuple[int, int]] = {}
+    for size, rows in zip(sizes, fitting, strict=True):
+        for row in rows.tolist():
+            size_of.setdefault(row, size)
+    chosen = sorted(size_of)[:count]
+    bounds = bounds_of(table.iloc[chosen])
+    clips = []
+    for row, part in zip(chosen, bounds, strict=True):
+        height, width = size_of[row]
+        groups = (*named, "_".join((*named, f"{height}x{width}")))
+        clips.append(HeldOut(table["path"].iloc[row], part, replace(settings, height=height, width=width), groups))
+    return clips
+
+
+def in_turn(sources: Sequence[Sequence[HeldOut]], count: int) -> list[HeldOut]:
+    """`count` clips, one of each source after the other."""
+    return [clip for clips in zip_longest(*sources) for clip in clips if clip is not None][:count]
