@@ -15,6 +15,7 @@ from tests import tiny
 from tests.diffusion import latent_runs
 from tests.latents import caches
 from vae3d.checkpoints import state
+from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import dry_run, latent_stats, train_diffusion
 from vae3d.config.issues import ConfigError
 from vae3d.diffusion.export import read_export
@@ -155,10 +156,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(cached, whole, tmp_path):
 def test_losses_are_validated_by_size_and_samples_have_the_commonest(cached, whole):
     trainer = latent_runs.trainer(whole, *cached, *RUN, network=NETWORK)
     trainer.log.close()
-    names = [f"val/loss_{'x'.join(map(str, size))}" for size in (IMAGE, WIDE, TALL)]
-    mean = sum(losses(whole, name)[8] for name in names) / 3  # one held-out clip of each size
+    names = ["x".join(map(str, size)) for size in (IMAGE, WIDE, TALL)]
+    mean = sum(losses(whole, f"val_{name}/loss")[8] for name in names) / 3  # one held-out clip of each size
     assert losses(whole, "val/loss")[8] == pytest.approx(mean)
-    assert {f"loss_{'x'.join(map(str, size))}" for size in (IMAGE, WIDE, TALL)} <= set(trainer.better)
+    steps = [losses(whole, f"data/steps_{name}")[8] for name in names]
+    assert steps == trainer.data.schedule.steps_before(8)
+    assert sum(steps) == 8
+    assert losses(whole, "data/clips_3x8x16")[8] == 4 * steps[1]
     assert trainer.data.size == IMAGE
     assert losses(whole, "val/sliced_wasserstein").keys() == {0, 4, 8}
     config = read_export(whole).config
@@ -254,3 +258,70 @@ def test_settings_that_a_cache_has_itself_are_refused(cached):
         with pytest.raises(ConfigError) as error:
             latent_runs.config(*cached, *settings, network=NETWORK)
         assert [issue.key for issue in error.value.issues] == [key]
+
+
+# ---- clips that are encoded as they are needed
+
+
+def clips_of(cached, videos, *overrides):
+    return [
+        *(cached[0], "data=video_csv", f"data.source.path={videos / 'table.csv'}", "labels=column"),
+        *("data.height=8", "data.width=16", "data.frames.min=3", "data.frames.max=3", *overrides),
+    ]
+
+
+BUCKETS = f"data.buckets=[{','.join(str(list(size)).replace(' ', '') for size in (IMAGE, WIDE, TALL))}]"
+
+
+def test_clips_in_buckets_are_validated_and_labelled_by_size(cached, videos):
+    told = clips_of(cached, videos, BUCKETS, "validation.every=1")
+    data = data_of(told)
+    assert data.sizes == [IMAGE, WIDE, TALL]
+    assert data.stream_groups == [["1x12x12"], ["3x8x16"], ["3x16x8"]]
+    assert data.rows == 21
+    assert [tuple(batch.values.shape[2:]) for batch in data.held_out] == [IMAGE, WIDE, TALL]
+    assert [batch.labels.tolist() for batch in data.held_out] == [[1]] * 3  # dog
+    assert data.held_out_sizes == [IMAGE, WIDE, TALL]
+    for batch, indices in zip(data.batches(0, 12), data.schedule.micro_batches(0, 12), strict=True):
+        for index, label in zip(indices, batch.labels.tolist(), strict=True):
+            path = data.dataset[index].path
+            assert label == (0 if int(path.split("_")[-1].split(".")[0]) % 2 else 1)
+        assert tuple(batch.values.shape[2:]) in data.sizes
+    three = data_of([*told, "validation.frames=3"])
+    assert three.held_out_sizes == [WIDE, TALL]
+    assert three.size == (3, 12, 12)
+
+
+def test_a_run_on_clips_in_buckets_goes_on_to_the_same_bits(cached, videos, tmp_path):
+    told = [*clips_of(cached, videos, BUCKETS), *RUN, "trainer.max_steps=4", "validation.clips=3"]
+    assert latent_runs.trainer(tmp_path / "whole", *told, network=NETWORK).fit()
+    first = latent_runs.trainer(tmp_path / "run", *told, network=NETWORK)
+    batches = first.data.batches(0, 4)
+    for _ in range(2):
+        first.log_validate_save(first.train_step([next(batches), next(batches)]))
+    first.log.close()
+    second = latent_runs.trainer(tmp_path / "run", *told, network=NETWORK)
+    assert second.step == 2
+    assert second.fit()
+    ours, theirs = (state.load_state(tmp_path / run / "checkpoints/step-0000004")["model"] for run in ("whole", "run"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert losses(tmp_path / "whole", "val_3x8x16/loss").keys() == {0, 4}
+    with pytest.raises(ResumeError, match=r"data\.buckets"):
+        latent_runs.trainer(tmp_path / "run", *clips_of(cached, videos, *RUN), network=NETWORK)
+
+
+def test_sources_of_a_mixture_have_their_own_sizes_and_labels(cached, videos):
+    images = f"{{source: {{_target_: vae3d.data.sources.Table, path: {videos / 'images.csv'}}}, height: 12, width: 12, frames: {{min: 1, max: 1}}, batch_size: 8, weight: 3}}"  # fmt: skip
+    clips = f"{{source: {{_target_: vae3d.data.sources.Table, path: {videos / 'clips.csv'}}}}}"
+    rows = (videos / "table.csv").read_text().splitlines()
+    for name, suffix in (("images", ".png"), ("clips", ".mp4")):
+        (videos / f"{name}.csv").write_text("\n".join([rows[0], *(row for row in rows if suffix in row)]))
+    told = [row for row in clips_of(cached, videos) if "source" not in row]
+    data = data_of([*told, f"+data.sources={{images: {images}, clips: {clips}}}", "validation.every=1"])
+    assert data.batch_sizes == [(IMAGE, 8), (WIDE, 4)]
+    assert data.stream_groups == [["images"], ["clips"]]
+    assert data.schedule.steps_before(4) == [3, 1]
+    assert sorted(tuple(batch.values.shape[2:]) for batch in data.held_out) == [IMAGE, WIDE, WIDE]
+    for batch, indices in zip(data.batches(0, 4), data.schedule.micro_batches(0, 4), strict=True):
+        names = [data.dataset[index].path.split("_")[-1].split(".")[0] for index in indices]
+        assert batch.labels.tolist() == [1 - int(name) % 2 for name in names]

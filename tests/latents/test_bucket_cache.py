@@ -181,21 +181,21 @@ def test_a_file_that_is_too_short_for_all_buckets_is_an_error(videos, tmp_path):
 
 def test_a_rule_gives_sizes_of_one_area_for_the_aspect_ratios_of_the_files(videos, spatial_export, tmp_path, caplog):
     given = [f"checkpoint={spatial_export}", f"source={videos}", f"cache={tmp_path / 'cache'}", "workers=0"]
-    rule = ["height=16", "width=16", "buckets={frames: [1, 5], multiple: 4}"]
+    rule = ["height=16", "width=16", "buckets={frames: [1, 5], multiple: 2}"]
     with caplog.at_level("INFO", "vae3d"):
         encode_command.run(check_encoding(tiny.compose(*given, *rule, config="latents")))
     sizes = {group.size: len(group.entries) for group in LatentCache(tmp_path / "cache").sizes()}
     assert sizes == {
-        **{(1, 12, 20): 1, (1, 12, 24): 1, (1, 16, 16): 2},
-        **{(5, 12, 20): 1, (5, 12, 24): 1, (5, 20, 12): 1, (5, 24, 12): 1},
+        **{(1, 12, 22): 2, (1, 16, 16): 1, (1, 18, 14): 1},
+        **{(5, 12, 22): 2, (5, 22, 12): 2},
     }
-    assert "  5x12x20: 1 clip, 93.8% of the pixels kept" in caplog.messages  # 20 of 21.33 columns
+    assert "  5x12x22: 2 clips, 94.3% of the pixels kept" in caplog.messages  # 22 of 24 and of 21.3 columns
     paths = [str(videos / name) for name in ("0.mp4", "1.mp4")]
     table = pd.DataFrame({"path": paths, "height": [16, 32], "width": [32, 16], "split": ["val", "train"]})
     table.to_csv(tmp_path / "table.csv", index=False)
     job = caches.job(tmp_path / "table.csv", tmp_path / "other", height=16, width=16, split="val",
-                     buckets={"frames": [5], "multiple": 4})  # fmt: skip
-    assert job.transform.buckets == ((5, 12, 24),)
+                     buckets={"frames": [5], "multiple": 2})  # fmt: skip
+    assert job.transform.buckets == ((5, 12, 22),)
 
 
 def test_errors_of_buckets_are_told_together():

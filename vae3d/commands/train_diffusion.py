@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,19 +20,21 @@ from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
 from vae3d.commands.closing import command, curves, longer, shown
 from vae3d.commands.meta_check import built
 from vae3d.commands.step_cost import fake_tensors
-from vae3d.commands.summary import batch_summary, frame_counts, millions
-from vae3d.commands.train import build_clip_settings, build_schedule, loggers_of
+from vae3d.commands.summary import batch_summary, millions
+from vae3d.commands.train import SourceData, build_schedule, loggers_of, read_sources
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts, Interleaved, Schedule
-from vae3d.data.buckets import Bucket, with_batches, with_weights
-from vae3d.data.clips import ClipDataset
-from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
-from vae3d.data.loader import clip_lengths, read_tables, validation_clips
+from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weights
+from vae3d.data.clips import ClipDataset, StreamedClips
+from vae3d.data.fingerprint import fingerprint_of_cache
+from vae3d.data.loader import HeldOut, clip_lengths, require_held_out
+from vae3d.data.segments import bounds_of
+from vae3d.data.streams import held_out_of, in_turn, sizes_of
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
-from vae3d.diffusion.data import CachedLatents, ClipSize, LatentData
+from vae3d.diffusion.data import CachedLatents, ClipSize, HeldOutClip, LatentData
 from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.inference.scale import unscalable_reason
@@ -47,7 +50,7 @@ from vae3d.training.checkpointer import check_may_start
 from vae3d.training.diffusion_trainer import DiffusionTrainer
 
 if TYPE_CHECKING:
-    from vae3d.config.diffusion import DiffusionConfig
+    from vae3d.config.diffusion import DiffusionConfig, DiffusionValidation
     from vae3d.diffusion.processes import Process
 
 log = logging.getLogger("vae3d")
@@ -62,7 +65,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     codec = codec_of(config, accelerator.device)
     with accelerator.main_process_first():  # it probes the files; the others read its cache
         data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
-    check_ranks_agree(data.fingerprint.digests())
+    check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
     set_cudnn_benchmark(len(data.latent_shapes))
     config, process = complete(config, data)
     torch.manual_seed(config.run.seed)
@@ -134,6 +137,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
         schedule=cache_schedule(config, groups, train, rank, world_size),
         codec=codec,
         stream_sizes=[group.size[1:] for group in groups],
+        stream_groups=[[Bucket(*group.size).name] if len(groups) > 1 else [] for group in groups],
         size=diffusion_data.choose_size(counts, validation.height, validation.width),
         classes=cache.classes if labelled else [],
         trained_classes=sorted({cache.labels[place] for place in train}) if labelled else [],
@@ -197,45 +201,90 @@ def cache_buckets(config: DiffusionConfig, groups: Sequence[SizeGroup], divisor:
 
 
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
-    data, validation = config.data, config.validation
-    settings, source = build_clip_settings(data, codec.model.pixel_channels), instantiate(data.source)
-    tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
-    every = pd.concat([tables.train, tables.val], ignore_index=True)
+    validation = config.validation
+    sources, schedule, fingerprint = read_sources(config, codec.model.pixel_channels, rank, world_size)
+    streams = [stream for source in sources for stream in source.part.streams]
+    tables = [source.tables for source in sources]
+    every = pd.concat([table for read in tables for table in (read.train, read.val)], ignore_index=True)
     names = labels_of(every, config.labels)
     classes = class_names(names)
     index_of = {"": NO_LABEL} | {name: index for index, name in enumerate(classes)}
     labels = np.array([index_of[name] for name in names])
     if config.labels != "none":
         diffusion_data.require_labels(labels.tolist(), every["path"].tolist(), "files")
-    of_train, of_val = np.split(labels, [len(tables.train)])
+    ends = np.cumsum([len(table) for read in tables for table in (read.train, read.val)])
+    parts = np.split(labels, ends[:-1])
+    of_train = {source.name: part for source, part in zip(sources, parts[::2], strict=True)}
+    all_train, all_val = np.concatenate(parts[::2]), np.concatenate(parts[1::2])
     if rank == 0:
-        diffusion_data.warn_of_untrained(classes, of_train.tolist(), of_val.tolist())
-    schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
-    held_out, errors = [], tables.errors
-    frames = validation.frames or max(schedule.frames.all())
+        diffusion_data.warn_of_untrained(classes, all_train.tolist(), all_val.tolist())
+        for line in (line for source in sources for line in source.lines(source.part.warnings)):
+            log.warning(line)
+    counts: Counter[ClipSize] = Counter()
+    for stream in streams:
+        size = (stream.settings.height, stream.settings.width)
+        counts.update({(frames, *size): len(stream.schedule.lengths) for frames in stream.schedule.frames.all()})
+    size = diffusion_data.choose_size(counts, validation.height, validation.width)
+    notes = [line for source in sources for line in source.lines([*source.tables.notes, *source.part.notes])]
+    errors = [error for source in sources for error in source.reasons(source.tables.errors)]
+    possible: list[list[HeldOutClip]] = []
+    for source, own_labels in zip(sources, parts[1::2], strict=True):
+        clips = held_out_clips(source, own_labels, validation) if validation.every else []
+        possible += clips
+        if validation.every and source.name and not any(clips):
+            notes += source.lines(["is not validated, since no held-out file is long enough"])
+    chosen = in_turn(possible, validation.clips)
     if validation.every:
-        enough = clip_lengths(tables.val, settings) >= frames
-        clips, more = validation_clips(tables.val, settings, frames, validation.clips, rank, world_size)
-        held_out, errors = diffusion_data.val_batches(clips, of_val[enough]), errors + more
+        frames = validation.frames or min(stream.schedule.frames.all()[-1] for stream in streams)
+        require_held_out(chosen, frames, sum(len(read.val) for read in tables))
+    held_out, unread = diffusion_data.read_held_out(chosen, rank, world_size)
+    several = len(streams) > 1
     return LatentData(
-        dataset=ClipDataset(tables.train, schedule, settings),
-        collate=diffusion_data.LabelledClips(of_train),
+        dataset=StreamedClips(streams) if several else ClipDataset(streams[0].table, schedule, streams[0].settings),
+        collate=diffusion_data.LabelledClips([of_train[stream.source] for stream in streams]),
         schedule=schedule,
         codec=codec,
-        stream_sizes=[(data.height, data.width)],
-        size=(frames, data.height, data.width),
+        stream_sizes=[(stream.settings.height, stream.settings.width) for stream in streams],
+        stream_groups=[stream.groups for stream in streams],
+        size=(validation.frames or size[0], *size[1:]),
         classes=classes,
-        trained_classes=np.unique(of_train).tolist() if classes else [],
+        trained_classes=np.unique(all_train).tolist() if classes else [],
         held_out=held_out,
-        held_out_sizes=[(frames, data.height, data.width)] if validation.every else [],
+        held_out_sizes=diffusion_data.distinct_sizes(codec, (clip.size for clip in chosen)),
         sample=config.vae.sample,
-        fingerprint=fingerprint_of(every, stat_files=rank == 0),
-        errors=errors,
-        notes=[
-            *tables.notes,
-            f"{plural(len(labels), 'file')}, {len(tables.val)} of them held out; encoded batch by batch",
-        ],
+        fingerprint=fingerprint,
+        errors=errors + unread,
+        notes=[*notes, f"{plural(len(labels), 'file')}, {len(all_val)} of them held out; encoded batch by batch"],
     )
+
+
+def held_out_clips(source: SourceData, labels: np.ndarray, validation: DiffusionValidation) -> list[list[HeldOutClip]]:
+    """Clips of a source's held-out files, at most validation.clips of each of its sizes, which take turns: of
+    validation.frames frames or, if that is null, of as many as training clips have at most, in buckets as many as those
+    of the longest one that the file fits. labels: [rows] classes of the held-out files."""
+    table, settings, count = source.tables.val, source.settings, validation.clips
+    buckets = [stream.bucket for stream in source.part.streams]
+    if source.own.buckets is None or validation.frames is not None:
+        longest = max(stream.schedule.frames.all()[-1] for stream in source.part.streams)
+        frames = validation.frames or longest
+        sizes = None if source.own.buckets is None else buckets
+        found = [(clip, frames) for clip in held_out_of(table, settings, frames, count, source.name, sizes)]
+    else:
+        fitting = longest_buckets(buckets, *sizes_of(table), clip_lengths(table, settings)).tolist()
+        found = [
+            (
+                HeldOut(path, bounds, replace(settings, height=buckets[i].height, width=buckets[i].width)),
+                buckets[i].frames,
+            )
+            for path, bounds, i in zip(table["path"], bounds_of(table), fitting, strict=True)
+            if i >= 0
+        ]
+    label_of = dict(zip(zip(table["path"], map(str, bounds_of(table)), strict=True), labels.tolist(), strict=True))
+    by_size: dict[ClipSize, list[HeldOutClip]] = {}
+    for clip, frames in found:
+        held_out = HeldOutClip(clip, frames, label_of[clip.path, str(clip.bounds)])
+        by_size.setdefault(held_out.size, []).append(held_out)
+    return [by_size[size][:count] for size in sorted(by_size)]
 
 
 def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig, Process]:

@@ -279,6 +279,11 @@ class Stream:
         """For logs: photos, 33x256x256 or photos_33x256x256."""
         return "_".join(filter(None, (self.source, self.bucket.name if self.bucket else "")))
 
+    @property
+    def groups(self) -> list[str]:
+        """Names under which its steps are counted: that of its source, and its own; none of the only stream."""
+        return list(dict.fromkeys(filter(None, (self.source, self.name))))
+
 
 class StreamedClips(Dataset[Sample]):
     """Clips of several streams, indexed by ClipIndex: each from the dataset of its stream."""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.batch_schedule import BatchShape, ClipIndex, Schedule, StepShape
+from vae3d.data.batch_schedule import BatchShape, ClipIndex, Schedule, StepShape, stream_counts
 from vae3d.data.clips import (
     ClipSettings,
     Stream,
@@ -222,12 +222,7 @@ class TrainingData:
 
     def counts(self, step: int) -> dict[str, float]:
         """Steps and clips before a step of each source and each bucket, for the log; nothing of one stream alone."""
-        counts: dict[str, float] = {}
-        for stream, steps in zip(self.streams, self.schedule.steps_before(step), strict=True):
-            for name in dict.fromkeys(filter(None, (stream.source, stream.name))):
-                for what, count in (("steps", steps), ("clips", steps * stream.schedule.batch_size)):
-                    counts[f"data/{what}_{name}"] = counts.get(f"data/{what}_{name}", 0) + count
-        return counts
+        return stream_counts(self.schedule, [stream.groups for stream in self.streams], step)
 
     def clips(
         self, first: int, last: int, stopping: Callable[[], bool] = lambda: False

@@ -20,6 +20,8 @@ from vae3d.config.issues import ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, Schedule
 from vae3d.data.clips import Sample, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint
+from vae3d.data.loader import HeldOut, validation_clip
+from vae3d.data.media import MediaError
 from vae3d.data.sources import DataError
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError
@@ -29,7 +31,6 @@ from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.text import plural
 from vae3d.transfer import to_device
-from vae3d.types import ClipBatch
 
 log = logging.getLogger("vae3d")
 ClipSize = tuple[int, int, int]  # frames, height, width
@@ -50,12 +51,12 @@ class Batch(NamedTuple):
 class LatentData:
     """Training and validation data.
 
-    dataset: indexed by ClipIndex. stream_sizes: height and width of the clips of each stream of the schedule. size:
-    frames, height and width of sampled clips. sample: draw latents from the posterior; else take its mean. classes:
-    names. trained_classes: indices of the classes that occur in the training data; numeric labels leave gaps, and
-    validation files may have others. held_out: this rank's validation clips, one per batch. held_out_sizes: of those of
-    all ranks, each with latents of another shape. timeout: seconds without a batch until WorkerError; 0: never.
-    fingerprint: of the data, for checkpoints.
+    dataset: indexed by ClipIndex. stream_sizes: height and width of the clips of each stream of the schedule.
+    stream_groups: names under which its steps are counted. size: frames, height and width of sampled clips. sample:
+    draw latents from the posterior; else take its mean. classes: names. trained_classes: indices of the classes that
+    occur in the training data; numeric labels leave gaps, and validation files may have others. held_out: this rank's
+    validation clips, one per batch. held_out_sizes: of those of all ranks, each with latents of another shape. timeout:
+    seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
     """
 
     dataset: Dataset[Any]
@@ -63,6 +64,7 @@ class LatentData:
     schedule: Schedule
     codec: LatentCodec
     stream_sizes: list[tuple[int, int]]
+    stream_groups: list[list[str]]
     size: ClipSize
     classes: list[str]
     trained_classes: list[int]
@@ -105,11 +107,27 @@ class LatentData:
         """(C, t, h, w) of the training latents, each once."""
         return list(dict.fromkeys(self.codec.latent_shape(*size) for size in self.sizes))
 
+    def clips_per_step(self) -> dict[str, int]:
+        """Of each source and size, by name; nothing of one stream alone."""
+        streams = zip(self.stream_groups, self.schedule.leaves, strict=True)
+        return {names[-1]: stream.batch_size for names, stream in streams if names}
+
+    def batch_size_at(self, step: int) -> tuple[ClipSize, int]:
+        """Frames, height and width of the clips of a step, and clips per micro-batch."""
+        stream = self.schedule.locate(step)[0]
+        frames = self.schedule.frames_at(step)
+        return (frames, *self.stream_sizes[stream]), self.schedule.leaves[stream].micro_batch
+
+    def latent_values(self, batch: tuple[ClipSize, int]) -> int:
+        """Values of the latents of a micro-batch, which make its cost. batch: as in batch_sizes."""
+        size, clips = batch
+        return clips * math.prod(self.codec.latent_shape(*size))
+
     @property
     def item_bytes(self) -> int:
         """Of the largest batch that a worker reads."""
         if isinstance(self.dataset, CachedLatents):
-            return max(4 * count * math.prod(self.codec.latent_shape(*size)) for size, count in self.batch_sizes)
+            return 4 * max(map(self.latent_values, self.batch_sizes))
         return max(count * self.codec.model.pixel_channels * math.prod(size) for size, count in self.batch_sizes)
 
     def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
@@ -186,22 +204,44 @@ def collate_latents(batches: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Collate samples of a ClipDataset, with the labels of their rows."""
+    """Collate samples of clips, with the labels of their rows. labels: of the table of each stream."""
 
-    labels: np.ndarray
+    labels: Sequence[np.ndarray]
 
     def __call__(self, samples: list[Sample]) -> Batch:
         clip = collate(samples)
-        labels = torch.tensor([int(self.labels[sample.index.row]) for sample in samples])
+        labels = torch.tensor([int(self.labels[sample.index.stream][sample.index.row]) for sample in samples])
         positions = [sample.index.position for sample in samples]
         return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.errors)
 
 
-def val_batches(clips: Sequence[ClipBatch], labels: Sequence[int]) -> list[Batch]:
-    """A batch per validation clip; its position is its row, and so the index of its label."""
-    return [
-        Batch(clip.video, torch.tensor([labels[int(clip.positions)]]), clip.positions.tolist(), []) for clip in clips
-    ]
+class HeldOutClip(NamedTuple):
+    """A clip for validation. label: its class, or NO_LABEL."""
+
+    clip: HeldOut
+    frames: int
+    label: int
+
+    @property
+    def size(self) -> ClipSize:
+        return self.frames, self.clip.settings.height, self.clip.settings.width
+
+
+def read_held_out(
+    clips: Sequence[HeldOutClip], rank: int = 0, world_size: int = 1
+) -> tuple[list[Batch], list[tuple[str, str]]]:
+    """This rank's share of the clips, in a batch each, whose positions are their numbers; and (path, reason) of files
+    that failed."""
+    batches, errors = [], []
+    for number in range(rank, len(clips), world_size):
+        clip, frames, label = clips[number]
+        try:
+            video = validation_clip(clip.path, clip.bounds, number, clip.settings, frames).video
+        except MediaError as error:
+            errors.append((error.path, error.reason))
+        else:
+            batches.append(Batch(video, torch.tensor([label]), [number], []))
+    return batches, errors
 
 
 def warn_of_untrained(classes: Sequence[str], train: Iterable[int], held_out: Iterable[int]) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.data.buckets import Bucket, rows_of
+from vae3d.data.buckets import Bucket, longest_buckets
 from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.probe import fill_metadata
@@ -186,16 +186,12 @@ def shapes_of(table: pd.DataFrame, transform: Transform) -> list[Shape | None]:
     Of the buckets that training would draw a file in (buckets.rows_of) it is the one with the most frames, and of
     several sizes that keep as much of the file the largest.
     """
-    shapes: list[Shape | None] = [None] * len(table)
     if not transform.buckets:
-        return shapes
-    buckets = [Bucket(*shape) for shape in sorted(transform.buckets, key=lambda shape: (shape[0], math.prod(shape)))]
+        return [None] * len(table)
     lengths = transform.lengths(table["num_frames"].to_numpy(float), table["fps"].to_numpy(float))
     sides = (table[name].to_numpy(float) for name in ("height", "width"))
-    for bucket, rows in zip(buckets, rows_of(buckets, *sides, lengths), strict=True):
-        for row in rows:
-            shapes[row] = (bucket.frames, *bucket.size)
-    return shapes
+    chosen = longest_buckets([Bucket(*shape) for shape in transform.buckets], *sides, lengths)
+    return [transform.buckets[i] if i >= 0 else None for i in chosen.tolist()]
 
 
 def _windows(row: Any, transform: Transform) -> Sequence[int | None]:

@@ -16,6 +16,7 @@ from vae3d.adversarial.base import UpdatePhase
 from vae3d.arguments import check_fields
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
+from vae3d.data.batch_schedule import stream_counts
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import write_export
@@ -33,7 +34,7 @@ from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
-from vae3d.training.trainer import Trainer, adamw
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw, changed_clips_per_step
 from vae3d.transfer import to_device
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class DiffusionTrainer(Trainer[Batch]):
             data,
             logger,
             spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures),
+            metadata={CLIPS_PER_STEP: data.clips_per_step()},
         )
         identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
         self.latents = LatentsState(identity, data.classes, config.vae.path)
@@ -144,24 +146,21 @@ class DiffusionTrainer(Trainer[Batch]):
                 values[f"loss_q{q}"] = total / count
         return values
 
+    def perf_metrics(self) -> dict[str, float]:
+        """Also steps and clips of each source and size so far."""
+        return super().perf_metrics() | stream_counts(self.data.schedule, self.data.stream_groups, self.step)
+
     # ---- validation
 
     @property
     def better(self) -> Mapping[str, bool | None]:
-        losses = [f"loss_q{q}" for q in range(QUARTILES)] + [f"loss_{size}" for size in self._validated_sizes]
-        return {"loss": False, **dict.fromkeys(losses, False), "sliced_wasserstein": False}
-
-    @property
-    def _validated_sizes(self) -> list[str]:
-        """Names of the sizes of held-out clips, such as 17x256x256, if there are several."""
-        sizes = self.data.held_out_sizes
-        return ["x".join(map(str, size)) for size in sizes] if len(sizes) > 1 else []
+        return {"loss": False, **{f"loss_q{q}": False for q in range(QUARTILES)}, "sliced_wasserstein": False}
 
     def validate(self) -> dict[str, float]:
         """Log samples, and mean squared errors on the held-out latents of all ranks.
 
         val/loss, by quarter of the timesteps val/loss_q0 to val/loss_q3, and with clips of several sizes by size, as in
-        val/loss_17x256x256.
+        val_17x256x256/loss.
         """
 
         def compute() -> tuple[Tensor, dict[str, float]]:
@@ -176,9 +175,12 @@ class DiffusionTrainer(Trainer[Batch]):
         total, count = sums.sum((0, 1)).tolist()
         values = {"val/loss": total / count} if count else {}
         values |= {f"val/loss_q{q}": total / n for q, (total, n) in enumerate(sums.sum(0).tolist()) if n}
-        by_size = zip(self._validated_sizes, sums.sum(1).tolist(), strict=False)
-        values |= {f"val/loss_{size}": total / n for size, (total, n) in by_size if n} | samples
-        self.log.scalars(values, self.step)
+        values |= samples
+        by_size = {}
+        if len(sizes := self.data.held_out_sizes) > 1:
+            for size, (total, count) in zip(sizes, sums.sum(1).tolist(), strict=True):
+                by_size |= {f"val_{'x'.join(map(str, size))}/loss": total / count} if count else {}
+        self.log.scalars(values | by_size, self.step)
         return values
 
     @torch.no_grad()
@@ -251,7 +253,8 @@ class DiffusionTrainer(Trainer[Batch]):
         saved = state.saved_config(checkpoint)
         if not all(isinstance(saved.get(part), Mapping) for part in ("denoiser", "process")):
             raise ResumeError(f"{checkpoint} is not of a diffusion model; run.resume_from takes one of those")
-        return state.check_same_run(checkpoint, asdict(self.config), MUST_MATCH)
+        changed = state.check_same_run(checkpoint, asdict(self.config), MUST_MATCH)
+        return changed | changed_clips_per_step(checkpoint, self.data.clips_per_step())
 
     def export(self, folder: Path, **info: Any) -> None:
         """Write the weights at every averaging rate, and what sampling needs beside them."""

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
+from vae3d.checkpoints import state
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
+from vae3d.io import read_json
 from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
@@ -48,6 +50,17 @@ STEP_TIMEOUT = timedelta(minutes=10)  # of a step's collectives, beside the time
 
 Batch = TypeVar("Batch")
 T = TypeVar("T")
+
+
+CLIPS_PER_STEP = "clips_per_step"  # key of run.json: of each source and bucket
+
+
+def changed_clips_per_step(checkpoint: Path, clips: Mapping[str, int]) -> dict[str, tuple[Any, Any]]:
+    """Setting -> the checkpoint's value and ours, of the clips per step of sources and buckets: without
+    data.buckets.clips_multiple they may differ on another number of ranks."""
+    info = checkpoint / state.META
+    saved = read_json(info).get(CLIPS_PER_STEP, {}) if info.is_file() else clips  # a state file does not say it
+    return {f"clips per step of {name}": pair for name, pair in state.changes(saved, clips).items()}
 
 
 class Trainer(ABC, Generic[Batch]):
