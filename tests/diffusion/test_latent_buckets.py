@@ -131,7 +131,16 @@ def whole(cached, tmp_path_factory):
     return folder
 
 
-RUN = ["validation.every=4", "validation.samples=2", "trainer.max_steps=8", "trainer.accumulate=2", "label_dropout=0.5"]
+RUN = [
+    "validation.every=4",
+    "validation.samples=2",
+    "validation.draws=1",
+    "validation.steps=2",
+    "trainer.save_every=4",
+    "trainer.max_steps=8",
+    "trainer.accumulate=2",
+    "label_dropout=0.5",
+]
 
 
 @pytest.mark.smoke
@@ -293,7 +302,13 @@ def test_clips_in_buckets_are_validated_and_labelled_by_size(cached, videos):
 
 
 def test_a_run_on_clips_in_buckets_goes_on_to_the_same_bits(cached, videos, tmp_path):
-    told = [*clips_of(cached, videos, BUCKETS), *RUN, "trainer.max_steps=4", "validation.clips=3"]
+    told = [
+        *clips_of(cached, videos, BUCKETS),
+        *RUN,
+        "trainer.max_steps=4",
+        "trainer.save_every=2",
+        "validation.clips=3",
+    ]
     assert latent_runs.trainer(tmp_path / "whole", *told, network=NETWORK).fit()
     first = latent_runs.trainer(tmp_path / "run", *told, network=NETWORK)
     batches = first.data.batches(0, 4)
