@@ -18,6 +18,7 @@ from PIL import Image
 from tests import compose_cache, tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.config.schema import TrainConfig
 
 
 def pytest_collection_finish() -> None:
@@ -111,6 +112,34 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(tiny.frames(1, seed=20 + i)[0]).save(folder / paths[-1])
     pd.DataFrame({"path": paths}).to_csv(folder / "videos.csv", index=False)
     return folder / "videos.csv"
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """A table of videos of three aspect ratios, three of each and one of them held out, and one too short."""
+    folder = tmp_path_factory.mktemp("shapes")
+    rows = []
+    for number, (name, size) in enumerate([("wide", (36, 64)), ("old", (36, 48)), ("tall", (64, 36))] * 3):
+        path = f"{name}{number}.mkv"
+        tiny.write_video(folder / path, tiny.frames(4, *size, seed=number), codec="ffv1", pixels="yuv420p")
+        rows.append({"path": path, "split": "val" if number < 3 else "train"})
+    pd.DataFrame(rows).to_csv(folder / "videos.csv", index=False)
+    return folder / "videos.csv"
+
+
+@pytest.fixture(scope="session")
+def mixture(shapes, images) -> TrainConfig:
+    """Videos in buckets of three sizes and two frame counts, and images, whose own size is smaller."""
+    return tiny.training(
+        "spatial", shapes, "data=mixture", "stage=finetune", "stage.init_from=random", "loss=recon_kl",
+        f"data.sources.videos.source.path={shapes}", f"data.sources.images.source.path={images}",
+        "data.sources.videos.weight=2", "data.sources.images.weight=1", "data.sources.images.batch_size=4",
+        "data.sources.images.height=16", "data.sources.images.width=24", "data.height=32", "data.width=32",
+        "data.frames.min=1", "data.frames.max=3", "data.sources.videos.buckets.frames=[1,3]",
+        "data.sources.videos.buckets.multiple=8", "data.sources.videos.buckets.clips_multiple=2",
+        "trainer.max_steps=12", "trainer.save_every=5", "trainer.keep=0", "optim.eps=0.01",
+        "validation.every=6", "validation.on_start=false", "validation.frames=3", "validation.clips=3",
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -33,9 +33,10 @@ def wan(videos) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def ranks(videos, wan, tmp_path_factory) -> list[dict]:
+def ranks(videos, wan, mixture, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "config.pickle").write_bytes(pickle.dumps(quick.checked(videos)))
+    (folder / "mixture.pickle").write_bytes(pickle.dumps(mixture))
     (folder / "wan.pickle").write_bytes(pickle.dumps(wan))
     tiny.two_ranks("tests.training.two_ranks", folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -125,3 +126,15 @@ def test_two_ranks_are_one_also_where_time_convolutions_are_idle(ranks, wan, tmp
         torch.testing.assert_close(first["weights"][name], tensor, rtol=0, atol=1e-6)
         if "time_conv" in name:
             assert (tensor - before[name]).abs().max() > 1e-5, name
+
+
+def test_two_ranks_are_one_on_a_mixture_of_sources_and_buckets(ranks, mixture, tmp_path):
+    alone = two_ranks.some_steps(deepcopy(mixture), tmp_path, accumulate=2)
+    first, second = (report["mixture"] for report in ranks)
+    assert first["shapes"] == second["shapes"] == alone["shapes"]
+    assert len({tuple(shape) for shape in alone["shapes"]}) > 2
+    for a, b, step in zip(first["positions"], second["positions"], alone["positions"], strict=True):
+        assert sorted(a + b) == sorted(step)
+    for name, tensor in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name]), name
+        torch.testing.assert_close(first["weights"][name], tensor, rtol=0, atol=1e-6)

@@ -1,5 +1,5 @@
 """One of two ranks, run as a process by test_two_ranks.py: steps on which rank 1 alone meets a spike or NaN, and steps
-of a tiny Wan VAE on one and on three frames."""
+of a tiny Wan VAE on one and on three frames, and of a mixture of sources and buckets."""
 
 from __future__ import annotations
 
@@ -64,6 +64,19 @@ def train(config: TrainConfig, folder: Path) -> dict[str, object]:
     return {"weights": t.network.state_dict(), **report}
 
 
+def some_steps(config: TrainConfig, folder: Path, accumulate: int) -> dict[str, object]:
+    """Weights after six steps, and of each step the shape of a micro-batch and the positions of this rank's clips."""
+    t = quick.trainer(config, folder, **{"trainer.accumulate": accumulate, "trainer.save_every": 0})
+    clips, shapes, positions = t.data.clips(0, 6), [], []
+    for _ in range(6):
+        batches = [next(clips) for _ in range(accumulate)]
+        shapes.append(list(batches[0].video.shape))
+        positions.append([int(position) for batch in batches for position in batch.positions])
+        t.train_step(batches)
+    t.log.close()
+    return {"weights": t.network.state_dict(), "shapes": shapes, "positions": positions}
+
+
 def refused(config: TrainConfig, folder: Path, rank: int) -> list[str]:
     """What is said to ranks of other settings, and to ranks whose tables have the same rows in another order."""
     given = config.data.source
@@ -105,6 +118,7 @@ def main(folder: Path) -> None:
     again.log.close()
     report["averaged"] = {dtype: averaged(config, folder / dtype, dtype) for dtype in ("fp32", "bf16")}
     report["refused"] = refused(config, folder, rank)
+    report["mixture"] = some_steps(pickle.loads((folder / "mixture.pickle").read_bytes()), folder / "mixture", 1)
     report["wan"] = train(pickle.loads((folder / "wan.pickle").read_bytes()), folder / "wan")
     torch.save(report, folder / f"rank{rank}.pt")
 

@@ -110,19 +110,18 @@ def size_of_aspect(aspect: float, area: int, multiple: int) -> Size:
     """Height and width, multiples of `multiple`, of about this aspect ratio (width over height) and area.
 
     Of the sides near the exact ones, those with the smallest sum of the share of pixels lost and the relative
-    difference in area; if there are some, of those whose area differs by at most MAX_AREA.
+    difference in area, which counts three times above MAX_AREA.
     """
     near = [
         [count * multiple for count in range(max(1, int(side / multiple) - 1), int(side / multiple) + 3)]
         for side in (math.sqrt(area / aspect), math.sqrt(area * aspect))
     ]
-    sizes = [(height, width) for height in near[0] for width in near[1]]
 
-    def difference(size: Size) -> float:
-        return abs(size[0] * size[1] / area - 1)
+    def loss(size: Size) -> float:
+        difference = abs(size[0] * size[1] / area - 1)
+        return 1 - float(share_kept(aspect, size)) + difference + 2 * max(0.0, difference - MAX_AREA)
 
-    even = [size for size in sizes if difference(size) <= MAX_AREA] or sizes
-    return min(even, key=lambda size: 1 - float(share_kept(aspect, size)) + difference(size))
+    return min(((height, width) for height in near[0] for width in near[1]), key=loss)
 
 
 def sizes_for(heights: np.ndarray, widths: np.ndarray, area: int, multiple: int) -> list[Size]:

@@ -40,6 +40,7 @@ GROUPS = {
     "val_samples": f"{VALIDATION}_samples",
     "loss_mean": "2_loss",
     "loss_weighted": "3_loss_weighted",
+    "data": "5_data",
     "gan": "7_gan",
     "run": "9_run",
 }
@@ -76,6 +77,8 @@ def tag_of(name: str, names: Mapping[str, Any] | Sequence[str] = ()) -> str:
         return f"{TAGS['lr']}_{rest}"
     if group == "seraena":
         return f"{GROUPS['gan']}/seraena_{rest}"
+    if group not in GROUPS and group.startswith("val_"):  # of a source or a size of clips
+        return f"{VALIDATION}_{group.removeprefix('val_')}/{rest}"
     return f"{GROUPS[group]}/{rest}" if group in GROUPS else f"{OTHER}/{name}"
 
 
