@@ -194,7 +194,7 @@ def test_dry_run_lists_the_sizes(cached, caplog):
     with caplog.at_level("INFO", "vae3d"):
         dry_run.describe(latent_runs.config(*cached, *RUN, network=NETWORK))
     told = "\n".join(caplog.messages)
-    for line in ("3 sizes, one in each step; samples have 1x12x12:", "1 frame of 12x12 -> latent 4x1x6x6: 12 rows, ",
+    for line in ("3 sizes, one in each step (samples: 1x12x12):", "1 frame of 12x12 -> latent 4x1x6x6: 12 rows, ",
                  "3 frames of 16x8 -> latent 4x3x8x4: 3 rows, 4 clips per step"):  # fmt: skip
         assert line in told
     assert "have fewer latents than a step takes, which repeats them: 3x16x8;" in told

@@ -141,7 +141,9 @@ def test_statistics_are_those_of_all_sizes(whole, capsys):
         reference.update(moments.mean * cache.latents_std + cache.latents_mean, moments.std * cache.latents_std)
     np.testing.assert_allclose(cache.statistics["std"], reference.summary()["std"], rtol=1e-5)
     latent_stats.main([str(whole)])
-    assert "22 entries" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "22 entries" in told
+    assert "4 sizes: 1x12x12 (8), 3x8x16 (2), 5x8x16 (6), 5x16x8 (6)" in told
     assert latent_stats.scale_of_cache(cache, of_means=False).size is None
 
 

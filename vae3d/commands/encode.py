@@ -102,10 +102,14 @@ def bucket_notes(items: Sequence[Item], transform: Transform, table: pd.DataFram
     kept: dict[Shape, list[float]] = {shape: [] for shape in transform.buckets}
     for item in items:
         kept[item.shape].append(float(share_kept(aspects[item.row], item.shape[1:])))
-    lines = [f"{plural(len(kept), 'bucket')} of frames x height x width:"]
+    empty = ["x".join(map(str, shape)) for shape, shares in kept.items() if not shares]
+    lines = [f"{plural(len(kept) - len(empty), 'bucket')} of frames x height x width:"]
     for shape, shares in kept.items():
-        of = f", {mean(shares):.1%} of the pixels kept" if shares else ""
-        lines.append(f"  {'x'.join(map(str, shape))}: {plural(len(shares), 'clip')}{of}")
+        if shares:
+            name = "x".join(map(str, shape))
+            lines.append(f"  {name}: {plural(len(shares), 'clip')}, {mean(shares):.1%} of the pixels kept")
+    if empty:
+        lines.append(f"  without clips: {', '.join(empty)}")
     return lines
 
 

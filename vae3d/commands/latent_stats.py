@@ -19,6 +19,7 @@ from vae3d.loading import load, open_codec
 from vae3d.text import plural
 
 SHOWN = ("0.1", "50", "99.9")  # percentiles
+SHOWN_SIZES = 12
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,11 +36,16 @@ def main(argv: list[str] | None = None) -> None:
 def print_statistics(cache: LatentCache, hint: str) -> None:
     stats = cache.statistics
     vae, transform = cache.meta["vae"], cache.meta["transform"]
-    settings = ", ".join(f"{name}={value}" for name, value in transform.items() if value not in (None, False))
+    shown = {name: value for name, value in transform.items() if value not in (None, False) and name != "buckets"}
+    settings = ", ".join(f"{name}={value}" for name, value in shown.items())
     print(f"{cache.folder}: {plural(len(cache), 'entry')} ({cache.meta['store']}, {cache.meta['dtype']}; {settings})")
     print(
         f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}; {plural(len(cache.classes), 'class')}"
     )
+    if len(sizes := cache.sizes()) > 1:
+        counts = [f"{'x'.join(map(str, group.size))} ({len(group.entries)})" for group in sizes[:SHOWN_SIZES]]
+        more = f", and {len(sizes) - SHOWN_SIZES} more" if len(sizes) > SHOWN_SIZES else ""
+        print(f"{plural(len(sizes), 'size')}: {', '.join(counts)}{more}")
     names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
     columns = {name: stats[name] for name in names} | {f"{p} %": stats["percentiles"][p] for p in SHOWN}
     print(pd.DataFrame(columns, dtype=float).to_string(float_format="%.5f", na_rep="-", col_space=12))

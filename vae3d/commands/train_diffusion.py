@@ -90,7 +90,8 @@ def next_commands(trainer: DiffusionTrainer) -> list[tuple[str, str]]:
     found, run = [longer("train-diffusion", trainer)], shown(trainer.folder)
     if any((trainer.folder / "exports").glob("step-*")):
         out = f"{run}/samples-{trainer.step}"
-        found.append(("samples", command("sample", checkpoint=run, out=out, against=trainer.config.cache)))
+        sizes = {"every_size": "true"} if len(trainer.data.schedule.leaves) > 1 else {}
+        found.append(("samples", command("sample", checkpoint=run, out=out, against=trainer.config.cache, **sizes)))
     return [pair for pair in (*found, curves(trainer.folder)) if pair]
 
 
@@ -362,6 +363,9 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     """Latents, network, process and batches of a run."""
     codec, trainer, stride = data.codec, config.trainer, data.codec.space_stride
     epochs = data.schedule.clips_before(trainer.max_steps) / data.rows
+    batches = batch_summary(config.data.batch_size, world_size, trainer.accumulate)
+    if len(data.schedule.leaves) > 1:
+        batches = f"batches as above, in {plural(world_size, 'rank')} x {plural(trainer.accumulate, 'micro-batch')}"
     classes = plural(len(data.trained_classes), "class") if data.trained_classes else "no classes"
     return [
         f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
@@ -372,7 +376,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
         "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items() if name != TARGET),
         f"{config.process[TARGET].rpartition('.')[2]}: "
         + ", ".join(f"{name}={value}" for name, value in config.process.items() if name != TARGET),
-        f"{batch_summary(config.data.batch_size, world_size, trainer.accumulate)}; "
+        f"{batches}; "
         f"{plural(trainer.max_steps, 'step')} ({plural(f'{epochs:.3g}', 'epoch')}) at "
         f"learning rate {config.optim.lr:g}, {trainer.precision}",
     ]
@@ -390,7 +394,7 @@ def size_lines(data: LatentData, max_steps: int) -> list[str]:
     if len(streams) == 1:
         return [f"  {line(data.size)}"]
     steps = data.schedule.steps_before(max_steps)
-    lines = [f"  {plural(len(data.sizes), 'size')}, one in each step; samples have {'x'.join(map(str, data.size))}:"]
+    lines = [f"  {plural(len(data.sizes), 'size')}, one in each step (samples: {'x'.join(map(str, data.size))}):"]
     for stream, size, taken in zip(streams, data.stream_sizes, steps, strict=True):
         longest = line((stream.frames.all()[-1], *size))
         share = f"{plural(taken, 'step')} ({taken / max_steps:.1%})"
