@@ -20,7 +20,7 @@ from vae3d.config.diffusion import DiffusionConfig, SampleConfig
 from vae3d.config.fields import allowed, fields_of, nested_schema
 from vae3d.config.issues import MISSING
 from vae3d.config.latents import EncodeConfig
-from vae3d.config.schema import CONF, CompareConfig, InferConfig, TrainConfig
+from vae3d.config.schema import CONF, Clips, CompareConfig, InferConfig, MixedSource, TrainConfig
 
 COMMANDS = {
     "train.py": TrainConfig,
@@ -66,9 +66,15 @@ def markdown() -> str:
 def _tables(schema: Any, prefix: str, documented: set[tuple[str, Any]]) -> Iterator[str]:
     """A table of the schema's keys, then those of its sections that are not in `documented`."""
     rows, sections = [], []
-    for name, field in fields_of(schema).items():
+    fields = dict(fields_of(schema))
+    if schema is MixedSource:
+        inherited = [name for name in fields if name in fields_of(Clips)]
+        rows.append(f"| {', '.join(f'`{name}`' for name in inherited)} | those of `data` | | as `data.*` |")
+        fields = {name: field for name, field in fields.items() if name not in inherited}
+    for name, field in fields.items():
         section = nested_schema(field.annotation)
         key = f"{prefix}{name}.NAME" if typing.get_origin(field.annotation) is dict else f"{prefix}{name}"
+        key += "[N]" if "list[" in str(field.annotation) else ""
         if section is None:
             rows.append(_row(f"{prefix}{name}", field))
         elif (key, section) in documented:

@@ -18,6 +18,7 @@ from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import dry_run, latent_stats, train_diffusion
 from vae3d.config.issues import ConfigError
+from vae3d.data.readers import media_info
 from vae3d.diffusion.export import read_export
 from vae3d.errors import UserError
 from vae3d.latents.cache import LatentCache
@@ -209,10 +210,12 @@ def test_samples_of_every_trained_size(cached, whole, tmp_path):
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["1x12x12", "3x16x8", "3x8x16"]
     files = {path.name for path in (tmp_path / "all/1x12x12").glob("[!.c]*")}
     assert files == {"000000_cat.png", "000001_dog.png", "samples_2x12x12x3.npz"}
-    alone = [f"out={tmp_path / 'alone'}", "num_frames=3", "height=16", "width=8"]
+    alone = [f"out={tmp_path / 'alone'}", "num_frames=1", "height=12", "width=12"]
     latent_runs.sample(*given, *alone)
-    for name in ("000000_cat.mp4", "command.json"):
-        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "all/3x16x8" / name).read_bytes()
+    for name in (*files, "command.json"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "all/1x12x12" / name).read_bytes()
+    info = media_info(tmp_path / "all/3x16x8/000000_cat.mp4")
+    assert (info.num_frames, info.height, info.width) == TALL
     with pytest.raises(ConfigError, match="every_size=true"):
         latent_runs.sample_config(*given, "out=x", "every_size=true", "num_frames=3")
     with pytest.raises(UserError, match=r"write=\[npz\] is for images, and these samples have 3 frames"):

@@ -17,7 +17,7 @@ from vae3d.commands.summary import data_summary, first_batch, summary
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import Data, TrainConfig
 from vae3d.config.sources import sources_of
-from vae3d.data.loader import check_files_exist
+from vae3d.data.loader import check_files_exist, clip_lengths
 from vae3d.loading import build_from_checkpoint, instantiate
 from vae3d.training.freeze import train_parts
 
@@ -44,7 +44,8 @@ def describe_training(config: TrainConfig) -> None:
     world = world_of(config)
     log.info("\n".join([*summary(config, model, world), *existing_files(config.data)]))
     data = train.build_training_data(config, 0, world)
-    lengths = np.concatenate([schedule.lengths for schedule in data.schedule.leaves])
+    one_each = {stream.source: stream for stream in data.streams}.values()  # the buckets of a source share its files
+    lengths = np.concatenate([clip_lengths(stream.table, stream.settings) for stream in one_each])
     log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), lengths)]))
     for line in data.warnings:
         log.warning(line)

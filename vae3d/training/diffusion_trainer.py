@@ -34,7 +34,7 @@ from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
-from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw, changed_clips_per_step
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
 from vae3d.transfer import to_device
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ class DiffusionTrainer(Trainer[Batch]):
         if not all(isinstance(saved.get(part), Mapping) for part in ("denoiser", "process")):
             raise ResumeError(f"{checkpoint} is not of a diffusion model; run.resume_from takes one of those")
         changed = state.check_same_run(checkpoint, asdict(self.config), MUST_MATCH)
-        return changed | changed_clips_per_step(checkpoint, self.data.clips_per_step())
+        return changed | self.changed_clips_per_step(checkpoint)
 
     def export(self, folder: Path, **info: Any) -> None:
         """Write the weights at every averaging rate, and what sampling needs beside them."""

@@ -41,7 +41,7 @@ from vae3d.training.proximal import Proximal
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
-from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw, changed_clips_per_step
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
 from vae3d.training.vae_validation import BETTER, ValidatedClip, group_scores, log_clips, mean_scores, validate
 from vae3d.types import ClipBatch
 
@@ -227,7 +227,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
 
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         changed = state.check_same_run(checkpoint, asdict(self.config))
-        changed |= changed_clips_per_step(checkpoint, self.data.clips_per_step())
+        changed |= self.changed_clips_per_step(checkpoint)
         before, now = changed.get("loss.logvar", (0.0, 0.0))
         if (before is None) != (now is None):
             raise ResumeError(
