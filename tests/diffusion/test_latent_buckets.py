@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from itertools import chain
 
@@ -178,6 +179,14 @@ def test_losses_are_validated_by_size_and_samples_have_the_commonest(cached, who
     config = read_export(whole).config
     assert config["size"] == list(IMAGE)
     assert config["sizes"] == [list(size) for size in (IMAGE, WIDE, TALL)]
+
+
+def test_other_clips_per_step_are_warned_of_at_a_resume(cached, whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "run")
+    for batch, expected in ((4, 0), (8, 1)):
+        trainer = latent_runs.trainer(tmp_path / "run", *cached, *RUN, f"data.batch_size={batch}", network=NETWORK)
+        trainer.log.close()
+        assert sum("clips per step than the run had" in line for line in caplog.messages) == expected
 
 
 def test_the_size_of_samples_is_chosen_and_held_out_clips_take_turns(cached):
