@@ -344,7 +344,12 @@ def test_sources_of_a_mixture_have_their_own_sizes_and_labels(cached, videos):
     for name, suffix in (("images", ".png"), ("clips", ".mp4")):
         (videos / f"{name}.csv").write_text("\n".join([rows[0], *(row for row in rows if suffix in row)]))
     told = [row for row in clips_of(cached, videos) if "source" not in row]
-    data = data_of([*told, f"+data.sources={{images: {images}, clips: {clips}}}", "validation.every=1"])
+    told += [f"+data.sources={{images: {images}, clips: {clips}}}", "validation.every=1"]
+    data, config = data_of(told), latent_runs.config(*told, network=NETWORK)
+    lines = train_diffusion.summary(config, nn.Identity(), data, 1)
+    assert "    clips: 3 frames of 8x16 -> latent 4x3x4x8: 9 rows, 4 clips per step, 1 step (25.0%)" in lines
+    assert data.rows == 21
+    assert str(videos / "images.csv") in train_diffusion.scale_hint(config, data)
     assert data.batch_sizes == [(IMAGE, 8), (WIDE, 4)]
     assert data.stream_groups == [["images"], ["clips"]]
     assert data.schedule.steps_before(4) == [3, 1]

@@ -23,6 +23,7 @@ from vae3d.commands.step_cost import fake_tensors
 from vae3d.commands.summary import batch_summary, millions
 from vae3d.commands.train import SourceData, build_schedule, loggers_of, read_sources
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
+from vae3d.config.sources import sources_of
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weights
 from vae3d.data.clips import ClipDataset, StreamedClips
@@ -136,6 +137,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
         dataset=CachedLatents(cache, train, labelled),
         collate=diffusion_data.collate_latents,
         schedule=cache_schedule(config, groups, train, rank, world_size),
+        rows=len(train),
         codec=codec,
         stream_sizes=[group.size[1:] for group in groups],
         stream_groups=[[Bucket(*group.size).name] if len(groups) > 1 else [] for group in groups],
@@ -244,6 +246,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         dataset=StreamedClips(streams) if several else ClipDataset(streams[0].table, schedule, streams[0].settings),
         collate=diffusion_data.LabelledClips([of_train[stream.source] for stream in streams]),
         schedule=schedule,
+        rows=len(all_train) - sum(len(source.part.skipped_files) for source in sources),
         codec=codec,
         stream_sizes=[(stream.settings.height, stream.settings.width) for stream in streams],
         stream_groups=[stream.groups for stream in streams],
@@ -313,7 +316,7 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
     sampled, trained = data.latent_shape[1], max(shape[1] for shape in data.latent_shapes)
     if sampled > trained:
         message = f"gives {plural(sampled, 'latent frame')}, and training has at most {trained}"
-        hint = f"use {config.data.frames.max}, for samples, too"
+        hint = f"use {max(frames for frames, *_ in data.sizes)}, for samples, too"
         issues.append(ConfigIssue("validation.frames", config.validation.frames, message, hint))
     elif network[TARGET] == target_of(LatentUNet) and trained > 1:
         hint = "use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
@@ -370,7 +373,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     return [
         f"{type(codec.model).__name__} of {config.vae.path}: {codec.time_stride} x {stride} x {stride}, "
         f"{plural(codec.channels, 'channel')}",
-        *size_lines(data, trainer.max_steps),
+        *size_lines(data, trainer.max_steps, mixture=bool(config.data.sources)),
         *(f"  {note}" for note in data.notes),
         f"{type(network).__name__}: {millions(network.parameters())} parameters, {classes}",
         "  " + ", ".join(f"{name}={value}" for name, value in config.denoiser.items() if name != TARGET),
@@ -382,8 +385,8 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
     ]
 
 
-def size_lines(data: LatentData, max_steps: int) -> list[str]:
-    """The size of samples, and with clips of several sizes all of them."""
+def size_lines(data: LatentData, max_steps: int, mixture: bool) -> list[str]:
+    """The size of samples, and of several streams those of all. mixture: name their sources."""
 
     def line(size: ClipSize) -> str:
         frames, height, width = size
@@ -395,11 +398,11 @@ def size_lines(data: LatentData, max_steps: int) -> list[str]:
         return [f"  {line(data.size)}"]
     steps = data.schedule.steps_before(max_steps)
     lines = [f"  {plural(len(data.sizes), 'size')}, one in each step (samples: {'x'.join(map(str, data.size))}):"]
-    for stream, size, taken in zip(streams, data.stream_sizes, steps, strict=True):
+    for stream, names, size, taken in zip(streams, data.stream_groups, data.stream_sizes, steps, strict=True):
         longest = line((stream.frames.all()[-1], *size))
         share = f"{plural(taken, 'step')} ({taken / max_steps:.1%})"
         clips = f"{plural(len(stream.lengths), 'row')}, {plural(stream.batch_size, 'clip')} per step"
-        lines.append(f"    {longest}: {clips}, {share}")
+        lines.append(f"    {f'{names[0]}: ' if mixture else ''}{longest}: {clips}, {share}")
     return lines
 
 
@@ -414,7 +417,8 @@ def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
         means = "" if config.vae.sample else " --of-means"
         command = f"scripts/latent_stats.py {config.cache} --write {path} --per-channel{means}{out}"
     else:
-        source = config.data.source.get("path") or config.data.source.get("root") or "SOURCE"
+        node = next(iter(sources_of(config.data).values())).source
+        source = node.get("path") or node.get("root") or "SOURCE"
         frames, height, width = max(data.sizes, key=math.prod)
         command = (
             f"scripts/measure_scale.py {path} {source} --per-channel --frames {frames} --height {height} "

@@ -51,17 +51,19 @@ class Batch(NamedTuple):
 class LatentData:
     """Training and validation data.
 
-    dataset: indexed by ClipIndex. stream_sizes: height and width of the clips of each stream of the schedule.
-    stream_groups: names under which its steps are counted. size: frames, height and width of sampled clips. sample:
-    draw latents from the posterior; else take its mean. classes: names. trained_classes: indices of the classes that
-    occur in the training data; numeric labels leave gaps, and validation files may have others. held_out: this rank's
-    validation clips, one per batch. held_out_sizes: of those of all ranks, each with latents of another shape. timeout:
-    seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
+    dataset: indexed by ClipIndex. rows: of the tables that are trained on. stream_sizes: height and width of the clips
+    of each stream of the schedule. stream_groups: names under which its steps are counted. size: frames, height and
+    width of sampled clips. sample: draw latents from the posterior; else take its mean. classes: names.
+    trained_classes: indices of the classes that occur in the training data; numeric labels leave gaps, and validation
+    files may have others. held_out: this rank's validation clips, one per batch. held_out_sizes: of those of all ranks,
+    each with latents of another shape. timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of
+    the data, for checkpoints.
     """
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Batch]
     schedule: Schedule
+    rows: int
     codec: LatentCodec
     stream_sizes: list[tuple[int, int]]
     stream_groups: list[list[str]]
@@ -88,14 +90,6 @@ class LatentData:
         """Frames, height and width of the clips of every kind of step, and clips per micro-batch; ascending."""
         shapes = self.schedule.shapes()
         return sorted({((s.frames, *self.stream_sizes[s.stream]), s.micro_batch) for s in shapes})
-
-    @property
-    def rows(self) -> int:
-        """How many clips or latents are trained on."""
-        streams = self.schedule.leaves
-        return (
-            len(streams[0].lengths) if len(streams) == 1 else len(np.unique(np.concatenate([s.rows for s in streams])))
-        )
 
     @property
     def sizes(self) -> list[ClipSize]:
