@@ -53,6 +53,7 @@ def test_a_source_has_the_settings_of_data_where_it_gives_none():
         ([A, "data.sources.a.buckets.frames=[0]"], "data.sources.a.buckets.frames[0]", "at least 1"),
         ([A, "data.sources.b.weight=1"], "data.sources.b.source", "required"),
         (["data=mixture"], "data.sources.videos.source.path", "required"),
+        (["data=mixture", "~data.sources.videos", "~data.sources.images"], "data.source", "data.sources"),
         ([*BASE, "data.buckets=[[33,256]]"], "data.buckets", "[frames, height, width]"),
         ([*BASE, "data.buckets=[]"], "data.buckets.shapes", "no buckets"),
         ([*BASE, "data.buckets=3"], "data.buckets", "shapes"),

@@ -12,6 +12,7 @@ import pytest
 import vae3d
 from docs import make_diffusers_table, make_speed_chart, site_hooks
 from tests import tiny
+from vae3d.arguments import without_source_name
 from vae3d.config.schema import CONF
 
 DOCS = tiny.ROOT / "docs"
@@ -23,15 +24,16 @@ SETTING = re.compile(rf"(?<![\w./-])((?:{'|'.join((*SECTIONS, 'validation'))})(?
 def known_settings() -> tuple[set[str], set[str]]:
     """Keys of docs/reference.md, and the arguments of the classes that nodes name."""
     text = (DOCS / "reference.md").read_text()
-    return set(re.findall(r"^\| `([\w.]+)` ", text, re.MULTILINE)), set(re.findall(r"^\| `(\w+)` ", text, re.MULTILINE))
+    keys = re.findall(r"^\| `([\w.]+)` ", text, re.MULTILINE)
+    return {*keys, "data.buckets", "data.weight"}, set(re.findall(r"^\| `(\w+)` ", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_settings_in_the_pages_exist(page):
     """`trainer.keep=2` is a key; of nodes, such as model.spatial.frame_batch, the last part is an argument."""
     keys, arguments = known_settings()
-    for key in SETTING.findall(page.read_text()):
-        free = key.startswith(("loss.terms.", "teacher.features", "stage.init_from.", "stage.train."))
+    for key in map(without_source_name, SETTING.findall(page.read_text())):
+        free = key.startswith(("loss.terms.", "teacher.features", "stage.init_from.", "stage.train.", "data.sources."))
         of_node = key.split(".")[0] in ("model", "adversary") or key.startswith("data.source.")
         assert free or key in keys or (of_node and key.rpartition(".")[2] in arguments), key
 

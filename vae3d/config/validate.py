@@ -178,6 +178,8 @@ TRAINING_RULES = [
     Rule("teacher.cache", lambda c: c.teacher.cache is not None and c.teacher.sample,
          "keeps one result of a clip, and teacher.sample draws another each time", "set teacher.sample=false, or null"),
     # clips
+    Rule("data.source", lambda c: c.data.source is None and not c.data.sources,
+         "is not given, and neither are data.sources", "set one of them"),
     Rule("data.short_side",
          lambda c: c.data.short_side is not None and c.data.short_side < max(c.data.height, c.data.width),
          "is smaller than the crop of {c.data.height}x{c.data.width}", "raise it, or use null"),

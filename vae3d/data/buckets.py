@@ -129,8 +129,10 @@ def sizes_for(heights: np.ndarray, widths: np.ndarray, area: int, multiple: int)
 
     One after the other, that which keeps most pixels. A few odd files get no size of their own, see MIN_GAIN.
     """
-    aspects = np.clip(widths / heights, 1 / MAX_ASPECT, MAX_ASPECT)
-    steps, counts = np.unique(np.round(np.log(aspects) * 100), return_counts=True)  # to one percent
+    kinds, kind_of = _distinct(heights, widths)
+    aspects = np.clip(kinds[:, 1] / kinds[:, 0], 1 / MAX_ASPECT, MAX_ASPECT)
+    steps, step_of = np.unique(np.round(np.log(aspects) * 100), return_inverse=True)  # to one percent
+    counts = np.bincount(step_of, weights=np.bincount(kind_of))
     aspects, weights = np.exp(steps / 100), counts / counts.sum()
     candidates = sorted({size_of_aspect(float(aspect), area, multiple) for aspect in aspects})
     kept = np.stack([share_kept(aspects, size) for size in candidates])  # [sizes, aspects]
@@ -164,32 +166,45 @@ def rows_of(
     same aspect ratio at another resolution; but to those that would enlarge it only if there is no other. For images (1
     frame) and for longer clips this is decided separately. A row that is too short for all buckets is in none.
     """
-    aspects = np.asarray(widths, np.float64) / heights
     found: dict[int, np.ndarray] = {}
+    kinds, kind_of = _distinct(heights, widths)  # tables have millions of rows, and few sizes
     for images in (True, False):
         numbers = [i for i, bucket in enumerate(buckets) if (bucket.frames == 1) == images]
         shortest: dict[Size, int] = {}
         for i in numbers:
             size, frames = buckets[i].size, buckets[i].frames
             shortest[size] = min(frames, shortest.get(size, frames))
-        sizes = [*shortest]
-        best, most = np.full(len(lengths), -1), np.zeros(len(lengths))  # number of the size, and what it keeps
-        for number, size in enumerate(sizes):
-            kept = np.where(lengths >= shortest[size], share_kept(aspects, size), 0.0)
-            best[kept > most] = number
-            most = np.maximum(most, kept)
-        fits = {
-            size: np.isin(best, [n for n, other in enumerate(sizes) if size == other or _is_scaled(size, other)])
-            & (lengths >= shortest[size])
-            for size in sizes
-        }
-        whole = {size: fit & (heights >= size[0]) & (widths >= size[1]) for size, fit in fits.items()}
-        has_whole = np.logical_or.reduce([*whole.values(), np.zeros(len(lengths), bool)])
+        fits = {size: np.zeros(len(lengths), bool) for size in shortest}
+        limits = sorted(set(shortest.values()))
+        for limit, next_limit in zip(limits, [*limits, math.inf][1:], strict=True):
+            possible = [size for size in shortest if shortest[size] <= limit]
+            enough = (lengths >= limit) & (lengths < next_limit)
+            for size, takes in zip(possible, _takers(possible, kinds), strict=True):
+                fits[size] |= enough & takes[kind_of]
         for i in numbers:
-            size = buckets[i].size
-            chosen = np.where(has_whole, whole[size], fits[size]) & (lengths >= buckets[i].frames)
-            found[i] = np.flatnonzero(chosen).astype(np.int32)
+            found[i] = np.flatnonzero(fits[buckets[i].size] & (lengths >= buckets[i].frames)).astype(np.int32)
     return [found[i] for i in range(len(buckets))]
+
+
+def _distinct(heights: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[kinds, 2] the distinct heights and widths, and [rows] the kind of each row."""
+    import pandas as pd  # slow, and not needed to check a configuration
+
+    codes, kinds = pd.factorize(np.asarray(heights, np.int64) << 32 | np.asarray(widths, np.int64))  # NumPy sorts
+    return np.stack([kinds >> 32, kinds & 0xFFFFFFFF], 1).astype(float), codes
+
+
+def _takers(sizes: Sequence[Size], kinds: np.ndarray) -> list[np.ndarray]:
+    """[kinds] of each size, whether files of a height and width go to it, when these are the sizes to choose from."""
+    heights, widths = kinds.T
+    best = np.argmax([share_kept(widths / heights, size) for size in sizes], axis=0)
+    fits = [
+        np.isin(best, [n for n, other in enumerate(sizes) if size == other or _is_scaled(size, other)])
+        for size in sizes
+    ]
+    whole = [fit & (heights >= size[0]) & (widths >= size[1]) for size, fit in zip(sizes, fits, strict=True)]
+    has_whole = np.logical_or.reduce(whole)
+    return [np.where(has_whole, one, fit) for one, fit in zip(whole, fits, strict=True)]
 
 
 def _is_scaled(size: Size, other: Size) -> bool:
