@@ -270,6 +270,17 @@ def test_the_unet_takes_images_of_several_sizes_and_no_videos(cached):
         train_diffusion.complete(latent_runs.config(*cached), data_of(cached))
 
 
+def test_the_unet_is_chosen_by_the_shortest_side_of_all_sizes(cached, videos):
+    told = clips_of(cached, videos, "data.buckets=[[1,64,64],[1,48,96]]")
+    data = data_of(told)
+    assert [shape[2:] for shape in data.latent_shapes] == [(24, 48), (32, 32)]
+    config, _ = train_diffusion.complete(latent_runs.config(*told), data)
+    assert config.denoiser["multipliers"] == [1, 2, 2]  # 32 x 32 alone would have one more
+    network = train_diffusion.network_of(config)
+    for shape in data.latent_shapes:
+        assert network(torch.zeros(1, *shape), torch.zeros(1)).shape == (1, *shape)
+
+
 def test_settings_that_a_cache_has_itself_are_refused(cached):
     for settings, key in [
         (["data.buckets=[[3, 8, 16]]"], "data.buckets.shapes"),
