@@ -25,7 +25,7 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved
 from vae3d.data.buckets import Bucket, buckets_of
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
-from vae3d.data.fingerprint import combined, fingerprint_of
+from vae3d.data.fingerprint import SourceFingerprints, fingerprint_of
 from vae3d.data.loader import HeldOut, Tables, TrainingData, clip_lengths, read_held_out, read_tables, require_held_out
 from vae3d.data.sources import DataError, Table
 from vae3d.data.streams import SourceStreams, bucket_streams, held_out_of, in_turn, sizes_of
@@ -206,7 +206,7 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         [*notes, *note],
         skipped_files,
         data.timeout,
-        fingerprints[""] if "" in fingerprints else combined(fingerprints),
+        fingerprints[""] if "" in fingerprints else SourceFingerprints(fingerprints),
         [clip.groups for clip in chosen],
         [f"{name}: {line}" if name else line for name, part in parts.items() for line in part.warnings],
     )
