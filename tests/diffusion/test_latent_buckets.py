@@ -292,6 +292,16 @@ def test_settings_that_a_cache_has_itself_are_refused(cached):
         assert [issue.key for issue in error.value.issues] == [key]
 
 
+def test_buckets_of_clips_are_checked_as_in_other_trainings(cached, videos):
+    told = clips_of(cached, videos, "data.buckets=[[3,8,16],[3,8,16]]", "data.short_side=20", "data.frames.fit=true")
+    with pytest.raises(ConfigError) as error:
+        latent_runs.config(*told, network=NETWORK)
+    keys = {"data.buckets.shapes[1]", "data.short_side", "data.frames.fit"}
+    assert {issue.key for issue in error.value.issues} == keys
+    with pytest.raises(ConfigError, match=r"data\.source"):
+        latent_runs.config(cached[0], "data.source=null", network=NETWORK)
+
+
 # ---- clips that are encoded as they are needed
 
 

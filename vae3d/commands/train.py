@@ -25,7 +25,7 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, S
 from vae3d.data.buckets import Bucket, buckets_of
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
-from vae3d.data.fingerprint import DataFingerprint, combined, fingerprint_of
+from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints, fingerprint_of
 from vae3d.data.loader import HeldOut, Tables, TrainingData, clip_lengths, read_held_out, read_tables, require_held_out
 from vae3d.data.sources import DataError, Table
 from vae3d.data.streams import SourceStreams, bucket_streams, held_out_of, in_turn, sizes_of
@@ -166,7 +166,7 @@ class SourceData:
 
 def read_sources(
     config: TrainConfig | DiffusionConfig, channels: int, rank: int, world_size: int
-) -> tuple[list[SourceData], Schedule, DataFingerprint]:
+) -> tuple[list[SourceData], Schedule, DataFingerprint | SourceFingerprints]:
     """Read the tables of all sources, and say in which order training takes their clips. channels: of the model.
 
     Raises DataError, with the name of the source.
@@ -189,7 +189,7 @@ def read_sources(
         )
         for source in sources
     }
-    return sources, schedule, combined(fingerprints) if data.sources else fingerprints[""]
+    return sources, schedule, SourceFingerprints(fingerprints) if data.sources else fingerprints[""]
 
 
 def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData:

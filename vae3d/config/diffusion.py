@@ -15,6 +15,7 @@ from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, 
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import Buckets, Data, Debug, Launcher, Limits, Logger, Optim, Run, Steps, register
 from vae3d.config.validate import (
+    BUCKET_RULES,
     DECAY_RULE,
     FRAMES_RULE,
     SIZE_RULE,
@@ -154,7 +155,9 @@ def _cache_issues(config: DiffusionConfig) -> Iterator[ConfigIssue]:
 
 # fmt: off
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues, _cache_issues,
+    FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, batch_issues, resume_issues, logger_issues, _cache_issues,
+    Rule("data.source", lambda c: c.cache is None and c.data.source is None and not c.data.sources,
+         "is not given, and neither are data.sources or a cache", "set one of them"),
     Rule("validation.height", lambda c: (c.validation.height is None) != (c.validation.width is None),
          "goes together with validation.width", "set both, or neither"),
     Rule("denoiser", lambda c: not _is_node(c.denoiser), "has no `_target_`", "use a file of conf/denoiser"),

@@ -21,7 +21,7 @@ from vae3d.data.clips import (
     read_clip,
     to_sample,
 )
-from vae3d.data.fingerprint import DataFingerprint
+from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata, probe
 from vae3d.data.readers import is_image
@@ -191,7 +191,7 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)  # lines for the log
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are not used
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
-    fingerprint: DataFingerprint | None = None  # saved with checkpoints
+    fingerprint: DataFingerprint | SourceFingerprints | None = None  # saved with checkpoints
     val_groups: Sequence[tuple[str, ...]] = ()
     warnings: list[str] = field(default_factory=list)  # lines for the log
 
