@@ -8,7 +8,7 @@ import torch
 from tests.diffusion import toy
 from vae3d.diffusion import unet
 from vae3d.diffusion.build import build_network, network_config
-from vae3d.diffusion.transformer import Attention, apply_rope, rope_angles
+from vae3d.diffusion.transformer import Attention, apply_rope, pos_embed, rope_angles
 
 NAMES = list(toy.TINY)
 
@@ -258,3 +258,45 @@ def test_parameters_are_all_used():
         network = toy.shaken(build_network(toy.TINY[name] | {"num_classes": 2, "learned_sigma": True}, shape))
         network(*inputs(shape), torch.tensor([0, 1])).square().sum().backward()
         assert [n for n, p in network.named_parameters() if p.grad is None] == [], name
+
+
+# ---- several sizes, one after another
+
+
+SIZES = [(3, 6, 8), (1, 8, 6), (5, 3, 9)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sizes_before_do_not_change_the_output(name):
+    network = toy.shaken(build_network(toy.TINY[name], toy.shape_of(name))).eval()
+    sizes = [(1, *size[1:]) for size in SIZES] if name == "unet" else SIZES
+    for size in (*sizes, *reversed(sizes)):
+        given = inputs((4, *size))
+        alone = toy.shaken(build_network(toy.TINY[name], toy.shape_of(name))).eval()
+        alone.load_state_dict(network.state_dict())
+        assert torch.equal(network(*given), alone(*given))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_size_that_patches_do_not_fill_is_padded_with_its_edge(name):
+    settings = {"multipliers": [1, 2], "attention": [False, True]} if name == "unet" else {"patch": 2}
+    network = toy.shaken(build_network(toy.TINY[name] | settings, toy.shape_of(name))).eval()
+    for h, w in [(5, 8), (6, 7), (3, 3)]:
+        z, time = inputs((4, 1, h, w))
+        padded = torch.cat([z, *[z[..., -1:, :]] * (h % 2)], -2)
+        padded = torch.cat([padded, *[padded[..., -1:]] * (w % 2)], -1)
+        torch.testing.assert_close(network(z, time), network(padded, time)[..., :h, :w], rtol=0, atol=1e-6)
+
+
+def test_positions_of_a_token_do_not_depend_on_the_size():
+    """Rows, columns and frames count from the first corner, and are told apart."""
+    wan = build_network(toy.TINY["wan"], toy.CLIP).wan
+    found = {}
+    for t, h, w in [(3, 6, 8), (2, 8, 5)]:
+        angles = rope_angles(t, h, w, 12).unflatten(1, (h, w))
+        cos, sin = (part.view(t, h, w, -1) for part in wan.rope(torch.zeros(1, 4, t, h, w)))
+        found[t, h, w] = [part[:2, :6, :5] for part in (angles, cos, sin, pos_embed(t, h, w, 24).unflatten(1, (h, w)))]
+    for ours, theirs in zip(*found.values(), strict=True):
+        assert torch.equal(ours, theirs)
+        tokens = ours.reshape(2 * 6 * 5, -1)
+        assert len(tokens.unique(dim=0)) == len(tokens)

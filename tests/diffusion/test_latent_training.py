@@ -446,7 +446,7 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     config = latent_runs.config(*told)
     codec = train_diffusion.codec_of(config, torch.device("cpu"))
     data = train_diffusion.latent_data(config, codec, 0, 1)
-    assert (data.size, data.latent_shape, max(data.trained)) == ((5, 64, 64), (4, 5, 16, 16), 5)
+    assert (data.size, data.latent_shape, data.latent_shapes[-1][1]) == ((5, 64, 64), (4, 5, 16, 16), 5)
     assert data.held_out[0].values.shape[2] == 5
     asked = train_diffusion.latent_data(latent_runs.config(*told, "validation.frames=3"), codec, 0, 1)
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
@@ -488,7 +488,7 @@ def test_errors_are_told_together(vae, pictures, tmp_path):
     with pytest.raises(ConfigError) as why:
         train_diffusion.complete(config, clips)
     assert [issue.key for issue in why.value.issues] == ["process", "denoiser"]
-    longer = replace(clips, latent_shape=(4, 5, 16, 16))
+    longer = replace(clips, size=(5, 64, 64))
     with pytest.raises(ConfigError, match=r"5 latent frames.* 1;"):
         train_diffusion.complete(latent_runs.config(*told, network="video_transformer"), longer)
     with pytest.raises(ConfigError, match=r"denoiser.learned_sigma=true: .*False"):

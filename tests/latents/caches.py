@@ -12,9 +12,10 @@ from PIL import Image
 
 from tests import tiny
 from tests.latents import families
+from vae3d.commands.encode import transform_of
 from vae3d.config.latents import EncodeConfig
 from vae3d.data.sources import open_source
-from vae3d.latents.clips import ClipReader, Transform, items_of
+from vae3d.latents.clips import ClipReader, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import EncodeJob, encode_cache
 
@@ -37,8 +38,9 @@ def codec(name: str = "spatial", **settings: Any) -> LatentCodec:
 def job(source: Path, folder: Path, ours: LatentCodec | None = None, **settings: Any) -> EncodeJob:
     settings = {**SMALL, "workers": 0, "shard_size": 2, "batch_size": 2, **settings}
     config = EncodeConfig(checkpoint="runs/x", source=str(source), cache=str(folder), **settings)
-    transform = Transform(**{name: getattr(config, name) for name in Transform.__dataclass_fields__})
-    items, errors = items_of(open_source(source).table(), transform, labels=config.labels, split=config.split)
+    table = open_source(source).table()
+    transform = transform_of(config, table)
+    items, errors = items_of(table, transform, labels=config.labels, split=config.split)
     return EncodeJob(config, ours or codec(), items, errors, transform)
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -173,7 +172,7 @@ def out_of_data(t: VaeTrainer, rank: int) -> dict[str, object]:
         yield from itertools.islice(clips(*span), 2)
         raise DataError("a worker was killed")
 
-    t.data = SimpleNamespace(**vars(t.data) | {"clips": dying if rank else clips})
+    object.__setattr__(t.data, "clips", dying if rank else clips)
     try:
         t.fit()
     except DataError as error:

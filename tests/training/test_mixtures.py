@@ -18,6 +18,7 @@ from vae3d.commands.summary import data_summary, summary
 from vae3d.config.schema import TrainConfig
 from vae3d.data.batch_schedule import BatchShape
 from vae3d.data.media import DataError
+from vae3d.training.checkpointer import DataChanges
 from vae3d.training.preflight import extremes
 from vae3d.training.trainer import Trainer
 
@@ -135,7 +136,7 @@ def test_other_clips_per_step_are_told_and_another_shape_refused(mixture, tmp_pa
     changed = deepcopy(mixture)
     changed.data.sources["more"] = deepcopy(changed.data.sources["images"])
     run(changed, tmp_path, **{"trainer.max_steps": MIDDLE + 2})  # other data, and the log says which
-    assert "such as more: " in (tmp_path / "launches.jsonl").read_text()
+    assert "more: a new source" in (tmp_path / "launches.jsonl").read_text()
 
 
 def test_errors_name_their_source(mixture, shapes, tmp_path):
@@ -157,3 +158,15 @@ def test_a_dry_run_describes_a_mixture(mixture, caplog):
         dry_run.describe_training(mixture)
     for part in ("data.sources.videos: 9 rows", "data.sources.images: 20 rows", "clips of 3 frames of", "pixels kept"):
         assert part in caplog.text, part
+
+
+def test_a_mixture_and_one_source_are_told_apart_on_resume(whole):
+    t, _, _ = whole
+    alone = t.data.fingerprint.sources["videos"]
+    for now, saved in ((alone, t.data.fingerprint), (t.data.fingerprint, alone)):
+        changes = DataChanges(now)
+        changes.load_state_dict(saved.state_dict())
+        assert len(changes.lines) == 1
+        assert "a mixture" in changes.lines[0]
+        changes.load_state_dict(now.state_dict())
+        assert changes.lines == []

@@ -88,7 +88,7 @@ def test_a_signal_in_a_row_of_skipped_steps_waits_for_one_that_is_taken(videos, 
                 clip.video = clip.to("cpu").video * float("nan")
             yield clip
 
-    t.data = type("Spoiled", (), {**vars(t.data), "clips": staticmethod(spoiled)})
+    object.__setattr__(t.data, "clips", spoiled)
     at_step(t, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert launch.fit(t) == signal.SIGTERM
     assert steps(tmp_path) == [5]
@@ -306,7 +306,7 @@ def test_a_loader_that_fails_saves_what_is_finished_and_the_run_goes_on_to_the_s
         yield from list(clips(*span))[:5]
         raise DataError("a worker was killed")
 
-    t.data = type("Dying", (), {**vars(t.data), "clips": staticmethod(dying)})
+    object.__setattr__(t.data, "clips", dying)
     with pytest.raises(DataError, match=r"(?s)a worker was killed.*all 5 finished steps are saved"):
         t.fit()
     assert steps(tmp_path / "run") == [5]

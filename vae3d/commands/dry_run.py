@@ -15,7 +15,7 @@ from vae3d.commands.meta_check import lacking_weights
 from vae3d.commands.step_cost import vae_needs
 from vae3d.commands.summary import data_summary, first_batch, summary
 from vae3d.config.diffusion import DiffusionConfig
-from vae3d.config.schema import TrainConfig
+from vae3d.config.schema import Data, TrainConfig
 from vae3d.config.sources import sources_of
 from vae3d.data.loader import check_files_exist, clip_lengths
 from vae3d.data.streaming import is_streaming
@@ -43,13 +43,7 @@ def describe_training(config: TrainConfig) -> None:
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
     world = world_of(config)
-    files = []
-    for name, own in sources_of(config.data).items():
-        with train.naming_source(name):
-            source = instantiate(own.source)
-            lines = [] if is_streaming(source) else check_files_exist(source, own.max_broken)
-        files += [line.replace("data:", f"data.sources.{name}:", 1) if name else line for line in lines]
-    log.info("\n".join([*summary(config, model, world), *files]))
+    log.info("\n".join([*summary(config, model, world), *existing_files(config.data)]))
     data = train.build_training_data(config, 0, world)
     one_each = {stream.source: stream for stream in data.streams}.values()  # the buckets of a source share its files
     lengths = np.concatenate([clip_lengths(stream.table, stream.settings) for stream in one_each])
@@ -74,17 +68,33 @@ def describe_training(config: TrainConfig) -> None:
 def describe_diffusion(config: DiffusionConfig) -> None:
     """Of a diffusion model. Its autoencoder is loaded, onto the CPU."""
     if config.cache is None:
-        log.info("\n".join(check_files_exist(instantiate(config.data.source), config.data.max_broken)))
+        log.info("\n".join(existing_files(config.data)))
     codec = train_diffusion.codec_of(config, torch.device("cpu"))
     data = train_diffusion.latent_data(config, codec, 0, world_of(config))
     config, process = train_diffusion.complete(config, data)
     with torch.device("meta"):
         network = train_diffusion.network_of(config)
     lines = train_diffusion.summary(config, network, data, data.schedule.world_size)
-    log.info("\n".join([*lines, *first_batch(data.batches(0, 1), data.schedule.lengths)]))
-    needs = diffusion_needs(config, process, data, data.schedule.micro_batch)
-    schedule, steps = data.schedule, range(min(config.trainer.max_steps, STEPS))
-    longest = schedule.frames.all()[-1]
-    share = sum(map(schedule.frames_at, steps)) / len(steps) / longest
-    clips = clips_text(schedule.micro_batch, longest)
-    log.info("\n".join(estimates(config, needs, clips, share, schedule.world_size, data.item_bytes, data.workers)))
+    lengths = np.concatenate([schedule.lengths for schedule in data.schedule.leaves])
+    log.info("\n".join([*lines, *first_batch(data.batches(0, 1), lengths)]))
+    (frames, *size), clips = max(data.batch_sizes, key=data.latent_values)
+    needs = diffusion_needs(config, process, data, clips, (frames, *size))
+    steps = range(min(config.trainer.max_steps, STEPS))
+    share = sum(data.latent_values(data.batch_size_at(step)) for step in steps) / len(steps)
+    share /= data.latent_values(((frames, *size), clips))
+    text = clips_text(clips, frames)
+    if len(data.schedule.leaves) > 1:
+        text += f" of {size[0]}x{size[1]}"
+    world = data.schedule.world_size
+    log.info("\n".join(estimates(config, needs, text, share, world, data.item_bytes, data.workers)))
+
+
+def existing_files(data: Data) -> list[str]:
+    """Lines of check_files_exist of every source."""
+    files = []
+    for name, own in sources_of(data).items():
+        with train.naming_source(name):
+            source = instantiate(own.source)
+            lines = [] if is_streaming(source) else check_files_exist(source, own.max_broken)
+        files += [line.replace("data:", f"data.sources.{name}:", 1) if name else line for line in lines]
+    return files

@@ -29,14 +29,16 @@ MIN_SHOWN = 2**20 // 20  # bytes
 GPU_TFLOPS = 100  # per second, of which hours on a GPU are multiples
 
 
-def diffusion_needs(config: DiffusionConfig, process: Process, data: LatentData, micro_batch: int) -> Needs:
-    """Of the training of a diffusion model on latents of the sampled clips' shape; the autoencoder does not train."""
+def diffusion_needs(
+    config: DiffusionConfig, process: Process, data: LatentData, micro_batch: int, size: tuple[int, int, int]
+) -> Needs:
+    """Of the training of a diffusion model on latents of clips of `size`; the autoencoder does not train."""
     with fake_tensors():
         network = loading.instantiate(config.denoiser)
         for p in network.parameters():
             p.grad = torch.zeros_like(p)  # of the micro-batch before: counted as gradients
         with StepCost([p.grad for p in network.parameters()]) as cost:
-            z = torch.randn(micro_batch, *data.latent_shape)
+            z = torch.randn(micro_batch, *data.codec.latent_shape(*size))
             labels = torch.zeros(micro_batch, dtype=torch.int64) if network.num_classes else None
             draws = [torch.Generator() for _ in range(micro_batch)]
             with autocast(z.device, config.trainer.precision):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.inference.scale import LatentStats, off_scale
-from vae3d.latents.cache import LatentCache
+from vae3d.latents.cache import LatentCache, SizeGroup
 from vae3d.latents.places import LocalPlace, StorePlace, partial_statistics, place_of
 from vae3d.latents.tar_shards import open_cache
 from vae3d.loading import load, open_codec
 from vae3d.text import plural
 
 SHOWN = ("0.1", "50", "99.9")  # percentiles
+SHOWN_SIZES = 12
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def print_statistics(cache: LatentCache, hint: str) -> None:
     content = f"{plural(len(cache), 'entry')}", f"; {plural(len(cache.classes), 'class')}"
-    print_table(cache.statistics, cache.meta, cache.folder, *content, hint)
+    print_table(cache.statistics, cache.meta, cache.folder, *content, hint, cache.sizes())
 
 
 def print_partial(place: LocalPlace | StorePlace) -> None:
@@ -53,12 +55,23 @@ def print_partial(place: LocalPlace | StorePlace) -> None:
 
 
 def print_table(
-    stats: dict[str, Any], meta: dict[str, Any], name: str | Path, entries: str, classes: str, hint: str
+    stats: dict[str, Any],
+    meta: dict[str, Any],
+    name: str | Path,
+    entries: str,
+    classes: str,
+    hint: str,
+    sizes: Sequence[SizeGroup] = (),
 ) -> None:
     vae, transform = meta["vae"], meta["transform"]
-    settings = ", ".join(f"{name}={value}" for name, value in transform.items() if value not in (None, False))
+    shown = {key: value for key, value in transform.items() if value not in (None, False) and key != "buckets"}
+    settings = ", ".join(f"{key}={value}" for key, value in shown.items())
     print(f"{name}: {entries} ({meta['store']}, {meta['dtype']}; {settings})")
     print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}{classes}")
+    if len(sizes) > 1:
+        counts = [f"{'x'.join(map(str, group.size))} ({len(group.entries)})" for group in sizes[:SHOWN_SIZES]]
+        more = f", and {len(sizes) - SHOWN_SIZES} more" if len(sizes) > SHOWN_SIZES else ""
+        print(f"{plural(len(sizes), 'size')}: {', '.join(counts)}{more}")
     names = ("mean", "std", "std_of_mean", "posterior_std", "kurtosis")
     columns = {name: stats[name] for name in names} | {f"{p} %": stats["percentiles"][p] for p in SHOWN}
     print(pd.DataFrame(columns, dtype=float).to_string(float_format="%.5f", na_rep="-", col_space=12))

@@ -6,18 +6,18 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from vae3d import distributed
 from vae3d.diffusion import sampling
 from vae3d.diffusion.base import Sampling
-from vae3d.diffusion.data import clip_and_latent_size
 from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.quality import distances, draw_reference_sets
 from vae3d.distributed import init_inference
@@ -29,7 +29,6 @@ from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.tar_shards import open_cache
 from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.pixels import Quantized
@@ -46,34 +45,84 @@ Reference = tuple[LatentCache, tuple[list[int], list[int]]]  # a cache, and two 
 
 
 def run(config: SampleConfig) -> None:
-    """Draw config.count samples, shared among the ranks; the main process writes the files that join all of them."""
+    """Draw config.count samples of one size, or of every trained one, shared among the ranks; the main process writes
+    the files that join all of them."""
     process, device = init_inference(config.device)
-    main, rank, world_size = process.is_main_process, process.process_index, process.num_processes
     export = read_export(config.checkpoint, config.ema)
     labels = sample_labels(config, export.config)
     names = [] if labels is None else [export.config["classes"][label] for label in labels]
+    configs = per_size(config, export.config["sizes"])
+    sizes = [sample_size(each, export.config["size"]) for each in configs]
+    writes = [files_to_write(each, size) for each, size in zip(configs, sizes, strict=True)]
+    codec = open_autoencoder(export, config, device)
+    if any("npz" in write for write in writes) and codec.model.pixel_channels != 3:
+        raise UserError(
+            f"write=[npz] is for images of 3 channels, and the autoencoder's have {codec.model.pixel_channels}; use "
+            "grid or files"
+        )
+    shapes = [codec.latent_shape(*size) for size in sizes]
+    if (ours := shapes[0][0]) != (channels := export.config["network"]["channels"]):
+        raise UserError(f"{export.folder} has latents of {plural(channels, 'channel')}, and its autoencoder {ours}")
+    cache = None if config.against is None else LatentCache(config.against, codec)
+    references = [None if cache is None else open_reference(config, cache, shape, names) for shape in shapes]
+    hashes = {"weights": weights_hash(export.network().state_dict())}
+    hashes["autoencoder"] = weights_hash(codec.model.state_dict())
+    for each, size, write, reference in zip(configs, sizes, writes, references, strict=True):
+        draw_and_write(each, export, codec, labels, names, size, write, reference, hashes, process, device)
+
+
+def per_size(config: SampleConfig, sizes: Sequence[Sequence[int]]) -> list[SampleConfig]:
+    """`config`, or with config.every_size one for each of the sizes, with a folder named after it."""
+    if not config.every_size:
+        return [config]
+    return [
+        replace(
+            config,
+            every_size=False,
+            num_frames=frames,
+            height=height,
+            width=width,
+            out=str(Path(config.out) / f"{frames}x{height}x{width}"),
+        )
+        for frames, height, width in sizes
+    ]
+
+
+def sample_size(config: SampleConfig, default: Sequence[int]) -> tuple[int, int, int]:
+    """Frames, height and width of the samples."""
     wanted = (config.num_frames, config.height, config.width)
-    size = tuple(own or default for own, default in zip(wanted, export.config["size"], strict=True))
+    return tuple(own or other for own, other in zip(wanted, default, strict=True))
+
+
+def files_to_write(config: SampleConfig, size: Sequence[int]) -> set[str]:
+    """config.write; of videos without npz. Raises UserError if nothing is left."""
     write = set(config.write) - ({"npz"} if size[0] > 1 else set())
     if not write:
         raise UserError(
             f"write=[npz] is for images, and these samples have {plural(size[0], 'frame')}; use grid or files"
         )
-    codec = open_autoencoder(export, config, device)
-    if "npz" in write and codec.model.pixel_channels != 3:
-        raise UserError(
-            f"write=[npz] is for images of 3 channels, and the autoencoder's have {codec.model.pixel_channels}; use "
-            "grid or files"
-        )
+    return write
+
+
+def draw_and_write(
+    config: SampleConfig,
+    export: Export,
+    codec: LatentCodec,
+    labels: Sequence[int] | None,
+    names: Sequence[str],
+    size: tuple[int, int, int],
+    write: set[str],
+    reference: Reference | None,
+    hashes: Mapping[str, str],
+    process: PartialState,
+    device: torch.device,
+) -> None:
+    """Draw samples of one size into config.out. names: of the labels. hashes: of the weights, for command.json."""
+    main, rank, world_size = process.is_main_process, process.process_index, process.num_processes
     shape = codec.latent_shape(*size)
-    if shape[0] != (channels := export.config["network"]["channels"]):
-        raise UserError(f"{export.folder} has latents of {plural(channels, 'channel')}, and its autoencoder {shape[0]}")
-    reference = None if config.against is None else open_reference(config, codec, shape, names)
     settings = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
     draw = make_sampler(export, config, settings, shape, labels, device)
-    hashes = {"weights": weights_hash(export.network().state_dict())}
-    hashes["autoencoder"] = weights_hash(codec.model.state_dict())
-    independent = ("checkpoint", "vae", "out", "overwrite", "device")  # other settings change the samples
+    independent = ("checkpoint", "vae", "out", "overwrite", "device", "every_size")  # others change the samples
     chosen = {name: value for name, value in asdict(config).items() if name not in independent}
     command = {**hashes, **chosen, "labels": names}
 
@@ -153,12 +202,15 @@ def open_autoencoder(export: Export, config: SampleConfig, device: torch.device)
     return codec
 
 
-def open_reference(config: SampleConfig, codec: LatentCodec, shape: Sequence[int], names: Sequence[str]) -> Reference:
-    cache = open_cache(config.against, codec)
-    if (cached := clip_and_latent_size(cache)[1]) != tuple(shape):
-        cached, ours = (" x ".join(map(str, sizes)) for sizes in (cached, shape))
-        raise UserError(f"against={config.against} has latents of {cached}, the samples are of {ours}")
-    return cache, draw_reference_sets(cache, config.count, names or None)
+def open_reference(config: SampleConfig, cache: LatentCache, shape: Sequence[int], names: Sequence[str]) -> Reference:
+    """Latents of the cache of the samples' shape. Raises UserError if it has too few."""
+    of_shape = [group.entries for group in cache.sizes() if group.latent_shape == tuple(shape)]
+    if not of_shape:
+        found = dict.fromkeys(" x ".join(map(str, group.latent_shape)) for group in cache.sizes())
+        ours = " x ".join(map(str, shape))
+        raise UserError(f"against={config.against} has latents of {', '.join(found)}, the samples are of {ours}")
+    entries = np.sort(np.concatenate(of_shape))
+    return cache, draw_reference_sets(cache, config.count, names or None, entries)
 
 
 def make_sampler(

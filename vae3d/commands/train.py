@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from os.path import exists
 from os.path import isfile as is_file
@@ -22,11 +22,11 @@ from vae3d.checkpoints.state import starting_state
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, frame_counts, summary
 from vae3d.config.sources import sources_of
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved
+from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, buckets_of
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
-from vae3d.data.fingerprint import combined, fingerprint_of
+from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints, fingerprint_of
 from vae3d.data.loader import (
     HeldOut,
     Tables,
@@ -165,64 +165,89 @@ def build_streams(
     )
 
 
-def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData | StreamingData:
-    """Read the tables of all sources and this rank's held-out clips. Raises DataError, with the name of the source."""
-    data, validation, channels = config.data, config.validation, pixel_channels(config.model)
-    tables: dict[str, Tables] = {}
-    parts: dict[str, SourceStreams] = {}
-    possible: dict[str, list[HeldOut]] = {}
-    notes, errors, skipped_files = [], [], []
+@dataclass(frozen=True)
+class SourceData:
+    """What was read of a source. name: empty for the only one. own: its settings. settings: how its clips are cut, but
+    for the sizes of buckets, which its streams have."""
+
+    name: str
+    own: Data
+    settings: ClipSettings
+    tables: Tables
+    part: SourceStreams
+
+    def lines(self, of: Iterable[str]) -> list[str]:
+        """With the source's name in front."""
+        return [f"{self.name}: {line}" if self.name else line for line in of]
+
+    def reasons(self, of: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """(path, reason) with the source's name in front of the reason."""
+        return [(path, self.lines([reason])[0]) for path, reason in of]
+
+
+def read_sources(
+    config: TrainConfig | DiffusionConfig, channels: int, rank: int, world_size: int
+) -> tuple[list[SourceData], Schedule, DataFingerprint | SourceFingerprints]:
+    """Read the tables of all sources, and say in which order training takes their clips. channels: of the model.
+
+    Raises DataError, with the name of the source.
+    """
+    data, sources = config.data, []
     for name, own in sources_of(data).items():
         settings, bucketed = build_clip_settings(own, channels), own.buckets is not None
         with naming_source(name):
+            held_out = own.num_val_files if config.validation.every else 0
             check_reader(own.reader)
             source = instantiate(own.source)
             if is_streaming(source):
-                return build_streaming_data(config, source, settings, rank, world_size)
-            read = read_tables(
-                source,
-                settings,
-                own.num_val_files if validation.every else 0,
-                own.max_broken,
-                sizes=bucketed,
-            )
-            part = build_streams(config, name, own, read.train, settings, rank, world_size)
-        tables[name], parts[name] = read, part
-        prefix = f"{name}: " if name else ""
-        notes += [prefix + note for note in (*read.notes, *part.notes, *schedule_notes(part.schedule))]
-        errors += [(path, prefix + reason) for path, reason in read.errors]
-        skipped_files += [(path, prefix + reason) for path, reason in (*read.skipped_files, *part.skipped_files)]
+                raise DataError("a stream has no table: set streaming=false, or train an autoencoder on it alone")
+            tables = read_tables(source, settings, held_out, own.max_broken, sizes=bucketed)
+            part = build_streams(config, name, own, tables.train, settings, rank, world_size)
+        sources.append(SourceData(name, own, settings, tables, part))
+    schedule = sources[0].part.schedule
+    if data.sources:
+        weights = [data.sources[source.name].weight for source in sources]
+        schedule = Interleaved([source.part.schedule for source in sources], weights, config.run.seed, data.overfit)
+    fingerprints = {
+        source.name: fingerprint_of(
+            pd.concat([source.tables.train, source.tables.val], ignore_index=True), stat_files=rank == 0
+        )
+        for source in sources
+    }
+    return sources, schedule, SourceFingerprints(fingerprints) if data.sources else fingerprints[""]
+
+
+def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData | StreamingData:
+    """Read the tables of all sources and this rank's held-out clips. Raises DataError, with the name of the source."""
+    data, validation = config.data, config.validation
+    if not data.sources and is_streaming(source := instantiate(data.source)):
+        return build_streaming_data(config, source, rank, world_size)
+    sources, schedule, fingerprint = read_sources(config, pixel_channels(config.model), rank, world_size)
+    notes, errors, skipped_files, warnings = [], [], [], []
+    possible: list[list[HeldOut]] = []
+    for source in sources:
+        tables, part = source.tables, source.part
+        notes += source.lines([*tables.notes, *part.notes, *schedule_notes(part.schedule)])
+        errors += source.reasons(tables.errors)
+        skipped_files += source.reasons([*tables.skipped_files, *part.skipped_files])
+        warnings += source.lines(part.warnings)
         if validation.every:
-            buckets = [stream.bucket for stream in part.streams] if bucketed else None
-            clips = held_out_of(read.val, settings, validation.frames, validation.clips, name, buckets)
-            possible[name] = clips
-            if name and not clips:
+            buckets = None if source.own.buckets is None else [stream.bucket for stream in part.streams]
+            clips = held_out_of(tables.val, source.settings, validation.frames, validation.clips, source.name, buckets)
+            possible.append(clips)
+            if source.name and not clips:
                 notes.append(
-                    f"{name}: is not validated, since no held-out file has validation.frames={validation.frames}"
+                    f"{source.name}: is not validated, since no held-out file has validation.frames={validation.frames}"
                 )
-    chosen = in_turn([*possible.values()], validation.clips)
+    chosen = in_turn(possible, validation.clips)
     held_out: list[ClipBatch] = []
     if validation.every:
-        require_held_out(chosen, validation.frames, sum(len(read.val) for read in tables.values()))
+        require_held_out(chosen, validation.frames, sum(len(source.tables.val) for source in sources))
         held_out, more = read_held_out(chosen, validation.frames, rank, world_size)
         errors += more
-    schedule = (
-        parts[""].schedule
-        if "" in parts
-        else Interleaved(
-            [part.schedule for part in parts.values()],
-            [data.sources[name].weight for name in parts],
-            config.run.seed,
-            data.overfit,
-        )
-    )
-    fingerprints = {
-        name: fingerprint_of(pd.concat([read.train, read.val], ignore_index=True), stat_files=rank == 0)
-        for name, read in tables.items()
-    }
     workers, note = usable_workers(data.workers)
     return TrainingData(
-        [stream for part in parts.values() for stream in part.streams],
+        [stream for source in sources for stream in source.part.streams],
         schedule,
         workers,
         data.prefetch,
@@ -231,20 +256,18 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         [*notes, *note],
         skipped_files,
         data.timeout,
-        fingerprints[""] if "" in fingerprints else combined(fingerprints),
+        fingerprint,
         [clip.groups for clip in chosen],
-        [f"{name}: {line}" if name else line for name, part in parts.items() for line in part.warnings],
+        warnings,
     )
 
 
-def build_streaming_data(
-    config: TrainConfig, source: StreamingSource, settings: ClipSettings, rank: int, world_size: int
-) -> StreamingData:
+def build_streaming_data(config: TrainConfig, source: StreamingSource, rank: int, world_size: int) -> StreamingData:
     """Raises DataError for a stream that cannot be read, has no rows for validation, or
     needs what only a table gives."""
     data, validation = config.data, config.validation
-    if data.sources:
-        raise DataError("a stream cannot be one of several sources: set streaming=false for it")
+    check_reader(data.reader)
+    settings = build_clip_settings(data, pixel_channels(config.model))
     if data.buckets is not None:
         raise DataError("data.buckets needs the sizes of all files: set data.source.streaming=false")
     if data.clips_per_file > 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -13,8 +13,9 @@ from pydantic.dataclasses import dataclass
 from vae3d.config.check import Rule, check, resume_issues
 from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
-from vae3d.config.schema import Data, Debug, Launcher, Limits, Logger, Optim, Run, Steps, register
+from vae3d.config.schema import Buckets, Data, Debug, Launcher, Limits, Logger, Optim, Run, Steps, register
 from vae3d.config.validate import (
+    BUCKET_RULES,
     DECAY_RULE,
     FRAMES_RULE,
     SIZE_RULE,
@@ -70,6 +71,8 @@ class DiffusionValidation:
     frames: Int | None = setting(
         None, "Of held-out clips and samples. null: data.frames.max. Not used for a cache.", ge=1
     )
+    height: Int | None = setting(None, "Of samples: a size that is trained on. null: the commonest.", ge=1)
+    width: Int | None = setting(None, "Of samples: a size that is trained on. null: the commonest.", ge=1)
     samples: Int = setting(16, "Samples drawn.", ge=1)
     steps: Int = setting(50, "Steps of the sampler.", ge=1)
     method: Method | None = setting(None, "ddpm or ddim for Gaussian diffusion, euler for flow. null: the first.")
@@ -113,6 +116,7 @@ class SampleConfig:
     num_frames: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
     height: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
     width: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
+    every_size: bool = setting(False, "`count` samples of each size that was trained on, in a folder for each.")
     method: Method | None = setting(None, "ddpm or ddim for Gaussian diffusion, euler for flow. null: the first.")
     steps: Int = setting(50, "Steps of the sampler.", ge=1)
     guidance: Float = setting(1.0, "Scale of classifier-free guidance. 1: off.", ge=0)
@@ -139,15 +143,33 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
+def _cache_issues(config: DiffusionConfig) -> Iterator[ConfigIssue]:
+    """Keys of data.buckets that a cache does not need: it has the sizes it was encoded with."""
+    if config.cache is None or config.data.buckets is None:
+        return
+    default = Buckets()
+    for key in ("shapes", "aspects", "frames", "multiple"):
+        if (value := getattr(config.data.buckets, key)) != getattr(default, key):
+            message = "a cache has the sizes it was encoded with"
+            yield ConfigIssue(f"data.buckets.{key}", value, message, "leave it out; clips_multiple alone counts")
+
+
 # fmt: off
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, batch_issues, resume_issues, logger_issues, reader_issues,
+    FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, batch_issues, resume_issues, logger_issues, reader_issues,
+    _cache_issues,
+    Rule("data.source", lambda c: c.cache is None and c.data.source is None and not c.data.sources,
+         "is not given, and neither are data.sources or a cache", "set one of them"),
+    Rule("validation.height", lambda c: (c.validation.height is None) != (c.validation.width is None),
+         "goes together with validation.width", "set both, or neither"),
     Rule("denoiser", lambda c: not _is_node(c.denoiser), "has no `_target_`", "use a file of conf/denoiser"),
     Rule("process", lambda c: not _is_node(c.process), "has no `_target_`", "use a file of conf/process"),
     Rule("data.depth.mapping", lambda c: c.data.depth.mapping is not None, "depth maps have no latents", "use null"),
     Rule("optim.proximal", lambda c: c.optim.proximal, "the network has no initial weights to stay near", "use 0"),
     Rule("data.clips_per_file", lambda c: c.cache is not None and c.data.clips_per_file > 1,
          "is of videos, and a cache is read latent by latent", "use 1"),
+    Rule("data.sources", lambda c: c.cache is not None and c.data.sources,
+         "are not read, since cache={c.cache}", "use one of them"),
     Rule("labels", lambda c: c.cache is not None and c.labels in ("column", "folder"),
          "a cache has the labels it was encoded with", "use auto or none"),
     Rule("validation.guidance", lambda c: c.validation.guidance != 1 and c.labels == "none",
@@ -178,7 +200,16 @@ def _training_paths(config: DiffusionConfig) -> dict[str, Any]:
 check_sampling = partial(
     check,
     schema=SampleConfig,
-    rules=[SIZE_RULE, TILE_RULE],
+    rules=[
+        SIZE_RULE,
+        TILE_RULE,
+        Rule(
+            "every_size",
+            lambda c: c.every_size and (c.num_frames, c.height, c.width) != (None, None, None),
+            "takes the sizes of training, and num_frames, height or width is set",
+            "use null for them, or false",
+        ),
+    ],
     paths=lambda c: {"checkpoint": c.checkpoint, "vae": c.vae, "against": c.against},
 )
 register("diffusion_defaults", DiffusionConfig)

@@ -336,6 +336,16 @@ class Interleaved:
 Schedule = BatchSchedule | Interleaved
 
 
+def stream_counts(schedule: Schedule, groups: Sequence[Sequence[str]], step: int) -> dict[str, float]:
+    """Steps and clips before a step of each group of streams, for the log. groups: names of those each stream is in."""
+    counts: dict[str, float] = {}
+    for leaf, names, steps in zip(schedule.leaves, groups, schedule.steps_before(step), strict=True):
+        for name in names:
+            for what, count in (("steps", steps), ("clips", steps * leaf.batch_size)):
+                counts[f"data/{what}_{name}"] = counts.get(f"data/{what}_{name}", 0) + count
+    return counts
+
+
 def cycle_counts(weights: Sequence[float | Fraction]) -> list[int]:
     """The steps of each stream in the shortest cycle that holds the weights exactly: 0.5 and 1.5 give 1 and 3.
 

@@ -213,6 +213,17 @@ def _is_scaled(size: Size, other: Size) -> bool:
     return share_kept(other[1] / other[0], size) > 1 - SAME_ASPECT and max(areas) > OTHER_AREA * min(areas)
 
 
+def longest_buckets(
+    buckets: Sequence[Bucket], heights: np.ndarray, widths: np.ndarray, lengths: np.ndarray
+) -> np.ndarray:
+    """[rows] index of the bucket of rows_of with the most frames for each row, and of those the largest; -1: none."""
+    chosen = np.full(len(lengths), -1)
+    fitting = rows_of(buckets, heights, widths, lengths)
+    for i in sorted(range(len(buckets)), key=lambda i: (buckets[i].frames, math.prod(buckets[i].size))):
+        chosen[fitting[i]] = i
+    return chosen
+
+
 # ---- how many clips make a step, and how often it comes
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.data.batch_schedule import BatchSchedule, BatchShape, ClipIndex, Schedule, StepShape
+from vae3d.data.batch_schedule import BatchSchedule, BatchShape, ClipIndex, Schedule, StepShape, stream_counts
 from vae3d.data.buckets import Bucket
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
 from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
-from vae3d.data.readers import open_media
+from vae3d.data.readers import decodes_on_gpu, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
 from vae3d.seeding import seed_of
 from vae3d.text import plural
@@ -343,6 +343,11 @@ class Stream:
         """For logs: photos, 33x256x256 or photos_33x256x256."""
         return "_".join(filter(None, (self.source, self.bucket.name if self.bucket else "")))
 
+    @property
+    def groups(self) -> list[str]:
+        """Names under which its steps are counted: that of its source, and its own; none of the only stream."""
+        return list(dict.fromkeys(filter(None, (self.source, self.name))))
+
 
 class StepShapes:
     """Shapes and counts of what `streams` give in the order of `schedule`."""
@@ -377,12 +382,7 @@ class StepShapes:
 
     def counts(self, step: int) -> dict[str, float]:
         """Steps and clips before a step of each source and each bucket, for the log; nothing of one stream alone."""
-        counts: dict[str, float] = {}
-        for stream, steps in zip(self.streams, self.schedule.steps_before(step), strict=True):
-            for name in dict.fromkeys(filter(None, (stream.source, stream.name))):
-                for what, count in (("steps", steps), ("clips", steps * stream.schedule.batch_size)):
-                    counts[f"data/{what}_{name}"] = counts.get(f"data/{what}_{name}", 0) + count
-        return counts
+        return stream_counts(self.schedule, [stream.groups for stream in self.streams], step)
 
 
 class StreamedClips(Dataset[Sample]):
@@ -393,6 +393,11 @@ class StreamedClips(Dataset[Sample]):
 
     def __getitem__(self, index: ClipIndex) -> Sample:
         return self.datasets[index.stream][index]
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Whether its reader uses CUDA, so that workers must be spawned."""
+        return any(decodes_on_gpu(dataset.settings.reader) for dataset in self.datasets)
 
     def __getitems__(self, indices: Sequence[ClipIndex]) -> list[Sample]:
         """The samples of a batch, all of one stream."""

@@ -95,16 +95,37 @@ def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerpr
     return DataFingerprint(np.array(rows, np.int64), np.array(facts, np.int64), files, table["name"].tolist())
 
 
-def combined(sources: Mapping[str, DataFingerprint]) -> DataFingerprint:
-    """One fingerprint of several sources, by name, which their rows have in messages. Equal rows of two sources
-    differ."""
-    salted = [fingerprint.rows ^ seed_of("source", name) for name, fingerprint in sources.items()]
-    return DataFingerprint(
-        np.concatenate(salted),
-        np.concatenate([fingerprint.facts for fingerprint in sources.values()]),
-        np.concatenate([fingerprint.files for fingerprint in sources.values()]),
-        [f"{name}: {row}" for name, fingerprint in sources.items() for row in fingerprint.names],
-    )
+@dataclass(frozen=True)
+class SourceFingerprints:
+    """The fingerprints of the sources of a mixture, by name, which messages begin with."""
+
+    sources: Mapping[str, DataFingerprint]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        states = {name: fingerprint.state_dict() for name, fingerprint in self.sources.items()}
+        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def digests(self) -> dict[str, Any]:
+        """Values that must be equal on all ranks."""
+        digests = {name: fingerprint.digests() for name, fingerprint in self.sources.items()}
+        return {f"{name}: {key}": value for name, values in digests.items() for key, value in values.items()}
+
+    def changes_since(self, saved: Mapping[str, torch.Tensor] | None) -> list[str]:
+        """Differences from the data of a checkpoint, one line each. saved: its state_dict; None: not saved.
+
+        Raises ArgumentError if `saved` is no such state_dict.
+        """
+        if not saved:
+            return []
+        old: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in saved.items():
+            name, _, entry = key.rpartition("/")
+            old.setdefault(name, {})[entry] = value
+        lines = [f"{name}: a new source" for name in self.sources if name not in old]
+        lines += [f"{name}: a source that is no longer there" for name in old if name not in self.sources]
+        for name, fingerprint in self.sources.items():
+            lines += [f"{name}: {line}" for line in fingerprint.changes_since(old.get(name))]
+        return lines
 
 
 def fingerprint_of_cache(index: pd.DataFrame, digest: str) -> DataFingerprint:

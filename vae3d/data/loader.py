@@ -22,10 +22,10 @@ from vae3d.data.clips import (
     read_clip,
     to_sample,
 )
-from vae3d.data.fingerprint import DataFingerprint
+from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata, probe
-from vae3d.data.readers import decodes_on_gpu, is_image
+from vae3d.data.readers import is_image
 from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
 from vae3d.data.segments import Bounds, bounds_of, count_frames
 from vae3d.data.sources import Source
@@ -204,7 +204,7 @@ class TrainingData(StepShapes):
     notes: list[str] = field(default_factory=list)  # lines for the log
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are not used
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
-    fingerprint: DataFingerprint | None = None  # saved with checkpoints
+    fingerprint: DataFingerprint | SourceFingerprints | None = None  # saved with checkpoints
     val_groups: Sequence[tuple[str, ...]] = ()
     warnings: list[str] = field(default_factory=list)  # lines for the log
 
@@ -215,16 +215,16 @@ class TrainingData(StepShapes):
 
         stopping: whether the run ends after the current step. Raises as workers.load does.
         """
-        schedule = self.schedule
+        schedule, dataset = self.schedule, StreamedClips(self.streams)
         return load(
-            StreamedClips(self.streams),
+            dataset,
             workers=self.workers,
             prefetch=self.prefetch,
             timeout=self.timeout,
             stopping=stopping,
             item_bytes=self.item_bytes,
             held=schedule.accumulate,
-            spawn=any(decodes_on_gpu(stream.settings.reader) for stream in self.streams),
+            spawn=dataset.decodes_on_gpu,
             batch_sampler=schedule.micro_batches(first, last),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),

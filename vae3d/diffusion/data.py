@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,22 +16,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae3d import distributed
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
-from vae3d.data.clips import ClipDataset, Sample, Unreadable, collate
-from vae3d.data.fingerprint import DataFingerprint
-from vae3d.data.readers import decodes_on_gpu
+from vae3d.config.issues import ConfigIssue, raise_if_any
+from vae3d.data.batch_schedule import ClipIndex, Schedule
+from vae3d.data.clips import Sample, Unreadable, collate
+from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
+from vae3d.data.loader import HeldOut, validation_clip
+from vae3d.data.media import MediaError
 from vae3d.data.sources import DataError
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError
-from vae3d.latents.cache import NO_LABEL, CacheError, LatentCache
+from vae3d.latents.cache import NO_LABEL, LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.text import plural
 from vae3d.transfer import to_device
-from vae3d.types import ClipBatch
 
 log = logging.getLogger("vae3d")
+ClipSize = tuple[int, int, int]  # frames, height, width
 
 
 class Batch(NamedTuple):
@@ -48,38 +51,78 @@ class Batch(NamedTuple):
 class LatentData:
     """Training and validation data.
 
-    dataset: indexed by ClipIndex. size: frames, height and width of sampled clips. latent_shape: (C, t, h, w) of their
-    latents. trained: numbers of latent frames of the training clips. sample: draw latents from the posterior; else take
-    its mean. classes: names. trained_classes: indices of the classes that occur in the training data; numeric
-    labels leave gaps, and validation files may have others. held_out: this rank's validation clips, one per batch.
-    timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
+    dataset: indexed by ClipIndex. rows: of the tables that are trained on. stream_sizes: height and width of the clips
+    of each stream of the schedule. stream_groups: names under which its steps are counted. size: frames, height and
+    width of sampled clips. sample: draw latents from the posterior; else take its mean. classes: names.
+    trained_classes: indices of the classes that occur in the training data; numeric labels leave gaps, and validation
+    files may have others. held_out: this rank's validation clips, one per batch. held_out_sizes: of those of all ranks,
+    each with latents of another shape. timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of
+    the data, for checkpoints.
     """
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Batch]
-    schedule: BatchSchedule
+    schedule: Schedule
+    rows: int
     codec: LatentCodec
-    size: tuple[int, int, int]
-    latent_shape: tuple[int, int, int, int]
-    trained: tuple[int, ...]
+    stream_sizes: list[tuple[int, int]]
+    stream_groups: list[list[str]]
+    size: ClipSize
     classes: list[str]
     trained_classes: list[int]
     held_out: list[Batch]
+    held_out_sizes: list[ClipSize]
     sample: bool = True
     workers: int = 0
     prefetch: int = 2
     errors: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0
-    fingerprint: DataFingerprint | None = None
+    fingerprint: DataFingerprint | SourceFingerprints | None = None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of the latents of sampled clips."""
+        return self.codec.latent_shape(*self.size)
+
+    @property
+    def batch_sizes(self) -> list[tuple[ClipSize, int]]:
+        """Frames, height and width of the clips of every kind of step, and clips per micro-batch; ascending."""
+        shapes = self.schedule.shapes()
+        return sorted({((s.frames, *self.stream_sizes[s.stream]), s.micro_batch) for s in shapes})
+
+    @property
+    def sizes(self) -> list[ClipSize]:
+        """Of the training clips, ascending."""
+        return sorted({size for size, _ in self.batch_sizes})
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, int, int, int]]:
+        """(C, t, h, w) of the training latents, each once."""
+        return list(dict.fromkeys(self.codec.latent_shape(*size) for size in self.sizes))
+
+    def clips_per_step(self) -> dict[str, int]:
+        """Of each source and size, by name; nothing of one stream alone."""
+        streams = zip(self.stream_groups, self.schedule.leaves, strict=True)
+        return {names[-1]: stream.batch_size for names, stream in streams if names}
+
+    def batch_size_at(self, step: int) -> tuple[ClipSize, int]:
+        """Frames, height and width of the clips of a step, and clips per micro-batch."""
+        stream = self.schedule.locate(step)[0]
+        frames = self.schedule.frames_at(step)
+        return (frames, *self.stream_sizes[stream]), self.schedule.leaves[stream].micro_batch
+
+    def latent_values(self, batch: tuple[ClipSize, int]) -> int:
+        """Values of the latents of a micro-batch, which make its cost. batch: as in batch_sizes."""
+        size, clips = batch
+        return clips * math.prod(self.codec.latent_shape(*size))
 
     @property
     def item_bytes(self) -> int:
         """Of the largest batch that a worker reads."""
         if isinstance(self.dataset, CachedLatents):
-            return self.schedule.micro_batch * 4 * math.prod(self.latent_shape)
-        values = self.codec.model.pixel_channels * math.prod((self.schedule.frames.all()[-1], *self.size[1:]))
-        return self.schedule.micro_batch * values
+            return 4 * max(map(self.latent_values, self.batch_sizes))
+        return max(count * self.codec.model.pixel_channels * math.prod(size) for size, count in self.batch_sizes)
 
     def batches(self, first: int, last: int, stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Micro-batches of optimizer steps first..last-1, a pure function of the schedule.
@@ -94,7 +137,7 @@ class LatentData:
             stopping=stopping,
             item_bytes=self.item_bytes,
             held=self.schedule.accumulate,
-            spawn=isinstance(self.dataset, ClipDataset) and decodes_on_gpu(self.dataset.settings.reader),
+            spawn=isinstance(self.dataset, StreamedClips) and self.dataset.decodes_on_gpu,
             batch_sampler=self.schedule.micro_batches(first, last),
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
@@ -120,9 +163,10 @@ class LatentData:
         Raises ScaleError if no file can be read.
         """
         data = replace(self, schedule=replace(self.schedule, overfit=False))
+        steps = next(step for step in itertools.count() if data.schedule.clips_before(step) >= count)
         stats = RunningStats(self.latent_shape[0], device)
         seen = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in data.batches(0, math.ceil(count / self.schedule.batch_size)):
+        for batch in data.batches(0, steps):
             if batch.values is not None:
                 z = self.latents(batch, device)
                 stats.update_channels(z)
@@ -155,22 +199,44 @@ def collate_latents(batches: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Collate samples of a ClipDataset, with the labels of their rows."""
+    """Collate samples of clips, with the labels of their rows. labels: of the table of each stream."""
 
-    labels: np.ndarray
+    labels: Sequence[np.ndarray]
 
     def __call__(self, samples: list[Sample]) -> Batch:
         clip = collate(samples)
-        labels = torch.tensor([int(self.labels[sample.index.row]) for sample in samples])
+        labels = torch.tensor([int(self.labels[sample.index.stream][sample.index.row]) for sample in samples])
         positions = [sample.index.position for sample in samples]
         return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.errors)
 
 
-def val_batches(clips: Sequence[ClipBatch], labels: Sequence[int]) -> list[Batch]:
-    """A batch per validation clip; its position is its row, and so the index of its label."""
-    return [
-        Batch(clip.video, torch.tensor([labels[int(clip.positions)]]), clip.positions.tolist(), []) for clip in clips
-    ]
+class HeldOutClip(NamedTuple):
+    """A clip for validation. label: its class, or NO_LABEL."""
+
+    clip: HeldOut
+    frames: int
+    label: int
+
+    @property
+    def size(self) -> ClipSize:
+        return self.frames, self.clip.settings.height, self.clip.settings.width
+
+
+def read_held_out(
+    clips: Sequence[HeldOutClip], rank: int = 0, world_size: int = 1
+) -> tuple[list[Batch], list[tuple[str, str]]]:
+    """This rank's share of the clips, in a batch each, whose positions are their numbers; and (path, reason) of files
+    that failed."""
+    batches, errors = [], []
+    for number in range(rank, len(clips), world_size):
+        clip, frames, label = clips[number]
+        try:
+            video = validation_clip(clip.path, clip.bounds, number, clip.settings, frames).video
+        except MediaError as error:
+            errors.append((error.path, error.reason))
+        else:
+            batches.append(Batch(video, torch.tensor([label]), [number], []))
+    return batches, errors
 
 
 def warn_of_untrained(classes: Sequence[str], train: Iterable[int], held_out: Iterable[int]) -> None:
@@ -203,17 +269,28 @@ def split_cache(index: pd.DataFrame, num_val_files: int) -> tuple[np.ndarray, np
     return np.flatnonzero(rest), np.flatnonzero(held_out & ~index["flip"])
 
 
-def clip_and_latent_size(cache: LatentCache) -> tuple[tuple[int, int, int], tuple[int, int, int, int]]:
-    """(T, H, W) of a cache's clips and (C, t, h, w) of their latents. Raises CacheError for clips of several sizes."""
-    sizes = cache.index.groupby(["frames", "height", "width", "latent"]).size().sort_values(ascending=False)
-    if len(sizes) > 1:
-        counts = ", ".join(f"{count} of {'x'.join(map(str, size[:3]))}" for size, count in sizes.head(5).items())
-        raise CacheError(
-            f"{cache.folder} holds clips of {len(sizes)} sizes ({counts}), which do not fit into one batch; encode "
-            "again with height, width and frames"
-        )
-    frames, height, width, latent = sizes.index[0]
-    return (int(frames), int(height), int(width)), tuple(int(side) for side in latent.split("x"))
+def choose_size(counts: Mapping[ClipSize, int], height: int | None, width: int | None) -> ClipSize:
+    """The size of samples: the commonest one of the training clips, and of equally common ones the largest.
+
+    counts: of training clips. height, width: only sizes with these. Raises ConfigError if there are none.
+    """
+    chosen = {size: count for size, count in counts.items() if height is None or size[1:] == (height, width)}
+    if not chosen:
+        sizes = ", ".join(f"{h}x{w}" for h, w in sorted({size[1:] for size in counts}))
+        message = f"validation.width={width}: no training clip has this size; they have {sizes}"
+        raise_if_any([ConfigIssue("validation.height", height, message, "use one of them, or null")])
+    return max(chosen, key=lambda size: (chosen[size], size))
+
+
+def distinct_sizes(codec: LatentCodec, sizes: Iterable[ClipSize]) -> list[ClipSize]:
+    """One size, the largest, for each shape of latents; ascending."""
+    return sorted({codec.latent_shape(*size): size for size in sorted(sizes)}.values())
+
+
+def take_turns(entries: Sequence[int], groups: Iterable[Sequence[int]]) -> np.ndarray:
+    """`entries`, so that the groups take turns: the first of each group, the second of each, and so on."""
+    turn = {entry: number for group in groups for number, entry in enumerate(group)}
+    return np.array(sorted(entries, key=turn.__getitem__), int)  # stable
 
 
 def require_labels(labels: Sequence[int], names: Sequence[str], what: str) -> None:

@@ -35,13 +35,22 @@ class VaeConfig(VaeMetadata):
     path: str
 
 
-class ExportConfig(TypedDict):
+Shape = Annotated[Sequence[Count], Size(3, 3)]  # frames, height, width
+
+
+class TrainedSizes(TypedDict, total=False):
+    """sizes: of the training clips; without it, `size` only."""
+
+    sizes: Annotated[Sequence[Shape], Size(1, 10**4)]
+
+
+class ExportConfig(TrainedSizes):
     """The keys of diffusion.yaml; build_network and build_process check `network` and `process`."""
 
     network: Mapping[str, Any]
     process: Mapping[str, Any]
     latent_shape: Annotated[Sequence[Count], Size(4, 4)]  # C, t, h, w
-    size: Annotated[Sequence[Count], Size(3, 3)]  # frames, height, width
+    size: Shape  # of samples, by default
     classes: Sequence[str]
     trained_classes: Sequence[Annotated[int, Range(0, 2**31)]]  # indices of `classes`
     label_dropout: Annotated[float, Range(0, 1)]
@@ -113,9 +122,11 @@ def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
     """The checked content of diffusion.yaml, and its network on the meta device, where it takes no memory."""
     config = read_yaml(file, MAX_CONFIG_BYTES)
     check_fields(config, ExportConfig, str(file))
-    for name, limit in (("latent_shape", MAX_LATENTS), ("size", MAX_PIXELS)):
-        if math.prod(config[name]) > limit:
-            raise FileError(f"{file}: {name} is {short(config[name])}; a sample has at most {limit} values")
+    sizes = config.get("sizes", [config["size"]])
+    limits = [("latent_shape", config["latent_shape"], MAX_LATENTS), ("size", config["size"], MAX_PIXELS)]
+    for name, shape, limit in (*limits, *(("sizes", size, MAX_PIXELS) for size in sizes)):
+        if math.prod(shape) > limit:
+            raise FileError(f"{file}: {name} is {short(shape)}; a sample has at most {limit} values")
     try:
         build_process(config["process"], file)
         with torch.device("meta"):
@@ -131,7 +142,7 @@ def _read_config(file: Path) -> tuple[dict[str, Any], nn.Module]:
         raise FileError(f"{file}: trained_classes has {outside[0]}, and there are {classes} classes")
     if network.num_classes and not trained:
         raise FileError(f"{file}: trained_classes is empty, and the network has {network.num_classes} classes")
-    return {**config, "network": network.config}, network
+    return {**config, "sizes": sizes, "network": network.config}, network
 
 
 def check_same_vae(trained: Mapping[str, Any], codec: LatentCodec, path: str) -> None:

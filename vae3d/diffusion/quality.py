@@ -37,25 +37,29 @@ def sliced_wasserstein(a: Tensor, b: Tensor, *, projections: int = 512, seed: in
 
 
 def draw_reference_sets(
-    cache: LatentCache, count: int, classes: Sequence[str] | None = None
+    cache: LatentCache, count: int, classes: Sequence[str] | None = None, entries: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:
     """Draw two disjoint sets of `count` indices into the cache, always the same.
 
-    classes: the class of each index; None: any. Raises UserError if the cache has too few latents.
+    classes: the class of each index; None: any. entries: indices to draw from, such as those of one size; None: all.
+    Raises UserError if they are too few.
     """
     wanted: list[str | None] = [None] * count if classes is None else list(classes)
     pools: dict[str | None, list[int]] = {name: [] for name in wanted}
-    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))
+    every = range(len(cache)) if entries is None else entries
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))
     labels = cache.index["label"].tolist()
-    for index in order.tolist():
+    for place in order.tolist():
+        index = int(every[place])
         pools.get(None if classes is None else labels[index], []).append(index)
     for name, pool in pools.items():
         needed = 2 * wanted.count(name)
+        of_size = "" if len(every) == len(cache) else " of this size"
         if len(pool) < needed:
             of_class = "" if name is None else f" of class {name}"
             raise UserError(
-                f"{cache.folder} has {len(pool)} latents{of_class}; two sets of {needed // 2} need {needed}: use a "
-                "smaller count, or a larger cache"
+                f"{cache.folder} has {len(pool)} latents{of_class}{of_size}; two sets of {needed // 2} need {needed}: "
+                "use a smaller count, or a larger cache"
             )
     first, second = ([pools[name].pop() for name in wanted] for _ in range(2))
     return first, second

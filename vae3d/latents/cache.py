@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
+import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,6 +44,15 @@ class Latent(NamedTuple):
     z: Tensor
     label: int
     key: str
+
+
+class SizeGroup(NamedTuple):
+    """Entries of one size. size: (frames, height, width) of their clips. latent_shape: (C, t, h, w). entries: their
+    indices, ascending."""
+
+    size: tuple[int, int, int]
+    latent_shape: tuple[int, int, int, int]
+    entries: np.ndarray
 
 
 class LatentCache(Dataset[Latent]):
@@ -151,6 +161,15 @@ class LatentCache(Dataset[Latent]):
         mean, *rest = (tensor.float() for tensor in entry.values())
         std = rest[0] if rest else torch.zeros_like(mean)
         return Moments((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
+
+    def sizes(self, entries: Sequence[int] | None = None) -> list[SizeGroup]:
+        """The entries by size of their clips, the smallest first. entries: only these."""
+        index = self.index if entries is None else self.index.iloc[list(entries)]
+        groups = index.groupby(["frames", "height", "width", "latent"])
+        return [
+            SizeGroup(tuple(map(int, size)), tuple(map(int, latent.split("x"))), rows.index.to_numpy())
+            for (*size, latent), rows in groups
+        ]
 
     @property
     def statistics(self) -> dict[str, Any]:

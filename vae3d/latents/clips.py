@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import pandas as pd
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vae3d.data.buckets import Bucket, longest_buckets
 from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.probe import fill_metadata
+from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
 from vae3d.data.sources import DataError
 from vae3d.data.versions import source_version
@@ -27,6 +29,7 @@ from vae3d.text import plural
 FLIP = "#flip"  # suffix of the key of an entry with mirrored pixels
 SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")  # not classes
 ClipError = dict[str, Any]  # key, path, reason
+Shape = tuple[int, int, int]  # frames, height, width
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Transform:
     """How to read clips from a file; see ClipSettings.
 
     height, width: None: the size of the file. frames: per clip; None: all frames of the file. clips: one, from the
-    middle of the file, or all, one after another.
+    middle of the file, or all, one after another. buckets: (frames, height, width) of clips, instead of one of each;
+    see shapes_of.
     """
 
     height: int | None = None
@@ -45,6 +49,29 @@ class Transform:
     stride: int = 1
     fps: float | None = None
     panorama: bool = False
+    buckets: tuple[Shape, ...] | None = None
+
+    def settings_dict(self) -> dict[str, Any]:
+        """The settings as meta.json holds them; `buckets` only where there are some."""
+        settings = asdict(replace(self, buckets=None))
+        settings.pop("buckets")
+        return settings | ({"buckets": [list(shape) for shape in self.buckets]} if self.buckets else {})
+
+    @property
+    def shortest(self) -> int:
+        """Frames of the shortest bucket."""
+        return min(frames for frames, *_ in self.buckets)
+
+    def lengths(self, num_frames: np.ndarray | float, fps: np.ndarray | float) -> np.ndarray:
+        """Frames of the longest clip of files."""
+        return ClipSettings(1, 1, self.stride, self.fps).length(num_frames, fps)  # the size does not matter here
+
+    def of_shape(self, shape: Shape | None) -> Transform:
+        """The transform of the clips of one bucket; itself without one."""
+        if shape is None:
+            return self
+        frames, height, width = shape
+        return replace(self, frames=frames, height=height, width=width, buckets=None)
 
     def settings(self, info: MediaInfo, reader: str = "auto", channels: int = 3) -> ClipSettings:
         """Settings for a file: centre crop, not mirrored, not rolled. channels: 4 reads alpha too."""
@@ -64,7 +91,7 @@ class Transform:
 @dataclass(frozen=True)
 class Item:
     """A clip to encode. bounds: start and end of the row's part of the file, in seconds. first: its first frame, after
-    the stride; None: from the middle. row: number of its row in the source."""
+    the stride; None: from the middle. row: number of its row in the source. shape: of its bucket, if there are any."""
 
     key: str
     path: str
@@ -74,6 +101,7 @@ class Item:
     label: str
     split: str
     text: str
+    shape: Shape | None = None
 
 
 @dataclass
@@ -102,8 +130,8 @@ def items_of(
     if split is not None:
         table = table[table["split"] == split].reset_index(drop=True)
     label_of_row = dict(zip(table["row"], labels_of(table, labels), strict=True))
-    if transform.clips == "all":
-        sound, broken = fill_metadata(table, ("num_frames", "fps"))
+    if transform.clips == "all" or transform.buckets:
+        sound, broken = fill_metadata(table, NUMBERS if transform.buckets else ("num_frames", "fps"))
         sound, outside = count_frames(sound)
         errors = [{"key": None, "path": path, "reason": reason} for path, reason in [*broken, *outside]]
     else:
@@ -113,17 +141,19 @@ def items_of(
             for row in table[table["error"].notna()].itertuples()
         ]
     items = []
-    for row, bounds in zip(sound.itertuples(), bounds_of(sound), strict=True):
-        windows = _windows(row, transform)
+    for row, bounds, shape in zip(sound.itertuples(), bounds_of(sound), shapes_of(sound, transform), strict=True):
+        mine = transform.of_shape(shape)
+        windows = _windows(row, mine) if shape or not transform.buckets else []
         if not windows:
-            reason = f"gives {plural(_frames_of(row, transform), 'frame')}; frames={transform.frames}"
+            needed = f"frames={mine.frames}" if mine.frames else f"the shortest bucket has {transform.shortest}"
+            reason = f"gives {plural(_frames_of(row, mine), 'frame')}; {needed}"
             errors.append({"key": _key(row.name, bounds), "path": row.path, "reason": reason})
         for first in windows:
             key = _key(row.name, bounds)
-            if transform.clips == "all":
-                key += f"[{first}:{first + transform.frames}]"
+            if mine.clips == "all":
+                key += f"[{first}:{first + mine.frames}]"
             texts = label_of_row[row.row], _text(row.split), _text(row.text)
-            items.append(Item(key, row.path, bounds, first, int(row.row), *texts))
+            items.append(Item(key, row.path, bounds, first, int(row.row), *texts, shape))
     _check_no_duplicates(items)
     if not items:
         raise DataError(f"no clips are left to encode{'' if split is None else f' of split {split}'}")
@@ -151,6 +181,20 @@ def _key(name: str, bounds: Bounds) -> str:
     return os.path.normpath(name) + (f"@{start}-{end}" if start or end else "")
 
 
+def shapes_of(table: pd.DataFrame, transform: Transform) -> list[Shape | None]:
+    """Shape of the clips of each row; None: too short for every bucket, or there are no buckets.
+
+    Of the buckets that training would draw a file in (buckets.rows_of) it is the one with the most frames, and of
+    several sizes that keep as much of the file the largest.
+    """
+    if not transform.buckets:
+        return [None] * len(table)
+    lengths = transform.lengths(table["num_frames"].to_numpy(float), table["fps"].to_numpy(float))
+    sides = (table[name].to_numpy(float) for name in ("height", "width"))
+    chosen = longest_buckets([Bucket(*shape) for shape in transform.buckets], *sides, lengths)
+    return [transform.buckets[i] if i >= 0 else None for i in chosen.tolist()]
+
+
 def _windows(row: Any, transform: Transform) -> Sequence[int | None]:
     """First frame of each clip of a row."""
     if transform.clips == "one":
@@ -159,8 +203,7 @@ def _windows(row: Any, transform: Transform) -> Sequence[int | None]:
 
 
 def _frames_of(row: Any, transform: Transform) -> int:
-    any_size = ClipSettings(1, 1, transform.stride, transform.fps)  # the size does not matter here
-    return int(any_size.length(row.num_frames, row.fps))
+    return int(transform.lengths(row.num_frames, row.fps))
 
 
 def _text(value: Any) -> str:
@@ -226,9 +269,10 @@ class ClipReader(Dataset[Read]):
         """[channels, T, H, W] uint8, and frames per second."""
         opened = self._open(item)
         info = opened.info
-        settings = self.transform.settings(info, self.reader, self.channels)
+        transform = self.transform.of_shape(item.shape)
+        settings = transform.settings(info, self.reader, self.channels)
         possible, step = int(settings.length(info.num_frames, info.fps)), float(settings.step(info.fps))
-        frames = self.transform.frames or possible
+        frames = transform.frames or possible
         if possible < frames:
             raise MediaError(item.path, f"gives {plural(possible, 'frame')}; frames={frames}")
         start = 0.5

@@ -16,7 +16,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -94,6 +94,17 @@ class EncodeJob:
         """Indices of a shard's items, the same for any number of processes."""
         return range(shard * self.config.shard_size, min(len(self.items), (shard + 1) * self.config.shard_size))
 
+    def order(self, shard: int) -> list[int]:
+        """Indices of a shard's items in the order in which they are encoded: bucket after bucket, so that batches
+        fill."""
+        return sorted(self.span(shard), key=lambda index: self.items[index].shape or ())
+
+    def clips_per_batch(self, shape: Sequence[int]) -> int:
+        """batch_size clips of the largest bucket; of a smaller one as many as have no more pixels. shape: (frames,
+        height, width)."""
+        largest = max(map(math.prod, self.transform.buckets or [shape]))
+        return self.config.batch_size * largest // math.prod(shape)
+
     def meta(self) -> dict[str, Any]:
         """Content of meta.json; `digest` identifies the settings that must be equal to resume."""
         config = self.config
@@ -101,8 +112,8 @@ class EncodeJob:
             "vae": vae_metadata(self.codec, config.checkpoint),
             "pixel_range": self.codec.pixel_range,
             "precision": str(self.codec.dtype).removeprefix("torch."),
-            "transform": asdict(self.transform),
-            "transform_hash": json_hash(asdict(self.transform)),
+            "transform": self.transform.settings_dict(),
+            "transform_hash": json_hash(self.transform.settings_dict()),
             "store": config.store,
             "dtype": config.dtype,
             **blended_tiles(self.codec.model),
@@ -264,7 +275,8 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     if "webdataset" in job.config.writers and any(row != row | _labels(job, row) for row in marker["rows"]):
         return False  # its tar file has old labels
     verify = job.config.verify == "hash"
-    why = _replaced(job, shard, marker["sources"]) or job.place.damage(shard, marker, verify)
+    why = _replaced(job, shard, marker["sources"]) or _other_bucket(job, marker["rows"])
+    why = why or job.place.damage(shard, marker, verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
@@ -282,28 +294,44 @@ def _replaced(job: EncodeJob, shard: int, sources: Mapping[str, Any]) -> str | N
     return None
 
 
+def _other_bucket(job: EncodeJob, rows: Sequence[dict[str, Any]]) -> str | None:
+    """Which entry belongs in another bucket now, since the table has another size of its file; None if none does."""
+    for row in rows:
+        shape = _item(job, row).shape
+        if shape is not None and shape != (row["frames"], row["height"], row["width"]):
+            return f"{row['key']} goes to another bucket, {'x'.join(map(str, shape))}"
+    return None
+
+
+def _item(job: EncodeJob, row: dict[str, Any]) -> Item:
+    """The item of an entry."""
+    return job.items[row["number"] // 2 if job.config.flip else row["number"]]
+
+
 def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
     """Label, split and text of an entry, as the source has them now."""
-    item = job.items[row["number"] // 2 if job.config.flip else row["number"]]
+    item = _item(job, row)
     return {"label": item.label, "split": item.split, "text": item.text}
 
 
 def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Claims, quiet: bool) -> int:
     """Encode claimed shards. taken: gives, and claims, the next one as soon as the workers have read the last one's
     clips; it never waits, as the shards that were claimed are only finished while their clips are asked for."""
-    config, sides = job.config, (job.transform.height, job.transform.width, job.transform.frames)
+    config, transform = job.config, job.transform
+    shapes = transform.buckets or [(transform.frames, transform.height, transform.width)]
+    pixels = 0 if None in shapes[0] else max(map(math.prod, shapes))
     check_reader(config.reader)
     workers, notes = usable_workers(config.workers, "workers")
     for note in notes if not quiet else ():
         log.info(note)
-    clip_bytes = 0 if None in sides else job.codec.model.pixel_channels * math.prod(sides)
+    clip_bytes = job.codec.model.pixel_channels * pixels
     together = _clips_together(clip_bytes, workers)
     begun: deque[int] = deque()  # shards whose clips are being read
 
     def runs_of_shards() -> Iterator[list[int]]:
         for shard in taken:
             begun.append(shard)
-            yield from runs_of_files(job.items, job.span(shard), together)
+            yield from runs_of_files(job.items, job.order(shard), together)
 
     runs: Iterable[list[Read]] = load(
         ClipReader(job.items, job.transform, config.reader, config.verify == "hash", job.codec.model.pixel_channels),
@@ -326,7 +354,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
         for first in rest:
             number = begun.popleft()
             clips = islice(chain([first], rest), len(job.span(number)))
-            for batch in _batches(clips, config.batch_size):
+            for batch in _batches(clips, job.clips_per_batch):
                 batches.append(batch)
                 yield number, _encode_batch(job, batch)
 
@@ -339,6 +367,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
                 batch = batches.popleft()
                 _add_batch(job, number, batch, moments, shard, statistics)
                 bar.update(len(batch))
+            shard.rows.sort(key=itemgetter("number"))
             _write_claimed(job, number, shard, statistics, digest, claims)
             now = job.place.done()
             bar.update(_clips_of(job, now - seen - {number}))
@@ -380,10 +409,10 @@ def _clips_together(clip_bytes: int, workers: int) -> int:
     return max(1, min(RUN_CLIPS, share // clip_bytes))
 
 
-def _batches(reads: Iterable[Read], size: int) -> Iterator[list[Read]]:
-    """Consecutive clips of one shape; errors stand alone."""
+def _batches(reads: Iterable[Read], size: Callable[[Sequence[int]], int]) -> Iterator[list[Read]]:
+    """Consecutive clips of one shape, `size` of (frames, height, width) at a time; errors stand alone."""
     for shape, run in groupby(reads, lambda read: None if read.pixels is None else read.pixels.shape):
-        while batch := list(islice(run, 1 if shape is None else size)):
+        while batch := list(islice(run, 1 if shape is None else size(shape[1:]))):
             yield batch
 
 

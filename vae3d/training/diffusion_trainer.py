@@ -16,6 +16,7 @@ from vae3d.adversarial.base import UpdatePhase
 from vae3d.arguments import check_fields
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
+from vae3d.data.batch_schedule import stream_counts
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import write_export
@@ -33,7 +34,7 @@ from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
-from vae3d.training.trainer import Trainer, adamw
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
 from vae3d.transfer import to_device
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # Settings that a resumed run must share with its checkpoint.
 MUST_MATCH = (
     *("denoiser", "process", "vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride"),
-    *("data.fps", "run.seed"),
+    *("data.fps", "data.buckets", "run.seed"),
 )
 
 
@@ -78,12 +79,14 @@ class DiffusionTrainer(Trainer[Batch]):
             data,
             logger,
             spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures),
+            metadata={CLIPS_PER_STEP: data.clips_per_step()},
         )
         identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
         self.latents = LatentsState(identity, data.classes, config.vae.path)
         self.checkpointer.register("latents", self.latents)
         self.held_out: list[tuple[Tensor, Batch]] = []
-        self.real: list[Tensor] = []  # held-out latents of all ranks, on the first, which compares samples with them
+        # Held-out latents of all ranks of the samples' size, on the first rank, which compares samples with them.
+        self.real: list[Tensor] = []
         self.shown = False  # whether the held-out clips have been logged
 
     def prepare(self) -> None:
@@ -98,7 +101,7 @@ class DiffusionTrainer(Trainer[Batch]):
             self.log.say(f"mean and standard deviation {stats}")
         self.held_out = [(self.data.latents(batch, self.device), batch) for batch in self.data.held_out]
         ranks = distributed.gather_to_main([z.cpu() for z, _ in self.held_out])
-        self.real = [z for rank in ranks for z in rank]
+        self.real = [z for rank in ranks for z in rank if z.shape[1:] == self.data.latent_shape]
 
     def load_batches(self, stopping: Callable[[], bool]) -> Iterator[Batch]:
         return self.data.batches(self.step, self.config.trainer.max_steps, stopping)
@@ -143,6 +146,10 @@ class DiffusionTrainer(Trainer[Batch]):
                 values[f"loss_q{q}"] = total / count
         return values
 
+    def perf_metrics(self) -> dict[str, float]:
+        """Also steps and clips of each source and size so far."""
+        return super().perf_metrics() | stream_counts(self.data.schedule, self.data.stream_groups, self.step)
+
     # ---- validation
 
     @property
@@ -152,7 +159,8 @@ class DiffusionTrainer(Trainer[Batch]):
     def validate(self) -> dict[str, float]:
         """Log samples, and mean squared errors on the held-out latents of all ranks.
 
-        val/loss and, by quarter of the timesteps, val/loss_q0 to val/loss_q3.
+        val/loss, by quarter of the timesteps val/loss_q0 to val/loss_q3, and with clips of several sizes by size, as in
+        val_17x256x256/loss.
         """
 
         def compute() -> tuple[Tensor, dict[str, float]]:
@@ -164,20 +172,28 @@ class DiffusionTrainer(Trainer[Batch]):
             return {}
         sums, samples = computed
         distributed.all_reduce_mean([sums])
-        total, count = sums.sum(0).tolist()
+        total, count = sums.sum((0, 1)).tolist()
         values = {"val/loss": total / count} if count else {}
-        values |= {f"val/loss_q{q}": total / n for q, (total, n) in enumerate(sums.tolist()) if n} | samples
-        self.log.scalars(values, self.step)
+        values |= {f"val/loss_q{q}": total / n for q, (total, n) in enumerate(sums.sum(0).tolist()) if n}
+        values |= samples
+        by_size = {}
+        if len(sizes := self.data.held_out_sizes) > 1:
+            for size, (total, count) in zip(sizes, sums.sum(1).tolist(), strict=True):
+                by_size |= {f"val_{'x'.join(map(str, size))}/loss": total / count} if count else {}
+        self.log.scalars(values | by_size, self.step)
         return values
 
     @torch.no_grad()
     def _held_out_sums(self) -> Tensor:
-        """[QUARTILES, 2]: by quarter of the timesteps, the sum and the number of mean squared errors on this rank.
+        """[sizes, QUARTILES, 2]: by size of the clips and quarter of the timesteps, the sum and the number of mean
+        squared errors on this rank.
 
         Each held-out latent is noised `draws` times, with the same timesteps and noise at every validation.
         """
-        sums = torch.zeros(QUARTILES, 2, dtype=torch.float64, device=self.device)
+        shapes = [self.data.codec.latent_shape(*size) for size in self.data.held_out_sizes]
+        sums = torch.zeros(len(shapes), QUARTILES, 2, dtype=torch.float64, device=self.device)
         for z, batch in self.held_out:
+            of_size = sums[shapes.index(tuple(z.shape[1:]))]
             labels = batch.labels if self.network.num_classes else None
             for draw in range(self.config.validation.draws):
                 noise = [
@@ -186,7 +202,7 @@ class DiffusionTrainer(Trainer[Batch]):
                 ]
                 with self.accelerator.autocast():
                     losses = training_losses(self.network, self.process, z, noise, labels)
-                sums += quartile_sums(losses["mse"], losses["t_normalised"])
+                of_size += quartile_sums(losses["mse"], losses["t_normalised"])
         return sums
 
     def _sample_or_warn(self) -> dict[str, float]:
@@ -237,7 +253,8 @@ class DiffusionTrainer(Trainer[Batch]):
         saved = state.saved_config(checkpoint)
         if not all(isinstance(saved.get(part), Mapping) for part in ("denoiser", "process")):
             raise ResumeError(f"{checkpoint} is not of a diffusion model; run.resume_from takes one of those")
-        return state.check_same_run(checkpoint, asdict(self.config), MUST_MATCH)
+        changed = state.check_same_run(checkpoint, asdict(self.config), MUST_MATCH)
+        return changed | self.changed_clips_per_step(checkpoint)
 
     def export(self, folder: Path, **info: Any) -> None:
         """Write the weights at every averaging rate, and what sampling needs beside them."""
@@ -262,6 +279,7 @@ class DiffusionTrainer(Trainer[Batch]):
             "process": self.config.process,
             "latent_shape": list(self.data.latent_shape),
             "size": list(self.data.size),
+            "sizes": [list(size) for size in self.data.sizes],
             "classes": self.data.classes,
             "trained_classes": self.data.trained_classes,
             "label_dropout": self.config.label_dropout,

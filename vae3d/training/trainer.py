@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
+from vae3d.checkpoints import state
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
+from vae3d.io import read_json
 from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
@@ -50,6 +52,9 @@ Batch = TypeVar("Batch")
 T = TypeVar("T")
 
 
+CLIPS_PER_STEP = "clips_per_step"  # key of run.json: of each source and bucket
+
+
 class Trainer(ABC, Generic[Batch]):
     """Takes optimizer steps, logs, validates and saves; a run that was stopped or killed resumes bit for bit.
 
@@ -57,7 +62,7 @@ class Trainer(ABC, Generic[Batch]):
     of all ranks; no file is read or written. Then call `setup` once, which resumes and opens the log, and `fit`.
     Subclasses implement the abstract methods, and register further state with `self.checkpointer`.
 
-    network: the model that is trained and saved. data: has `schedule`, `fingerprint` and `errors`.
+    network: the model that is trained and saved. data: has `schedule`, `clips_per_step`, `fingerprint` and `errors`.
     max_zero_gradients: limit of consecutive steps, 0 for none. compact_gib: see release_idle_memory. metadata: written
     to run.json.
     """
@@ -475,6 +480,20 @@ class Trainer(ABC, Generic[Batch]):
     def step_metrics(self) -> dict[str, float]:
         """Means of the metrics since the last log line."""
         return self.meter.flush()
+
+    def changed_clips_per_step(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Setting -> (there, here) of the clips per step of sources and buckets that a checkpoint had otherwise, with a
+        warning: they follow from the number of ranks."""
+        clips, file = self.data.clips_per_step(), checkpoint / state.META
+        saved = read_json(file).get(CLIPS_PER_STEP, {}) if file.is_file() else clips  # a state file does not say it
+        other = {name: (old, new) for name, (old, new) in state.changes(saved, clips).items() if old and new}
+        if other:
+            self.log.warn(
+                "the buckets have other numbers of clips per step than the run had until now, since it has another "
+                "number of ranks or data.batch_size: the next clips are not those that would have come then; fix "
+                "data.buckets.clips_multiple for a run that changes its number of ranks"
+            )
+        return {f"clips per step of {name}": pair for name, pair in other.items()}
 
     def perf_metrics(self) -> dict[str, float]:
         """Learning rates, clips per second since the last log line, and peak memory of this process."""

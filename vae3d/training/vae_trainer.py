@@ -24,7 +24,6 @@ from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.data.streaming import StreamingData, StreamingState
 from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
-from vae3d.io import read_json
 from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
@@ -43,15 +42,12 @@ from vae3d.training.proximal import Proximal
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.teacher import Distillation, StudentWithProjections
-from vae3d.training.trainer import Trainer, adamw
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
 from vae3d.training.vae_validation import BETTER, ValidatedClip, group_scores, log_clips, mean_scores, validate
 from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.schema import TrainConfig
-
-
-CLIPS_PER_STEP = "clips_per_step"  # key of run.json: of each source and bucket
 
 
 class VaeTrainer(Trainer[ClipBatch | Unreadable]):
@@ -235,16 +231,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
 
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         changed = state.check_same_run(checkpoint, asdict(self.config))
-        clips, file = self.data.clips_per_step(), checkpoint / state.META
-        saved = read_json(file).get(CLIPS_PER_STEP, {}) if file.is_file() else clips  # a state file does not say it
-        other = {name: (old, new) for name, (old, new) in state.changes(saved, clips).items() if old and new}
-        changed |= {f"clips per step of {name}": pair for name, pair in other.items()}
-        if other:
-            self.log.warn(
-                "the buckets have other numbers of clips per step than the run had until now, since it has another "
-                "number of ranks or data.batch_size: the next clips are not those that would have come then; fix "
-                "data.buckets.clips_multiple for a run that changes its number of ranks"
-            )
+        changed |= self.changed_clips_per_step(checkpoint)
         before, now = changed.get("loss.logvar", (0.0, 0.0))
         if (before is None) != (now is None):
             raise ResumeError(
