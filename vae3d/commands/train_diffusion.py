@@ -242,7 +242,6 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         frames = validation.frames or min(stream.schedule.frames.all()[-1] for stream in streams)
         require_held_out(chosen, frames, sum(len(read.val) for read in tables))
     held_out, unread = diffusion_data.read_held_out(chosen, rank, world_size)
-    several = len(streams) > 1
     return LatentData(
         dataset=StreamedClips(streams),
         collate=diffusion_data.LabelledClips([of_train[stream.source] for stream in streams]),

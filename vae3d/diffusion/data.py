@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from vae3d import distributed
 from vae3d.config.issues import ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, Schedule
-from vae3d.data.clips import Sample, Unreadable, collate
+from vae3d.data.clips import Sample, StreamedClips, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
 from vae3d.data.loader import HeldOut, validation_clip
 from vae3d.data.media import MediaError
