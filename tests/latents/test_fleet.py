@@ -193,7 +193,7 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
     job.config.wait = False
     with Claims(job.folder / CLAIMS, STALE) as claims:
         encode.begin(job, claims)
-        assert claims.take(shards.name_of(2))
+        assert claims.take(shards.claim_name(2))
         assert not encode_cache(job, 1, 2)
         assert shards.numbers_done(job.folder) == {0, 1, 3, 4}
         told = (
@@ -217,7 +217,7 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
 def test_a_process_waits_for_others_and_only_one_of_them_completes_the_cache(job, whole):
     with Claims(job.folder / CLAIMS, STALE) as claims:
         encode.begin(job, claims)
-        claims.take(shards.name_of(0))
+        claims.take(shards.claim_name(0))
         children = [start(encode_cache, job, index, 3) for index in (1, 2)]
         wait_for(lambda: len(shards.numbers_done(job.folder)) == 4)
         time.sleep(0.1)

@@ -192,7 +192,7 @@ def _take_free(job: EncodeJob, order: Iterable[int], claims: Claims) -> Iterator
     """Claims shards without marker, one when it is asked for, until there is none that is free."""
     done = job.place.done()
     for shard in order:
-        marker, name = shards.marker_name(shard), shards.name_of(shard)
+        marker, name = shards.marker_name(shard), shards.claim_name(shard)
         if shard in done or job.place.stamp(marker) or not claims.take(name):
             continue
         if job.place.stamp(marker):  # it was released just now, because it is done
@@ -349,7 +349,7 @@ def _write_claimed(
     job: EncodeJob, number: int, shard: Shard, statistics: LatentStatistics, digest: str, claims: Claims
 ) -> None:
     """Write a shard and release its claim; nothing if another process took over and completed it meanwhile."""
-    name, marker = shards.name_of(number), shards.marker_name(number)
+    name, marker = shards.claim_name(number), shards.marker_name(number)
     if claims.owns(name) or not job.place.stamp(marker):
         try:
             shards.write_shard(job.folder, number, shard, statistics, digest, job.config.writers)
