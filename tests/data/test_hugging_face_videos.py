@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.data.test_hugging_face import alone, encoded, forget  # noqa: F401
+from tests.data.test_hugging_face import alone, encoded, forget, picture  # noqa: F401
+from tests.data.test_hugging_face import rows as images
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
@@ -205,6 +206,16 @@ def test_streamed_files_are_files(clips, tmp_path):
     stream = HuggingFace(tmp_path / "set", streaming=True).stream("train")
     found = [item for shard in range(stream.shards) for item in stream.read(shard)]
     assert [(item.path, item.content) for item in found] == [(str(folder / clip.name), None) for clip in clips[:2]]
+
+
+def test_images_are_streamed_too(tmp_path):
+    images(5).to_parquet(tmp_path / "train.parquet")
+    data = data_of(HuggingFace(tmp_path, streaming=True), 0)
+    data.schedule = StreamingSchedule(FrameCounts(1, 1), 3, 6)  # three blocks of two: all five images
+    data.settings = ClipSettings(24, 32)
+    (batch,) = data.clips(0, 1)
+    row = next(number for number, path in enumerate(batch.paths) if path.endswith("/train/image/0-4.hfimage"))
+    np.testing.assert_array_equal(batch.video[row, :, 0].permute(1, 2, 0), picture(4))  # of 24 x 32
 
 
 @pytest.mark.parametrize("readers", [1, 2, 3, 5])

@@ -26,9 +26,8 @@ from vae3d.data.dataset_rows import (
     opening_errors,
     row_paths,
 )
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, StreamItem
 from vae3d.data.rows import rows_from_paths
-from vae3d.data.streaming import StreamItem
 
 if TYPE_CHECKING:
     import datasets
