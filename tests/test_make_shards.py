@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests import http_server, tiny
 from vae3d.data import shard_writer
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.shard_writer import entries_of, plan_shards, read_file
 from vae3d.data.sources import open_source
 from vae3d.data.webdataset import WebDataset
@@ -163,6 +163,21 @@ def test_images_of_a_dataset_keep_their_encoding(tmp_path):
     assert [path.rpartition(".")[2] for path in table["path"]] == ["jpg", "png", "jpg"]
     assert table["label"].tolist() == [0, 1, 1]
     assert [read_file(path)[0] for path in table["path"]] == [file["bytes"] for file in encoded]
+
+
+def test_the_extension_of_a_video_in_a_dataset_is_that_of_its_container(files, tmp_path):
+    for name, content in (
+        ("mp4", (files / "0.mp4").read_bytes()),
+        ("webm", b"\x1aE\xdf\xa3\x42\x82webm"),
+        (None, b"junk"),
+    ):
+        (tmp_path / "rows.arrow").write_bytes(content)
+        path = f"{tmp_path}/rows.arrow@0+{len(content)}/train/video/0.hfvideo"
+        if name is None:
+            with pytest.raises(MediaError, match="begins with b'junk'"):
+                read_file(path)
+        else:
+            assert read_file(path) == (content, name)
 
 
 def test_numbered_images_are_refused(tmp_path):

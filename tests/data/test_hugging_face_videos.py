@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.data.test_hugging_face import alone, encoded, forget  # noqa: F401
+from tests.data.test_hugging_face import alone, encoded, forget, picture  # noqa: F401
+from tests.data.test_hugging_face import rows as images
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
@@ -26,6 +27,7 @@ from vae3d.data.readers import is_image, media_info, open_media
 from vae3d.data.sources import open_source
 from vae3d.data.storage import name_of, split_member
 from vae3d.data.streaming import Position, ShuffledItems, StreamingData, StreamingSchedule, opened, stream_notes
+from vae3d.inference.scale import longest_clips
 
 hf = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("alone", "fresh_accelerate")
@@ -206,6 +208,16 @@ def test_streamed_files_are_files(clips, tmp_path):
     assert [(item.path, item.content) for item in found] == [(str(folder / clip.name), None) for clip in clips[:2]]
 
 
+def test_images_are_streamed_too(tmp_path):
+    images(5).to_parquet(tmp_path / "train.parquet")
+    data = data_of(HuggingFace(tmp_path, streaming=True), 0)
+    data.schedule = StreamingSchedule(FrameCounts(1, 1), 3, 6)  # three blocks of two: all five images
+    data.settings = ClipSettings(24, 32)
+    (batch,) = data.clips(0, 1)
+    row = next(number for number, path in enumerate(batch.paths) if path.endswith("/train/image/0-4.hfimage"))
+    np.testing.assert_array_equal(batch.video[row, :, 0].permute(1, 2, 0), picture(4))  # of 24 x 32
+
+
 @pytest.mark.parametrize("readers", [1, 2, 3, 5])
 def test_readers_share_each_pass(repository, readers):
     """With three shards: whole ones for up to three readers, every so many-th row for more."""
@@ -269,15 +281,16 @@ def test_a_resumed_stream_gives_the_same_clips(repository, workers):
 
 def test_short_and_damaged_rows_of_a_stream(clips, tmp_path, monkeypatch):
     stored = [clip.read_bytes() for clip in clips[:3]] + [b"junk" * 99]
-    values = [{"bytes": content, "path": None} for content in stored]
+    values = [*({"bytes": content, "path": None} for content in stored), None]
     hf.Dataset.from_dict({"video": values}, features=hf.Features({"video": hf.Video()})).save_to_disk(tmp_path / "set")
     data = data_of(HuggingFace(tmp_path / "set", streaming=True), 0)
     data.schedule = StreamingSchedule(FrameCounts(5, 5), 3, 4)
     batches = list(data.clips(0, 3))
     names = [path.rpartition("/")[2] for batch in batches for path in batch.paths]
     assert set(names) == {"1-0.hfvideo", "2-0.hfvideo"}  # the first is too short
-    errors = {error for batch in batches for error in batch.errors}
-    assert [path.rpartition("/")[2] for path, _ in errors] == ["3-0.hfvideo"]
+    errors = {path.rpartition("/")[2]: reason for batch in batches for path, reason in batch.errors}
+    assert errors["4-0.hfvideo"] == "has no video"
+    assert errors.keys() == {"3-0.hfvideo", "4-0.hfvideo"}
     monkeypatch.setattr(streaming, "MAX_UNUSABLE", 20)
     monkeypatch.setattr(streaming, "ATTEMPTS", 20)
     data.schedule = StreamingSchedule(FrameCounts(9, 9), 3, 4)
@@ -331,9 +344,26 @@ def test_another_layout_begins_a_new_pass_and_says_so(repository, tmp_path, caps
     trainer.fit()
 
 
+def test_the_longest_clips_of_a_stream_are_its_first_ones(repository):
+    """By which a scale is measured, a shortcut fitted and a model pruned."""
+    data, errors = data_of(HuggingFace(repository, streaming=True), 0), []
+    data.schedule = StreamingSchedule(FrameCounts(1, 6), 3, 4)
+    found = list(longest_clips(data, 3, errors))
+    assert [clip.video.shape for clip in found] == [(1, 3, 6, 16, 16)] * 3
+    assert [clip.paths[0].rpartition("/")[2] for clip in found] == ["0-2.hfvideo", "1-0.hfvideo", "1-1.hfvideo"]
+    assert errors == []
+    data.schedule = StreamingSchedule(FrameCounts(1, 99), 3, 4)
+    with pytest.raises(DataError, match="none of the first 30 has 99 frames"):
+        list(longest_clips(data, 3, errors))
+
+
 def test_what_a_stream_cannot_do_is_an_error(clips, repository, tmp_path):
     with pytest.raises(DataError, match=r"data\.source\.streaming=true is for training an autoencoder"):
         HuggingFace(repository, streaming=True).table()
+    with pytest.raises(DataError, match=r"data\.source\.shuffle=0"):
+        HuggingFace(repository, streaming=True, shuffle=0)
+    with pytest.raises(DataError, match=r"data\.frames\.fit"):
+        StreamingSchedule(FrameCounts(1, 4, fit=True), 3, 4)
     with pytest.raises(DataError, match=r"data\.overfit"):
         train.build_training_data(config_of(repository, "data.overfit=true"), 0, 1)
     (tmp_path / "alone").mkdir()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tests import tiny
 from tests.http_server import NO_RANGE, RESET, SHORT, SLOW, Store, serve
+from vae3d.config.check import path_issues
 from vae3d.data import storage
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata
@@ -30,6 +31,7 @@ from vae3d.data.storage import StorageError, member_path, open_range
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
 from vae3d.data.workers import load
+from vae3d.inference.reconstruct import identifier
 
 NAMES = ["clip.mp4", "stream.ts", "photo.png", "photo.jpg"]
 PLACES = ["tar", "http", "http tar", "s3", "s3 tar"]
@@ -117,7 +119,8 @@ def test_paths():
     path = member_path("https://host/0.tar?key=a@b", 1536, 20, "a@1+2/./ü b.MP4")
     assert storage.split_member(path) == ("https://host/0.tar?key=a@b", 1536, 20, "a@1+2/./ü b.MP4")
     assert storage.suffix_of(path) == storage.suffix_of("http://host/a.MP4?b=c.png") == ".mp4"
-    assert is_image("https://host/a.jpg?x=1")
+    assert is_image("https://host/a.JPG?x=1")
+    assert not is_image("https://host/a.mp4?x=b.jpg")
     assert storage.is_stored(path)
     assert storage.is_stored("s3://a/b")
     assert not storage.is_url("/data/0.tar@1+2/a.mp4")
@@ -141,6 +144,27 @@ def test_paths():
 )
 def test_paths_are_relative_to_the_root(root, name, path):
     assert storage.resolve(root, name) == path
+
+
+def test_names_of_results():
+    """As of a local file, without the query of a URL, which may be long."""
+    for path in (
+        "/a/clip.mp4",
+        "https://host/a/clip.mp4?key=1",
+        "/a/0.tar@1+2/b/clip.mp4",
+        "s3://b/0.tar@1+2/clip.mp4",
+    ):
+        assert identifier(3, path) == "000003_clip"
+
+
+def test_the_configuration_takes_urls_for_data_only():
+    assert not list(
+        path_issues({"data.source.path": "s3://b/a.csv", "source": "https://host/a.mp4", "data.source.root": "gs://b"})
+    )
+    assert [issue.key for issue in path_issues({"teacher.path": "s3://b/a.pth", "data.source.path": "no.csv"})] == [
+        "teacher.path",
+        "data.source.path",
+    ]
 
 
 @pytest.mark.smoke
@@ -296,6 +320,30 @@ def test_settings_are_those_of_fsspec(store, monkeypatch):
     monkeypatch.setattr(storage, "_systems", {})
     monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": store.token}})
     assert open_media(f"{store.url}/photo.png").read([0]).shape == (1, 32, 40, 3)
+
+
+def test_errors_of_backends_that_pass():
+    exceptions, errors = pytest.importorskip("botocore.exceptions"), pytest.importorskip("s3fs.errors")
+
+    def s3(code: str) -> Exception:
+        return errors.translate_boto_error(exceptions.ClientError({"Error": {"Code": code}}, "GetObject"))
+
+    class HttpError(Exception):  # as that of gcsfs
+        code = 503
+
+    unreachable = exceptions.EndpointConnectionError(endpoint_url="x", error="y")
+    passing = [*map(s3, ("SlowDown", "InternalError", "503", "RequestTimeout")), unreachable, HttpError(), EOFError()]
+    passing += [
+        exceptions.ReadTimeoutError(endpoint_url="x", error="y"),
+        ConnectionResetError(),
+        fsspec.exceptions.FSTimeoutError(),
+    ]
+    lasting = [*map(s3, ("NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidRange", "ExpiredToken"))]
+    lasting += [exceptions.NoCredentialsError(), ValueError("bad bucket"), KeyError("a bug")]
+    assert [storage._is_passing(error) for error in passing] == [True] * len(passing)
+    assert [storage._is_passing(error) for error in lasting] == [False] * len(lasting)
+    kinds = [type(storage._lasting(error, "s3://b/a", "s3://b/a")) for error in lasting]
+    assert kinds == [*[MediaError] * 5, StorageError, MediaError, KeyError]
 
 
 def test_lasting_errors_of_s3(bucket, cache):

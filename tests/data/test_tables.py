@@ -94,7 +94,8 @@ REFUSED = {
     "lines.json": (LINES.encode(), ["line 2", ".jsonl"]),
     "deep.json": (b"[" * 100_000, ["deep.json"]),
     "digits.json": (b'[{"path": "a", "start": ' + b"9" * 5000 + b"}]", ["digits.json"]),
-    "clips.tar": (b"x", [".tar", "extract it"]),
+    "clips.tar": (b"x", ["damaged"]),
+    "clips.zip": (b"x", [".zip", "extract it"]),
     "t.xlsx": (b"x", [".xlsx", ".csv"]),
     "videos": (b"x", ["without extension"]),
 }

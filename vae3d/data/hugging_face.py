@@ -26,9 +26,8 @@ from vae3d.data.dataset_rows import (
     opening_errors,
     row_paths,
 )
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, StreamItem
 from vae3d.data.rows import rows_from_paths
-from vae3d.data.streaming import StreamItem
 
 if TYPE_CHECKING:
     import datasets
@@ -63,6 +62,8 @@ class HuggingFace:
         streaming: bool = False,
         shuffle: int = 100,
     ) -> None:
+        if shuffle < 1:
+            raise DataError(f"data.source.shuffle={shuffle}: use 1, for the order of the files, or more")
         self.path, self.split, self.val_split, self.column = path, split, val_split, column
         self.text_column, self.streaming, self.shuffle = text_column, streaming, shuffle
         self.notes: list[str] = []
@@ -172,7 +173,7 @@ class HuggingFaceStream:
         content, path = stored.get("bytes"), stored.get("path")
         name = f"{self.path}/{member_name(self.split, self.column, row, self.kind)}"
         if content is not None or not path:
-            return StreamItem(name, content or b"", self.kind)
+            return StreamItem(name, content, self.kind, None if content is not None else f"has no {self.kind}")
         if "::" in path:  # a member of an archive
             with opening_errors(self.path), fsspec.open(path, "rb") as file:
                 return StreamItem(name, file.read(), self.kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -62,6 +62,16 @@ class MediaInfo:
         if self.aspect > 1:
             return self.height, round(self.width * self.aspect)
         return round(self.height / self.aspect), self.width
+
+
+class StreamItem(NamedTuple):
+    """An image or a video. path: of a file, or a name for messages; content: its encoded bytes, None: `path` is a
+    file. kind: "image" or "video". error: why it cannot be used; None: it can."""
+
+    path: str
+    content: bytes | None
+    kind: str
+    error: str | None = None
 
 
 class Reader(Protocol):

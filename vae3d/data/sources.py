@@ -44,12 +44,13 @@ class Source(Protocol):
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder,
-    WebDataset for tars, a folder of tars and their index, else a Folder. path: local or a URL.
+    WebDataset for tars, their index, and a folder of tars without videos and images, else a Folder. path: local or a
+    URL.
 
     Raises DataError for a file of another kind.
     """
     path = local_name(str(path)) or path
-    if is_shards(path):
+    if is_shards(path) and not (os.path.isdir(path) and any(map(is_media, files_under(path)))):
         return WebDataset(path)
     stored = is_stored(path)
     if not stored and holds_dataset(path):

@@ -696,9 +696,7 @@ def _cached(name: str, size: int, version: int | str) -> Path:
 
     Its name has a hash of path and version: a replaced object is another one.
     """
-    key = hashlib.blake2b(
-        json.dumps([name, size, version]).encode(errors="surrogateescape"), digest_size=16
-    ).hexdigest()
+    key = hashlib.blake2b(json.dumps([name, size, version]).encode(), digest_size=16).hexdigest()
     suffix = suffix_of(name)
     file = cache_folder() / "objects" / key[:2] / f"{key[2:]}{suffix if SUFFIX.fullmatch(suffix) else ''}"
     try:

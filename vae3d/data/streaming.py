@@ -39,7 +39,7 @@ from vae3d.data.clips import (
     to_sample,
 )
 from vae3d.data.images import ImageReader
-from vae3d.data.media import DataError, MediaError, Reader
+from vae3d.data.media import DataError, MediaError, Reader, StreamItem
 from vae3d.data.memory_file import memory_file
 from vae3d.data.readers import READERS
 from vae3d.data.rows import rows_from_paths
@@ -51,16 +51,6 @@ from vae3d.types import ClipBatch
 MAX_UNUSABLE = 1000  # items in a row that are too short or too small
 WARN_AFTER = 100  # items, of which more than half were too short or too small
 LOOKED_AT = 10  # times as many held-out items as are needed
-
-
-class StreamItem(NamedTuple):
-    """An image or a video. path: of a file, or a name for messages; content: its encoded bytes, None: `path` is a
-    file. kind: "image" or "video". error: why it cannot be used; None: it can."""
-
-    path: str
-    content: bytes | None
-    kind: str
-    error: str | None = None
 
 
 class ShardedStream(Protocol):
@@ -280,7 +270,7 @@ def opened(item: StreamItem, settings: ClipSettings) -> Iterator[Reader]:
         elif settings.depth is not None:
             raise MediaError(item.path, "is no file; data.depth reads files")
         elif not item.content:
-            raise MediaError(item.path, f"has no {item.kind}")
+            raise MediaError(item.path, "is empty (0 bytes)")
         elif item.kind == "image":
             reader = ImageReader(item.path, io.BytesIO(item.content), settings.channels == 4)
         else:

@@ -354,7 +354,7 @@ def _probed(shard: Shard, table: pa.Table) -> pa.Table:
     """The table with all sizes, counts and rates; what does not open gets an error."""
     names = (*INTEGERS, "fps")
     columns = {name: table[name].to_pylist() for name in (*names, "error")}
-    for row, path in enumerate(member_paths(table, [shard.path] * len(table))):
+    for row, path in enumerate(member_paths(table, pa.array([shard.path] * len(table), pa.large_string()))):
         if columns["error"][row] is None and any(columns[name][row] is None for name in names):
             found = read_metadata(path)
             for name in found:  # "error" alone, or the others
@@ -365,12 +365,14 @@ def _probed(shard: Shard, table: pa.Table) -> pa.Table:
     return table
 
 
-def member_paths(table: pa.Table, shards: Sequence[str] | pa.Array) -> list[str]:
+def member_paths(table: pa.Table, shards: pa.Array) -> list[str]:
     """The path of each row's video or image, as storage.member_path writes it: TAR@OFFSET+SIZE/MEMBER."""
-    text = [column.cast(pa.string()) for column in (table["offset"], table["size"], table["key"], table["extension"])]
-    offset, size, key, extension = text
+    # Through string, since Arrow casts no dictionary to large_string.
+    names = ("offset", "size", "key", "extension")
+    offset, size, key, extension = (table[name].cast(pa.string()).cast(pa.large_string()) for name in names)
     # One expression for all rows: storage.member_path of a million rows takes a second.
-    found = pc.binary_join_element_wise(shards, "@", offset, "+", size, "/", key, ".", extension, "")
+    at, plus, slash, dot, nothing = (pa.scalar(text, pa.large_string()) for text in ("@", "+", "/", ".", ""))
+    found = pc.binary_join_element_wise(shards, at, offset, plus, size, slash, key, dot, extension, nothing)
     return found.to_pylist()
 
 

@@ -19,11 +19,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vae3d.data.media import DataError, MediaError
+from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.readers import is_image
 from vae3d.data.rows import rows_from_paths
 from vae3d.data.storage import find_objects, is_url, list_urls, local_name, member_path, size_and_version
-from vae3d.data.streaming import StreamItem
 from vae3d.data.tar_index import (
     COMPRESSED_TAR,
     INDEX,
@@ -157,8 +156,7 @@ class TarStream:
 def rows_of(index: pa.Table, shards: Sequence[str]) -> pd.DataFrame:
     """The table of an index's rows (see rows.py). shards: absolute paths, for the numbers of the column `shard`."""
     numbers = index["shard"].combine_chunks()
-    tars = pa.array(shards, pa.large_string()).take(numbers.indices).cast(pa.string())
-    paths = member_paths(index, tars)
+    paths = member_paths(index, pa.array(shards, pa.large_string()).take(numbers.indices))
     own = pc.binary_join_element_wise(index["key"], index["extension"].cast(pa.string()), ".")
     names = pc.coalesce(index["name"], own) if "name" in index.column_names else own
     table = rows_from_paths(paths, names.to_pylist())
@@ -178,17 +176,21 @@ def is_tar(path: str) -> bool:
 
 
 def is_shards(path: str | Path) -> bool:
-    """Whether a source is made of tar shards: by its name, or a folder that has tars in it and no other files of a
-    source."""
+    """Whether a path is that of tar shards, of their index, or a folder that has tars in it."""
     if is_tar(str(path)) or str(path).endswith(".arrow"):
         return True
     return not is_url(path) and os.path.isdir(path) and bool(glob(os.path.join(escape(str(path)), "*.tar")))
 
 
 def list_shards(path: str) -> list[str]:
-    """The tars of a pattern or folder, absolute, or URLs. Raises DataError if there is none."""
+    """The tars of a pattern, a folder or an index, absolute, or URLs. Raises DataError if there is none."""
+    if path.endswith(".arrow"):
+        return shard_paths(read_index(path)[1], path)
     if is_url(path):
-        found = list_urls(path) if is_tar(path) else [url for url in find_objects(path) if url.endswith(".tar")]
+        try:
+            found = list_urls(path) if is_tar(path) else [url for url in find_objects(path) if url.endswith(".tar")]
+        except MediaError as error:
+            raise DataError(str(error)) from error
     elif os.path.isdir(path):
         found = sorted(glob(os.path.join(escape(path), "**", "*.tar"), recursive=True))
     else:
@@ -235,7 +237,8 @@ def open_index(
     shards = find_shards(patterns)
     cached = cached_index(shards, settings)
     if not cached.is_file():
-        own = not is_url(beside) and not os.path.exists(beside) and os.access(os.path.dirname(beside), os.W_OK)
+        is_free = not is_url(beside) and not os.path.exists(beside)
+        own = is_free and os.access(os.path.dirname(os.path.abspath(beside)), os.W_OK)
         out = Path(beside) if own else cached
         log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
         build_index(shards, out, settings, scan=scan, workers=processor_count())

@@ -167,8 +167,7 @@ def longest_clips(data: TrainingData | StreamingData, count: int, errors: list[t
     if isinstance(data, StreamingData):
         clips, failed = first_clips(data.stream, data.settings, data.schedule.frames.all()[-1], count)
         errors += failed
-        yield from clips
-        return
+        return iter(clips)
     frames = [n for n in data.schedule.frames.all() if len(data.schedule.with_at_least(n))]
     return spread_clips(data.table, data.settings, frames[-1], count, errors)
 
