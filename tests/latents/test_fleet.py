@@ -24,6 +24,7 @@ from vae3d.latents.cache import LatentCache
 from vae3d.latents.claims import Claims
 from vae3d.latents.encode import encode_cache
 from vae3d.latents.places import CLAIMS, partial_statistics
+from vae3d.latents.shards import CacheError
 
 STALE = 2.0  # seconds; much longer than a busy machine lets a thread wait
 
@@ -252,6 +253,16 @@ def test_a_shard_that_is_encoded_again_makes_the_cache_incomplete_until_it_is_do
     assert encoded == [1]
     assert caches.files(job.folder) == whole
     assert len(LatentCache(job.folder)) == 10
+
+
+def test_damage_outside_of_the_share_is_an_error_that_a_process_without_share_mends(job, whole):
+    encode_cache(job)
+    (job.folder / "complete.json").unlink()
+    shards.statistics_file(job.folder, 1).unlink()
+    with pytest.raises(CacheError, match=r"has lost shards/00001.statistics.safetensors; run .* without --shard"):
+        encode_cache(job, 0, 2)
+    encode_cache(job)
+    assert caches.files(job.folder) == whole
 
 
 # ---- array jobs

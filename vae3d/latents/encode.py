@@ -492,8 +492,15 @@ def _is_complete(job: EncodeJob) -> bool:
 def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     """Write what is of all shards; False if one was found unusable by another process meanwhile. Raises CacheError."""
     stamps = job.place.stamps()
-    if not job.place.get(META, *(name for number in range(job.shards) for name in shards.summaries_of(number))):
-        return False
+    names = [name for number in range(job.shards) for name in shards.summaries_of(number)]
+    if not job.place.get(META, *names):
+        if job.place.stamps() != stamps:
+            return False
+        missing = [name for name in names if not job.place.stamp(name)]
+        raise CacheError(
+            f"{job.place.name} has lost {', '.join(missing[:MAX_SHOWN])}; run the command without --shard, which "
+            "checks all shards"
+        )
     markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
     if other := [shard for shard, marker in enumerate(markers) if marker["of"] != digest]:
         raise CacheError(
