@@ -25,6 +25,7 @@ ENTRIES = {
     "eval": "eval/eval_common_metric.py",
     "check-data": None,
     "index": None,
+    "encode-status": None,
     "try": None,
     "app": None,
 }

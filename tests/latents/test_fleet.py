@@ -24,6 +24,7 @@ from vae3d.latents.cache import LatentCache
 from vae3d.latents.claims import Claims
 from vae3d.latents.encode import encode_cache
 from vae3d.latents.places import CLAIMS, partial_statistics
+from vae3d.latents.shards import CacheError
 
 STALE = 2.0  # seconds; much longer than a busy machine lets a thread wait
 
@@ -193,7 +194,7 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
     job.config.wait = False
     with Claims(job.folder / CLAIMS, STALE) as claims:
         encode.begin(job, claims)
-        assert claims.take(shards.name_of(2))
+        assert claims.take(shards.claim_name(2))
         assert not encode_cache(job, 1, 2)
         assert shards.numbers_done(job.folder) == {0, 1, 3, 4}
         told = (
@@ -217,7 +218,7 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
 def test_a_process_waits_for_others_and_only_one_of_them_completes_the_cache(job, whole):
     with Claims(job.folder / CLAIMS, STALE) as claims:
         encode.begin(job, claims)
-        claims.take(shards.name_of(0))
+        claims.take(shards.claim_name(0))
         children = [start(encode_cache, job, index, 3) for index in (1, 2)]
         wait_for(lambda: len(shards.numbers_done(job.folder)) == 4)
         time.sleep(0.1)
@@ -252,6 +253,16 @@ def test_a_shard_that_is_encoded_again_makes_the_cache_incomplete_until_it_is_do
     assert encoded == [1]
     assert caches.files(job.folder) == whole
     assert len(LatentCache(job.folder)) == 10
+
+
+def test_damage_outside_of_the_share_is_an_error_that_a_process_without_share_mends(job, whole):
+    encode_cache(job)
+    (job.folder / "complete.json").unlink()
+    shards.statistics_file(job.folder, 1).unlink()
+    with pytest.raises(CacheError, match=r"has lost shards/00001.statistics.safetensors; run .* without --shard"):
+        encode_cache(job, 0, 2)
+    encode_cache(job)
+    assert caches.files(job.folder) == whole
 
 
 # ---- array jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -174,6 +175,12 @@ def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(bucket, local,
     encode_cache(job())
     assert of_store(url, tmp_path) == caches.files(local)
     assert encode_status.main([url]) == 0
+    objects.remove(f"{url}/complete.json")
+    storage.forget_versions()
+    with pytest.raises(CacheError, match=r"s3://latents/photos is not complete; it has no complete.json"):
+        open_cache(url)  # and is not taken for its tars
+    with pytest.raises(CacheError, match=r"s3://latents/none is no latent cache"):
+        open_cache("s3://latents/none")
     with pytest.raises(CacheError, match="s3://latents/photos was begun with other settings: dtype is fp16 there"):
         encode_cache(job(dtype="fp32"))
     with pytest.raises(CacheError, match="s3://latents is not empty, and not a latent cache"):
@@ -208,6 +215,23 @@ def test_two_that_claim_at_once_do_not_both_get_it(bucket, tmp_path, monkeypatch
     monkeypatch.setattr(one, "release", lambda name: None)
     assert other.take("a")
     assert not one.take("a")  # though it saw nothing before it wrote its own
+
+
+def test_a_claim_that_is_released_while_it_is_refreshed_is_gone(s3, tmp_path, monkeypatch):
+    claims = StoreClaims("s3://latents/beat", tmp_path / "claims", 60.0)
+    assert claims.take("a")
+    find, threads = objects.find, []
+
+    def found(url):
+        threads.append(threading.Thread(target=claims.release, args=("a",)))
+        threads[0].start()
+        threads[0].join(0.2)
+        return find(url)
+
+    monkeypatch.setattr(objects, "find", found)
+    claims._refresh("a")
+    threads[0].join()
+    assert not objects.listing("s3://latents/beat")
 
 
 def test_stores_that_cannot_be_written_are_refused():

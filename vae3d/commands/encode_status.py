@@ -9,6 +9,7 @@ import math
 
 from vae3d.commands.flags import parse_encode_status
 from vae3d.latents.cache import read_meta_file
+from vae3d.latents.encode import FINISH
 from vae3d.latents.places import place_of
 from vae3d.latents.shards import COMPLETE, META, CacheError
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     with place.claims(args.stale) as claims:
         for holder in claims.holders():
             state = "lost, the next free process takes over" if holder.stale else "at work"
-            what = f"shard {holder.name}" if holder.name.isdecimal() else "index and statistics"
+            what = "index and statistics" if holder.name == FINISH else holder.name.replace("-", " ")
             seen = f"last sign of life {holder.silent:.0f} s ago"
             print(f"  {what}: process {holder.pid} of {holder.host}, {state} ({seen})")
     return 0 if complete else 1

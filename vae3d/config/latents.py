@@ -15,7 +15,6 @@ from vae3d.config.fields import STRICT, Float, Int, as_buckets, as_list, setting
 from vae3d.config.issues import MISSING, NO_VALUE, ConfigIssue
 from vae3d.config.schema import Buckets, FilesConfig, register
 from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths, reader_issues
-from vae3d.data.storage import is_url
 
 
 @dataclass(config=STRICT)
@@ -113,7 +112,7 @@ def share_of(shard: str | None) -> tuple[int, int] | None:
 # fmt: off
 RULES = [
     SIZE_RULE, TILE_RULE, reader_issues, _source_issues, _bucket_issues,
-    Rule("cache", lambda c: is_url(c.cache) and not c.cache.startswith(("s3://", "gs://")), "cannot be written",
+    Rule("cache", lambda c: "://" in c.cache and not c.cache.startswith(("s3://", "gs://")), "cannot be written",
          "give a folder, s3://BUCKET/NAME or gs://BUCKET/NAME"),
     Rule("shard", lambda c: share_of(c.shard) is None, "must be i/n, with i from 1 to n",
          "--shard 1/8 is the first of 8 processes, --shard 8/8 the last"),

@@ -19,11 +19,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vae3d.data.media import DataError, MediaError
+from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.readers import is_image
 from vae3d.data.rows import rows_from_paths
 from vae3d.data.storage import find_objects, is_url, list_urls, local_name, member_path, size_and_version
-from vae3d.data.streaming import StreamItem
 from vae3d.data.tar_index import (
     COMPRESSED_TAR,
     INDEX,

@@ -206,6 +206,7 @@ class StoreClaims(Claims):
     def __init__(self, url: str, folder: Path, stale: float) -> None:
         super().__init__(folder, stale)
         self.url = url
+        self._lock = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def take(self, name: str) -> bool:
@@ -229,8 +230,9 @@ class StoreClaims(Claims):
         return name in self._own and objects.find(self._object(name)) is not None
 
     def release(self, name: str) -> None:
-        self._own.pop(name)
-        objects.remove(self._object(name))
+        with self._lock:
+            self._own.pop(name)
+            objects.remove(self._object(name))
 
     def clear(self) -> None:
         for name in objects.listing(self.url):
@@ -276,8 +278,9 @@ class StoreClaims(Claims):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _refresh(self, name: str) -> None:
-        if self.owns(name):
-            objects.put(self._own[name], self._object(name))
+        with self._lock:  # else it could write a claim again that was released meanwhile
+            if self.owns(name):
+                objects.put(self._own[name], self._object(name))
 
 
 def _owner(token: str) -> dict[str, Any]:

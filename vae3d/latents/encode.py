@@ -206,7 +206,7 @@ def _take_free(job: EncodeJob, order: Iterable[int], claims: Claims) -> Iterator
     """Claims shards without marker, one when it is asked for, until there is none that is free."""
     done = job.place.done()
     for shard in order:
-        marker, name = shards.marker_name(shard), shards.name_of(shard)
+        marker, name = shards.marker_name(shard), shards.claim_name(shard)
         if shard in done or job.place.stamp(marker) or not claims.take(name):
             continue
         if job.place.stamp(marker):  # it was released just now, because it is done
@@ -386,7 +386,7 @@ def _write_claimed(
     job: EncodeJob, number: int, shard: Shard, statistics: LatentStatistics, digest: str, claims: Claims
 ) -> None:
     """Write a shard and release its claim; nothing if another process took over and completed it meanwhile."""
-    name, marker = shards.name_of(number), shards.marker_name(number)
+    name, marker = shards.claim_name(number), shards.marker_name(number)
     if claims.owns(name) or not job.place.stamp(marker):
         try:
             shards.write_shard(job.folder, number, shard, statistics, digest, job.config.writers)
@@ -540,8 +540,15 @@ def _is_complete(job: EncodeJob) -> bool:
 def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     """Write what is of all shards; False if one was found unusable by another process meanwhile. Raises CacheError."""
     stamps = job.place.stamps()
-    if not job.place.get(META, *(name for number in range(job.shards) for name in shards.summaries_of(number))):
-        return False
+    names = [name for number in range(job.shards) for name in shards.summaries_of(number)]
+    if not job.place.get(META, *names):
+        if job.place.stamps() != stamps:
+            return False
+        missing = [name for name in names if not job.place.stamp(name)]
+        raise CacheError(
+            f"{job.place.name} has lost {', '.join(missing[:MAX_SHOWN])}; run the command without --shard, which "
+            "checks all shards"
+        )
     markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
     if other := [shard for shard, marker in enumerate(markers) if marker["of"] != digest]:
         raise CacheError(

@@ -66,6 +66,10 @@ def name_of(number: int) -> str:
     return f"{number:05d}"
 
 
+def claim_name(number: int) -> str:
+    return f"shard-{name_of(number)}"
+
+
 def shard_file(cache: Path, number: int) -> Path:
     return cache / "shards" / f"{name_of(number)}.safetensors"
 

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from vae3d.data import objects
 from vae3d.data.media import DataError, MediaError, one_line
 from vae3d.data.storage import is_url, local_range, member_path, size_and_version
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
@@ -159,8 +160,24 @@ def open_cache(path: str | Path, codec: LatentCodec | None = None, **settings: A
 
     settings: those of LatentCache. Raises CacheError.
     """
-    of_tars = is_shards(path) or (is_url(path) and not _is_there(f"{str(path).rstrip('/')}/{COMPLETE}"))
-    return (TarLatentCache if of_tars else LatentCache)(path, codec, **settings)
+    if is_shards(path):
+        return TarLatentCache(path, codec, **settings)
+    if not is_url(path) or _is_folder_cache(str(path).rstrip("/")):
+        return LatentCache(path, codec, **settings)
+    try:
+        return TarLatentCache(path, codec, **settings)
+    except CacheError as error:
+        raise CacheError(f"{path} is no latent cache, which has {COMPLETE}, and no tars of latents: {error}") from error
+
+
+def _is_folder_cache(url: str) -> bool:
+    """Whether a URL is a cache with an index, complete or not; a folder of tars may have meta.json too."""
+    if _is_there(f"{url}/{COMPLETE}"):
+        return True
+    try:
+        return _is_there(f"{url}/{META}") and any(name.startswith("shards/") for name in objects.listing(url))
+    except MediaError:  # a server that lists nothing
+        return False
 
 
 def _is_there(url: str) -> bool:
