@@ -23,7 +23,8 @@ Fault = int | str | None
 class Store(ThreadingHTTPServer):
     """fault: from the number of a request (from 1) and its path to what happens to it; None: it is answered.
 
-    requests: (path, header Range) of all. faults: how often each fault happened. delay: seconds, of a slow answer.
+    requests: (path, header Range) of all. faults: how often each fault happened. delay: seconds, of a slow answer. token:
+    header Authorization that requests need.
     """
 
     daemon_threads = True
@@ -35,6 +36,7 @@ class Store(ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None]] = []
         self.faults: Counter[Fault] = Counter()
         self.delay = 0.2
+        self.token: str | None = None
         self.lock = threading.Lock()
 
     @property
@@ -69,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         if fault == SLOW:
             time.sleep(server.delay)
+        if server.token not in (None, self.headers.get("Authorization")):
+            fault = 401
         if isinstance(fault, int):
             self.answer(fault, b"fault")
             return

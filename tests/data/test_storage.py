@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from tests import tiny
 from tests.http_server import NO_RANGE, RESET, SHORT, SLOW, Store, serve
+from vae3d.config.check import path_issues
 from vae3d.data import storage
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.probe import fill_metadata
@@ -29,6 +30,8 @@ from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.storage import StorageError, member_path, open_range
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
+from vae3d.data.workers import load
+from vae3d.inference.reconstruct import identifier
 
 NAMES = ["clip.mp4", "stream.ts", "photo.png", "photo.jpg"]
 PLACES = ["tar", "http", "http tar", "s3", "s3 tar"]
@@ -116,7 +119,8 @@ def test_paths():
     path = member_path("https://host/0.tar?key=a@b", 1536, 20, "a@1+2/./ü b.MP4")
     assert storage.split_member(path) == ("https://host/0.tar?key=a@b", 1536, 20, "a@1+2/./ü b.MP4")
     assert storage.suffix_of(path) == storage.suffix_of("http://host/a.MP4?b=c.png") == ".mp4"
-    assert is_image("https://host/a.jpg?x=1")
+    assert is_image("https://host/a.JPG?x=1")
+    assert not is_image("https://host/a.mp4?x=b.jpg")
     assert storage.is_stored(path)
     assert storage.is_stored("s3://a/b")
     assert not storage.is_url("/data/0.tar@1+2/a.mp4")
@@ -140,6 +144,27 @@ def test_paths():
 )
 def test_paths_are_relative_to_the_root(root, name, path):
     assert storage.resolve(root, name) == path
+
+
+def test_names_of_results():
+    """As of a local file, without the query of a URL, which may be long."""
+    for path in (
+        "/a/clip.mp4",
+        "https://host/a/clip.mp4?key=1",
+        "/a/0.tar@1+2/b/clip.mp4",
+        "s3://b/0.tar@1+2/clip.mp4",
+    ):
+        assert identifier(3, path) == "000003_clip"
+
+
+def test_the_configuration_takes_urls_for_data_only():
+    assert not list(
+        path_issues({"data.source.path": "s3://b/a.csv", "source": "https://host/a.mp4", "data.source.root": "gs://b"})
+    )
+    assert [issue.key for issue in path_issues({"teacher.path": "s3://b/a.pth", "data.source.path": "no.csv"})] == [
+        "teacher.path",
+        "data.source.path",
+    ]
 
 
 @pytest.mark.smoke
@@ -287,6 +312,40 @@ def test_large_objects_are_read_in_pieces(files, store, monkeypatch):
     assert len(store.requests) > (files / "clip.mp4").stat().st_size / 1000
 
 
+def test_settings_are_those_of_fsspec(store, monkeypatch):
+    """As from the variable FSSPEC_HTTP."""
+    store.token = "Bearer abc"
+    with pytest.raises(MediaError, match="denied"):
+        open_media(f"{store.url}/photo.png")
+    monkeypatch.setattr(storage, "_systems", {})
+    monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": store.token}})
+    assert open_media(f"{store.url}/photo.png").read([0]).shape == (1, 32, 40, 3)
+
+
+def test_errors_of_backends_that_pass():
+    exceptions, errors = pytest.importorskip("botocore.exceptions"), pytest.importorskip("s3fs.errors")
+
+    def s3(code: str) -> Exception:
+        return errors.translate_boto_error(exceptions.ClientError({"Error": {"Code": code}}, "GetObject"))
+
+    class HttpError(Exception):  # as that of gcsfs
+        code = 503
+
+    unreachable = exceptions.EndpointConnectionError(endpoint_url="x", error="y")
+    passing = [*map(s3, ("SlowDown", "InternalError", "503", "RequestTimeout")), unreachable, HttpError(), EOFError()]
+    passing += [
+        exceptions.ReadTimeoutError(endpoint_url="x", error="y"),
+        ConnectionResetError(),
+        fsspec.exceptions.FSTimeoutError(),
+    ]
+    lasting = [*map(s3, ("NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidRange", "ExpiredToken"))]
+    lasting += [exceptions.NoCredentialsError(), ValueError("bad bucket"), KeyError("a bug")]
+    assert [storage._is_passing(error) for error in passing] == [True] * len(passing)
+    assert [storage._is_passing(error) for error in lasting] == [False] * len(lasting)
+    kinds = [type(storage._lasting(error, "s3://b/a", "s3://b/a")) for error in lasting]
+    assert kinds == [*[MediaError] * 5, StorageError, MediaError, KeyError]
+
+
 def test_lasting_errors_of_s3(bucket, cache):
     for path in (f"{bucket}/no.mp4", "s3://no-bucket/a.mp4"):
         with pytest.raises(MediaError, match="no such object") as error:
@@ -380,6 +439,16 @@ def test_processes_share_the_cache(tmp_path, cache, monkeypatch):
     assert not list((cache / "objects").glob(f"*/*{storage.UNFINISHED}"))
 
 
+def test_the_error_of_a_worker_is_one_line(store, monkeypatch):
+    monkeypatch.setattr(storage, "TRIES", 1)
+    store.fail_every(1, 500)
+    path = f"{store.url}/clip.mp4"
+    with pytest.raises(StorageError) as error:
+        list(load(Frames([path]), workers=1, batch_size=None))
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
 class Frames:
     """A data set of frame 5 of each path."""
 
@@ -444,6 +513,18 @@ def test_versions(tmp_path, cache):
             assert source_version(path, hashed=True)["sha256"] != hashed["sha256"]
         assert storage.local_range(paths[2]).read() == b"new"
         assert file_stamp(f"{store.url}/no.png") is source_version(f"{store.url}/no.png") is None
+
+
+def test_an_object_that_is_replaced_meanwhile(tmp_path, cache):
+    """Its pieces are not mixed; the next read takes the new one."""
+    (tmp_path / "a.bin").write_bytes(b"old")
+    with serve(tmp_path) as store:
+        url = f"{store.url}/a.bin"
+        assert storage.size_and_version(url)[0] == 3
+        (tmp_path / "a.bin").write_bytes(b"other")
+        with pytest.raises(MediaError, match="replaced"):
+            storage.local_range(url)
+        assert storage.local_range(url).read() == b"other"
 
 
 def test_tables_of_urls(files, store, bucket, tmp_path):

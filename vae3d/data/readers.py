@@ -114,7 +114,9 @@ def media_info(path: str | Path) -> MediaInfo:
 
 def is_image(path: str | Path) -> bool:
     """Whether open_media opens it as a single image."""
-    return is_row(path) or (suffix_of(path) in IMAGE_SUFFIXES and not is_sequence(path))
+    text = str(path).lower()
+    suffix = suffix_of(text) if "?" in text else text  # the query of a URL follows the name
+    return is_row(path) or (suffix.endswith(IMAGE_SUFFIXES) and not is_sequence(path))
 
 
 def _require_file(path: str | Path) -> None:

@@ -57,8 +57,10 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
 
     mark(names == "", "has no `path`")
     mark(names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
-    too_long = (names.str.len() > MAX_NAME // 4) & ~names.str.contains("://", regex=False)  # four bytes a character
-    too_long[too_long] = names[too_long].map(lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME)
+    too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
+    too_long[too_long] = names[too_long].map(
+        lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME and not is_stored(name)
+    )
     mark(too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan

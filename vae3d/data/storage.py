@@ -117,7 +117,7 @@ def is_stored(path: str | Path) -> bool:
     """Whether a path is a URL or a member of a tar, which only this module opens. Keep it as text: pathlib makes
     s3:/bucket of s3://bucket."""
     path = os.fspath(path)
-    return is_url(path) or ("@" in path and MEMBER.fullmatch(path) is not None)
+    return is_url(path) or split_member(path) is not None
 
 
 def member_path(tar: str | Path, offset: int, size: int, member: str) -> str:
@@ -131,7 +131,8 @@ def member_path(tar: str | Path, offset: int, size: int, member: str) -> str:
 
 def split_member(path: str | Path) -> tuple[str, int, int, str] | None:
     """(tar, offset, size, member) of the path of a member of a tar; None for other paths."""
-    found = MEMBER.fullmatch(os.fspath(path))
+    path = os.fspath(path)
+    found = MEMBER.fullmatch(path) if "@" in path else None
     return (found[1], int(found[2]), int(found[3]), found[4]) if found else None
 
 
@@ -197,9 +198,22 @@ class RangeFile(io.RawIOBase):
         self.name = f"content{suffix}"
 
     def pread(self, size: int, position: int) -> bytes:
-        """Up to `size` bytes from `position` on, like os.pread. Safe in threads."""
-        size = max(0, min(size, self.size - position))
-        return os.pread(self._file.fileno(), size, self._offset + position) if size and position >= 0 else b""
+        """`size` bytes from `position` on, fewer at the end. Safe in threads."""
+        size = min(size, self.size - position)
+        if size <= 0 or position < 0:
+            return b""
+        content = os.pread(self._file.fileno(), size, self._offset + position)
+        while len(content) < size:  # one call gives at most 2 GiB
+            more = os.pread(self._file.fileno(), size - len(content), self._offset + position + len(content))
+            if not more:
+                break
+            content += more
+        return content
+
+    def readall(self) -> bytes:
+        content = self.pread(self.size - self._position, self._position)
+        self._position += len(content)
+        return content
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
@@ -374,9 +388,12 @@ def _fetch(url: str, offset: int, size: int, name: str) -> bytes:
     def request() -> bytes:
         system, path = _file_system(url)
         if _is_http(url):
-            content, _, _ = _sync(system, _http, path, offset, size)
+            content, _, version = _sync(system, _http, path, offset, size)
+            _check_version(url, name, version)
         else:
-            content = system.cat_file(path, start=offset, end=offset + size)
+            # That of Hugging Face would read 5 MiB ahead.
+            options = {"cache_type": "none"} if URL.match(url)[1].lower() == "hf" else {}
+            content = system.cat_file(path, start=offset, end=offset + size, **options)
         if len(content) < size:
             raise _PassingError(f"gave {plural(len(content), 'byte')} of {size}", is_short=True)
         if len(content) > size:
@@ -384,6 +401,16 @@ def _fetch(url: str, offset: int, size: int, name: str) -> bytes:
         return content
 
     return _retried(request, url, name)
+
+
+def _check_version(url: str, name: str, version: str) -> None:
+    """Raise MediaError if an object was replaced since its version was asked for: pieces of two would be mixed."""
+    with _lock:
+        known = _versions.get(url)
+        if known is None or known[1] == version or known[1].startswith("W/"):  # weak: equal content may have two
+            return
+        del _versions[url]
+    raise MediaError(name, f"was replaced while it was read: its version was {known[1]} and is {version}")
 
 
 _versions: OrderedDict[str, tuple[int, str]] = OrderedDict()  # URL -> size and version
@@ -582,7 +609,7 @@ _last_log = 0.0
 
 def _count_retry(url: str, state: RetryCallState) -> None:
     global _last_log
-    host = urlsplit(url).netloc
+    host = urlsplit(url).netloc.rpartition("@")[2]  # without a password
     with _lock:
         retries[host] += 1
         total, is_due = retries[host], time.monotonic() - _last_log >= LOG_EVERY
@@ -664,9 +691,7 @@ def _cached(name: str, size: int, version: int | str) -> Path:
 
     Its name has a hash of path and version: a replaced object is another one.
     """
-    key = hashlib.blake2b(
-        json.dumps([name, size, version]).encode(errors="surrogateescape"), digest_size=16
-    ).hexdigest()
+    key = hashlib.blake2b(json.dumps([name, size, version]).encode(), digest_size=16).hexdigest()
     suffix = suffix_of(name)
     file = cache_folder() / "objects" / key[:2] / f"{key[2:]}{suffix if SUFFIX.fullmatch(suffix) else ''}"
     try:

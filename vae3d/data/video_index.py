@@ -356,24 +356,24 @@ def _read_packets(file: FileRange, container: InputContainer, stream: VideoStrea
     rows, seek, pts, dts, discard = [], [], [], [], []
     lead: int | None = 0
     settings, stateful = {"new_extradata": stream.codec_context.extradata}, False
-    with file.open() as content, media_errors(path, "is damaged or cut short"):
+    with file.open() as opened, media_errors(path, "is damaged or cut short"):
         for packet in _demux(container, stream):
             if packet.is_corrupt and not names & BYTE_SEEK:
-                _check_whole(path, content, len(rows), stream, names)
+                _check_whole(path, opened, len(rows), stream, names)
                 raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is incomplete")
             for kind in ("new_extradata", "param_change", "palette"):
                 if packet.has_sidedata(kind):
                     stateful |= settings.get(kind) != (content := bytes(packet.get_sidedata(kind)))
                     settings[kind] = content
             if lead is not None:
-                lead = None if stateful else _lead(content, packet, lead)
+                lead = None if stateful else _lead(opened, packet, lead)
             offset = -1 if packet.pos is None else packet.pos
             rows.append((offset + (lead or 0), packet.size, packet.is_keyframe))
             seek.append((zlib.crc32(packet), packet.dts or 0))
             pts.append(packet.pts)
             dts.append(packet.dts)
             discard.append(packet.is_discard)
-        _check_whole(path, content, len(rows), stream, names)
+        _check_whole(path, opened, len(rows), stream, names)
     if not rows:
         raise MediaError(path, "holds no frames")
     return _Packets(np.array(rows, PACKET), np.array(seek, SEEK), pts, dts, discard, lead is not None, stateful)
