@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import re
 import shutil
-import zlib
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -172,15 +172,22 @@ def test_a_changed_file_is_probed_again(tmp_path, monkeypatch):
 def test_damaged_answers_of_a_probe_are_probed_again(videos, monkeypatch, tmp_path, damage):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
     table, _ = probe.fill_metadata(Table(videos).table())
-    (cache,) = (tmp_path / "probe").iterdir()
-    content = cache.read_bytes()
-    changed = [content[:-20]] if damage == "cut off" else [_flipped(content, place) for place in range(5, 170, 8)]
+    (part,) = (tmp_path / "probe").rglob("*.arrow")
+    content, probed = part.read_bytes(), []
+    places = range(5, len(content), 400)
+    changed = [content[:-20], b""] if damage == "cut off" else [_flipped(content, place) for place in places]
+    original = probe.read_metadata
+    monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or original(path))
     for wrong in changed:
-        cache.write_bytes(wrong)
-        for _ in range(2):  # the second time, from what the first has added
+        for other in part.parent.iterdir():
+            other.unlink()
+        part.write_bytes(wrong)
+        for opened in (12, 0):  # the second time, from what the first has added
+            probed.clear()
             again, errors = probe.fill_metadata(Table(videos).table())
             pd.testing.assert_frame_equal(again, table)
             assert errors == []
+            assert len(probed) == opened
 
 
 def _flipped(content: bytes, place: int) -> bytes:
@@ -303,15 +310,24 @@ def test_a_file_name_that_is_not_utf8_is_one_error(tmp_path):
         Folder(tmp_path).table()
 
 
-def test_lines_of_the_probe_cache_that_no_probe_wrote_are_left_out(tmp_path, monkeypatch):
+def test_parts_that_no_probe_wrote_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
     video = str(tiny.write_video(tmp_path / "a.mp4", tiny.frames(3)))
     first = probe.probe([video])
-    (cache,) = (tmp_path / "cache/probe").iterdir()
-    good = json.loads(cache.read_text().split(" ", 1)[1])
-    other = [[], 3, {}, {"path": [1]}, good | {"num_frames": "x"}]
-    texts = [json.dumps(value).encode() for value in other] + [b"\xff\xfe", b"[" * 10**5, b"9" * 5000]
-    cache.write_bytes(b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts))
+    (part,) = (tmp_path / "cache/probe").rglob("*.arrow")
+    entry = pa.ipc.open_file(part).read_all()
+    unknown = entry.set_column(2, "num_frames", pa.array([None], pa.float64()))
+    others = [b"", b"ARROW1", b"junk" * 1000]
+    for table in (entry.drop_columns(["fps"]), pa.table({"x": [1]}), unknown):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        others.append(sink.getvalue().to_pybytes())
+    part.unlink()
+    for number, content in enumerate(others):
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        part.with_name(f"part-{number:020d}-{digest}.arrow").write_bytes(content)
+    assert not probe.results_for_paths([video]).knows([video])[0]
     assert probe.probe([video]) == first
     assert first[video]["num_frames"] == 3
 

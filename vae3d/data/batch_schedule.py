@@ -19,7 +19,6 @@ from vae3d.data.permutation import Permutation
 from vae3d.seeding import seed_of
 from vae3d.text import plural
 
-
 SHUFFLED = 2**16  # rows; above, a permutation in memory costs more than it gives
 
 

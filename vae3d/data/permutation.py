@@ -53,7 +53,7 @@ class Permutation:
     def take(self, indices: np.ndarray) -> np.ndarray:
         """permutation[i] of each of an array of indices, int64."""
         places = np.array(indices, dtype=np.uint64)
-        if places.size and not (0 <= np.min(indices) and np.max(indices) < self.count):
+        if places.size and not (np.min(indices) >= 0 and np.max(indices) < self.count):
             raise IndexError(f"indices are not in range({self.count})")
         walking = np.ones(places.shape, bool)
         while walking.any():

@@ -1,45 +1,64 @@
-"""Probing files for frame count, size and rate, in parallel, with a cache on disk."""
+"""Probing files for frame count, size and rate: in parallel over threads and ranks, with the results kept in Arrow.
+
+Results lie beside the table, in TABLE.probe/part-TIME-HASH.arrow, or in the cache folder if that cannot be written or
+the source is no file. Columns: path (relative to the table's folder if it is inside), num_frames, height, width, fps,
+and what tells a changed file: size (bytes), modified (ns), images (of a sequence; -1: not one). A part is written when
+PART files are done, atomically, so a probe that is killed loses at most one part per process.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import os
-import zlib
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 
+from vae3d.data.file_table import NAMES, ArrowFile, take
 from vae3d.data.media import MediaError
 from vae3d.data.readers import media_info
 from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
 from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
+from vae3d.io import atomic_path
 from vae3d.progress import progress
 
-ENTRY = {"path": str, **dict.fromkeys(NUMBERS, (int, float))}  # keys of a cache entry, and their types
-VERSION = 3  # of the cache; 1 counted frames and rates by timestamps, 2 had no checksums
-BATCH = 100  # entries per write
+STAMP = ("size", "modified", "images")
+SCHEMA = pa.schema([
+    ("path", NAMES), ("hash", pa.int64()), *((name, pa.float64()) for name in NUMBERS),
+    *((name, pa.int64()) for name in STAMP),
+])  # fmt: skip
+PART = 2000  # files per part
+MANY = 16  # parts; with more, they are merged
+MAPPED = 2**23  # bytes of a part that is mapped instead of read
 Metadata = dict[str, float | str]  # the columns of NUMBERS, or the key `error` alone
 
 
-def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+def fill_metadata(
+    table: pd.DataFrame,
+    needed: Sequence[str] = NUMBERS,
+    results: ProbeResults | None = None,
+    trusted: bool = False,
+    share: Share | None = None,
+) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The table with the columns `needed` filled in, and (path, reason) of invalid rows and files that do not open.
 
     Invalid rows and rows whose files do not open are removed. Only files of rows that lack a number are opened, and of
-    rows that are a part of their file, for the times of their frames.
+    rows that are a part of their file, for the times of their frames. results, trusted, share: see probe.
     """
     errors = invalid_rows(table)
     table = table[table["error"].isna()].reset_index(drop=True)
     unknown = (table[list(needed)].isna().any(axis=1) | is_segment(table)).to_numpy()
     if not unknown.any():
         return table, errors
-    metadata = probe(table.loc[unknown, "path"].tolist())
+    metadata = probe(table.loc[unknown, "path"].tolist(), results, trusted, share)
     read = pd.DataFrame.from_dict(metadata, orient="index", columns=NUMBERS, dtype=float)
     for name in NUMBERS:
         table[name] = table[name].fillna(table["path"].map(read[name]))
@@ -48,23 +67,59 @@ def fill_metadata(table: pd.DataFrame, needed: Sequence[str] = NUMBERS) -> tuple
     return table[~table["path"].isin(unread)].reset_index(drop=True), errors
 
 
-def probe(paths: list[str]) -> dict[str, Metadata]:
-    """Metadata of every file, from the cache if the file has not changed since."""
-    name = hashlib.blake2b(os.path.commonpath(paths).encode(), digest_size=8).hexdigest()
-    cache = cache_folder() / "probe" / f"{name}-{VERSION}.jsonl"
-    known = _read_cache(cache)
-    stamps = in_threads(file_stamp, paths)
-    todo = [path for path, stamp in stamps.items() if stamp is None or known.get(path, {}).get("key") != stamp]
-    with ThreadPoolExecutor(THREADS) as pool:
-        read = pool.map(read_metadata, todo)
-        results = progress(read, total=len(todo), desc="probing files", unit="file", hidden=not todo)
-        pairs = zip(todo, results, strict=True)
-        while batch := list(itertools.islice(pairs, BATCH)):
-            entries = [{"path": path, "key": stamps[path], **metadata} for path, metadata in batch]
-            known |= {entry["path"]: entry for entry in entries}
-            # Errors are not cached: a disk may come back, a file may still be being copied.
-            _write_cache(cache, [entry for entry in entries if "error" not in entry])
-    return {path: {k: v for k, v in known[path].items() if k not in ("path", "key")} for path in stamps}
+class Share:
+    """Which files this rank probes, and how it waits for the others. All ranks must probe at the same time.
+
+    wait: returns when every rank has called it.
+    """
+
+    def __init__(self, rank: int, world_size: int, wait: Callable[[], object]) -> None:
+        self.rank, self.world_size, self.wait = rank, world_size, wait
+
+    def has(self, path: str) -> bool:
+        return path_hash(os.fsencode(path)) % self.world_size == self.rank
+
+
+def probe(
+    paths: Sequence[str],
+    results: ProbeResults | None = None,
+    trusted: bool = False,
+    share: Share | None = None,
+) -> dict[str, Metadata]:
+    """Metadata of every file, from `results` (None: of the cache folder) if the file has not changed since.
+
+    trusted: do not look whether files changed. share: probe this rank's files, then read those of the others.
+    """
+    results = results or results_for_paths(paths)
+    paths = list(dict.fromkeys(paths))
+    stamps = {} if trusted else in_threads(file_stamp, paths)
+    known = results.find(paths, stamps)
+    todo = [path for path in paths if path not in known]
+    if share is not None and share.world_size > 1:
+        read_files([path for path in todo if share.has(path)], results, hidden=share.rank > 0)
+        share.wait()
+        results.load()
+        known |= results.find(todo, stamps)
+        todo = [path for path in todo if path not in known]
+    return known | read_files(todo, results)
+
+
+def read_files(paths: Sequence[str], results: ProbeResults, hidden: bool = False) -> dict[str, Metadata]:
+    """Metadata of files, read now in threads and added to the results. hidden: without a bar of the progress."""
+    found: dict[str, Metadata] = {}
+    with progress(total=len(paths), desc="probing files", unit="file", hidden=hidden or not paths) as bar:
+        with ThreadPoolExecutor(THREADS) as pool:
+            for first in range(0, len(paths), PART):
+                part = paths[first : first + PART]
+                stamps = in_threads(file_stamp, part)  # before reading: a file that changes meanwhile is read again
+                for path, metadata in zip(part, pool.map(lambda path: read_metadata(path), part), strict=True):
+                    found[path] = metadata
+                    bar.update()
+                # Errors are not kept: a disk may come back, a file may still be being copied.
+                results.add({path: found[path] for path in part if "error" not in found[path]}, stamps)
+    if paths:
+        results.merge()
+    return found
 
 
 def read_metadata(path: str) -> Metadata:
@@ -76,33 +131,191 @@ def read_metadata(path: str) -> Metadata:
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
 
 
-def _read_cache(cache: Path) -> dict[str, dict]:
-    """Path -> entry. Lines that are cut off, damaged, or of another kind are ignored."""
+def results_for_table(file: Path) -> ProbeResults:
+    """The results beside a table or list, or of its own in the cache folder."""
+    file = Path(os.path.abspath(file))
+    name = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
+    return ProbeResults([file.with_name(f"{file.name}.probe"), cache_folder() / "probe" / name], str(file.parent))
+
+
+def results_for_paths(paths: Sequence[str]) -> ProbeResults:
+    """The results in the cache folder for files of one folder."""
+    common = os.path.commonpath(paths) if paths else ""
+    name = hashlib.blake2b(os.fsencode(common), digest_size=8).hexdigest()
+    return ProbeResults([cache_folder() / "probe" / name])
+
+
+class ProbeResults:
+    """What was probed before, in the parts of some folders. New parts go to the first folder that can be written.
+
+    above: folder whose files are stored by their path relative to it.
+    """
+
+    def __init__(self, folders: Sequence[Path], above: str = "") -> None:
+        self.folders, self.above = list(folders), above and os.path.join(above, "")
+        self.load()
+
+    def load(self) -> None:
+        """Read the parts that are there. Damaged ones are ignored."""
+        tables = [table for folder in self.folders for part in parts_of(folder) if (table := read_part(part))]
+        self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        hashes = self.table["hash"].to_numpy()
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashes = hashes[self._order]
+
+    def find(self, paths: Sequence[str], stamps: dict[str, list[int] | None]) -> dict[str, Metadata]:
+        """Metadata of the paths that are known, with the stamp if one is given for the path; else the last."""
+        if not len(self._hashes) or not len(paths):
+            return {}
+        keys = [self._key(path) for path in paths]
+        hashes = np.array([path_hash(key) for key in keys], dtype=np.int64)
+        lasts = np.searchsorted(self._hashes, hashes, "right") - 1
+        found: dict[str, Metadata] = {}
+        places = np.flatnonzero((lasts >= 0) & (self._hashes[lasts] == hashes))
+        while len(places):  # from the last entry of a path to the first
+            rows = self._order[lasts[places]]
+            entries = pa.table({name: take(self.table[name], rows) for name in self.table.column_names}).to_pylist()
+            for place, entry in zip(places, entries, strict=True):
+                path = paths[place]
+                if path not in found and entry["path"] == keys[place] and _has_stamp(entry, path, stamps):
+                    found[path] = {name: entry[name] for name in NUMBERS}
+            lasts[places] -= 1
+            places = [p for p in places if paths[p] not in found and lasts[p] >= 0]
+            places = np.array([p for p in places if self._hashes[lasts[p]] == hashes[p]], dtype=np.int64)
+        return found
+
+    def knows(self, paths: Sequence[str]) -> np.ndarray:
+        """[paths] whether a path has an entry, whatever its stamp."""
+        hashes = np.array([path_hash(self._key(path)) for path in paths], dtype=np.int64)
+        if not len(self._hashes):
+            return np.zeros(len(hashes), dtype=bool)
+        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        return self._hashes[places] == hashes
+
+    def add(self, metadata: dict[str, Metadata], stamps: dict[str, list[int] | None]) -> None:
+        """Write a part. Files without a stamp, which vanished meanwhile, are left out."""
+        rows = []
+        for path, entry in metadata.items():
+            if (stamp := stamps[path]) is not None:
+                key = self._key(path)
+                seen = dict(zip(STAMP, [*stamp, -1][:3], strict=True))
+                rows.append({"path": key, "hash": path_hash(key), **{n: float(entry[n]) for n in NUMBERS}, **seen})
+        if rows:
+            self._write([pa.Table.from_pylist(rows, SCHEMA)])
+
+    def merge(self) -> None:
+        """Make one part of many, in the folder that holds them."""
+        for folder in self.folders:
+            parts = parts_of(folder)
+            if len(parts) > MANY and os.access(folder, os.W_OK):
+                merge_parts(folder, parts)
+        self.load()
+
+    def _key(self, path: str) -> bytes:
+        return os.fsencode(path.removeprefix(self.above) if self.above else path)
+
+    def _write(self, tables: Sequence[pa.Table]) -> None:
+        for number, folder in enumerate(self.folders):
+            try:
+                write_part(folder, tables)
+            except OSError as error:
+                if number + 1 == len(self.folders):
+                    consequence = "every run opens all files of its table that lack num_frames, height, width or fps"
+                    warn_cache_unwritable(error, consequence)
+                elif folder not in _told:
+                    _told.add(folder)
+                    warnings.warn(
+                        f"{folder} cannot be written ({error.strerror}): what files were found to hold is kept in "
+                        f"{self.folders[number + 1]} instead",
+                        stacklevel=2,
+                    )
+            else:
+                return
+
+
+_told: set[Path] = set()
+
+
+def path_hash(key: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def _has_stamp(entry: dict, path: str, stamps: dict[str, list[int] | None]) -> bool:
+    if path not in stamps:
+        return True
+    stamp = stamps[path]
+    return stamp is not None and [entry[name] for name in STAMP] == [*stamp, -1][:3]
+
+
+# --- parts
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The parts of a folder, oldest first."""
+    return sorted(folder.glob("part-*.arrow"))
+
+
+def read_part(part: Path) -> pa.Table | None:
+    """The entries of a part; None if it was deleted, is damaged (its name has the hash of its content), or is not what
+    this version writes."""
     try:
-        lines = cache.read_bytes().splitlines()
-    except OSError:
-        return {}
-    known = {}
-    for line in lines:
-        checksum, _, text = line.partition(b" ")
-        if checksum == _checksum(text):
-            with suppress(ValueError, RecursionError):  # ValueError: no JSON
-                entry = json.loads(text)
-                if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ENTRY.items()):
-                    known[entry["path"]] = entry
-    return known
+        if not part.stem.endswith(f"-{_digest(part)}"):
+            return None
+        mapped = part.stat().st_size >= MAPPED
+        table = ArrowFile(part).table if mapped else pa.ipc.open_file(part.read_bytes()).read_all()
+    except (OSError, pa.ArrowInvalid):
+        return None
+    complete = table.schema.equals(SCHEMA) and not any(column.null_count for column in table.columns)
+    return table if complete else None
 
 
-def _write_cache(cache: Path, entries: Sequence[dict]) -> None:
-    texts = [json.dumps(entry).encode() for entry in entries]
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with cache.open("ab") as stream:  # starts with a newline: the last line may be cut off
-            stream.write(b"".join(b"\n%s %s" % (_checksum(text), text) for text in texts) + b"\n")
-    except OSError as error:
-        consequence = "every run opens all files of its table that lack num_frames, height, width or fps"
-        warn_cache_unwritable(error, consequence)
+def _digest(file: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
-def _checksum(text: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(text)
+def write_part(folder: Path, tables: Iterable[pa.Table], written: str | None = None) -> Path:
+    """Write a part, atomically. written: the time in its name; None: now. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = written or f"{time.time_ns():020d}"
+    tmp = folder / f"{written}-{os.getpid()}"
+    with atomic_path(tmp) as file:
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+            for table in tables:
+                for batch in table.combine_chunks().to_batches():
+                    writer.write_batch(batch)
+        digest = _digest(file)
+    part = folder / f"part-{written}-{digest}.arrow"
+    os.replace(tmp, part)
+    return part
+
+
+def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
+    """Replace parts by one, with the last entry of each file, in bounded memory."""
+    tables = [(part, table) for part in parts if (table := read_part(part)) is not None]
+    if not tables:
+        return
+    hashes = np.concatenate([table["hash"].to_numpy() for _, table in tables])
+    _, last = np.unique(hashes[::-1], return_index=True)
+    kept = np.zeros(len(hashes), dtype=bool)
+    kept[len(hashes) - 1 - last] = True
+    starts = np.cumsum([0, *(len(table) for _, table in tables)])
+
+    def rows() -> Iterator[pa.Table]:
+        held: list[pa.Table] = []
+        for (_, table), start in zip(tables, starts[:-1], strict=True):
+            held.append(table.filter(pa.array(kept[start : start + len(table)])))
+            if sum(map(len, held)) >= 100_000:
+                yield pa.concat_tables(held)
+                held = []
+        if held:
+            yield pa.concat_tables(held)
+
+    newest = tables[-1][0].name.split("-")[1]  # so that a part that another rank writes now counts as newer
+    merged = write_part(folder, rows(), newest)
+    for part, _ in tables:
+        if part != merged:
+            part.unlink(missing_ok=True)  # another rank may have merged them as well
