@@ -69,7 +69,7 @@ def batch_summary(batch_size: int, world_size: int, accumulate: int) -> str:
 def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     """Training files, epochs, and the files that are skipped."""
     lengths, counts = data.schedule.lengths, data.schedule.frames.all()
-    unused = int((lengths < counts[0]).sum())
+    unused = len(lengths) - len(data.schedule.with_at_least(counts[0]))
     epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
     held_out = [path for clip in data.held_out for path in clip.paths]
     lines = [f"{plural(len(lengths), 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"]
@@ -81,7 +81,7 @@ def data_summary(config: TrainConfig, data: TrainingData) -> list[str]:
     lines += [f"  {note}" for note in data.notes]
     if unused:
         lines.append(f"  skipped: {plural(unused, 'file')} with fewer than {plural(counts[0], 'frame')}")
-    short = int((lengths < counts[-1]).sum()) - unused
+    short = len(lengths) - len(data.schedule.with_at_least(counts[-1])) - unused
     if short:
         fewer = f"{plural(short, 'file')} with fewer than {plural(counts[-1], 'frame')}"
         lines.append(f"  used in shorter steps only: {fewer}")

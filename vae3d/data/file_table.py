@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vae3d.data.rows import NUMBERS, TEXTS, absolute_paths
 from vae3d.data.segments import SEGMENT, WHOLE, Bounds
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 NAMES = pa.large_binary()  # of paths and names: a file system takes any bytes
 TEXT = pa.large_string()
 COLUMNS = ("path", "name", "row", *TEXTS, *NUMBERS, *SEGMENT)  # of to_pandas
+STORED = ("length", "by_length")
 RELEASE_EVERY = 1000  # rows read at random
 CHUNK = 100_000  # rows that are in memory at a time
 
@@ -70,6 +74,10 @@ class FileTable:
         metadata = base.table.schema.metadata or {}
         self.root = os.fsdecode(metadata.get(b"root", b""))
         self._rows = None if view is None else view.table["row"].chunk(0).to_numpy() if len(view.table) else np.empty(0)
+        self._columns = {name: base.table[name] for name in base.table.column_names}
+        self._of_view = set() if view is None else set(view.table.column_names)
+        self._columns |= {name: view.table[name] for name in self._of_view}
+        self._pieces: dict[str, tuple[list[int], list[pa.Array]]] = {}  # of a column: its first rows, its arrays
         self._since_release = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -93,36 +101,68 @@ class FileTable:
         self._count_read()
         return tuple(np.nan if (value := self._value(name, row)) is None else value for name in SEGMENT)
 
-    def numbers(self, name: str) -> np.ndarray:
-        """[rows] a column of numbers, read-only; NaN: unknown. Not copied if it lies in one piece."""
-        column = self._column(name)
-        if column is None:
-            return np.broadcast_to(np.nan, len(self))
-        return self._taken(name).to_numpy()
+    def numbers(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """[rows] a column of numbers, read-only, of all rows or of some; NaN: unknown. Not copied if it lies in one
+        piece, as the columns of a large table that is ready for training do."""
+        if self._column(name) is None:
+            return np.broadcast_to(np.nan, len(self) if rows is None else len(rows))
+        column = self._taken(name, rows)
+        return column.chunk(0).to_numpy(zero_copy_only=False) if column.num_chunks == 1 else column.to_numpy()
 
     def strings(self, name: str) -> np.ndarray:
         """[rows] a column of texts, as Python objects in memory; None: not given."""
         return self[name].to_numpy()
 
+    def missing(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """[rows] whether a column of texts has no value, of all rows or of some."""
+        if self._column(name) is None:
+            return np.ones(len(self) if rows is None else len(rows), dtype=bool)
+        return pc.is_null(self._taken(name, rows)).to_numpy()
+
+    def equals(self, name: str, text: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """[rows] whether a column of texts has this value, of all rows or of some."""
+        if self._column(name) is None:
+            return np.zeros(len(self) if rows is None else len(rows), dtype=bool)
+        return pc.fill_null(pc.equal(self._taken(name, rows), text), False).to_numpy()
+
     def has(self, name: str) -> bool:
         """Whether a row has a value in a column of texts."""
-        column = self._column(name)
-        return column is not None and self._taken(name).null_count < len(self)
+        return any(
+            not self.missing(name, np.arange(first, min(first + CHUNK, len(self)))).all()
+            for first in range(0, len(self), CHUNK)
+        )
+
+    def paths(self, rows: np.ndarray) -> list[str]:
+        """The absolute paths of some rows."""
+        return self._objects("path", np.asarray(rows))
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """The names of some rows, as the source gives them."""
+        return self._objects("name", np.asarray(rows))
+
+    def stored(self, name: str, settings: Any = None) -> np.ndarray | None:
+        """A column that prepare added, `length` or `by_length`; None: there is none, or of other settings."""
+        if name not in self._of_view:
+            return None
+        made_for = self.view.table.schema.metadata or {}
+        if settings is not None and not clip_rule(settings).items() <= made_for.items():
+            return None
+        return self._taken(name).chunk(0).to_numpy()
 
     def select(self, rows: np.ndarray) -> FileTable:
         """The table of some rows, by index, in that order. Its indices are held in memory."""
         rows = np.asarray(rows)
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows
-        view = pa.table({"row": rows}) if self.view is None else self.view.table.take(pa.array(rows)).combine_chunks()
-        return FileTable(self.base, ArrowMemory(view))
+        if self.view is None:
+            return FileTable(self.base, ArrowMemory(pa.table({"row": rows})))
+        kept = self.view.table.drop_columns([name for name in STORED if name in self.view.table.column_names])
+        return FileTable(self.base, ArrowMemory(kept.take(pa.array(rows)).combine_chunks()))
 
-    def chunks(self, size: int = CHUNK) -> Iterator[pd.DataFrame]:
-        """to_pandas of `size` rows after the other, in bounded memory."""
-        for start in range(0, len(self), size):
-            yield self.to_pandas(np.arange(start, min(start + size, len(self))))
-            for file in (self.base, self.view):
-                if file is not None:
-                    file.release()
+    def column_chunks(self, name: str, size: int = CHUNK) -> Iterator[Sequence[Any]]:
+        """The values of a column, `size` rows at a time."""
+        for first in range(0, len(self), size):
+            yield self._objects(name, np.arange(first, min(first + size, len(self))))
+            self._release()
 
     def to_pandas(self, rows: np.ndarray | None = None) -> pd.DataFrame:
         """All columns of the rows with these indices (None: of all rows) as pandas objects, in memory."""
@@ -160,22 +200,24 @@ class FileTable:
         return self._rows if rows is None else self._rows[rows]
 
     def _column(self, name: str) -> pa.ChunkedArray | None:
-        for file in (self.view, self.base):
-            if file is not None and name in file.table.column_names:
-                return file.table[name]
-        return None
+        return self._columns.get(name)
 
     def _value(self, name: str, row: int) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        if self.view is not None and name not in self.view.table.column_names:
+        if self._rows is not None and name not in self._of_view:
             row = int(self._rows[row])
-        return self._column(name)[row].as_py()
+        if name not in self._pieces:
+            arrays = self._columns[name].chunks
+            self._pieces[name] = list(accumulate([0, *map(len, arrays[:-1])])), arrays
+        starts, arrays = self._pieces[name]
+        piece = bisect_right(starts, row) - 1
+        return arrays[piece][row - starts[piece]].as_py()
 
     def _taken(self, name: str, rows: np.ndarray | None = None) -> pa.ChunkedArray:
         """A column of the given rows, or of all."""
         column = self._column(name)
-        if self.view is not None and name not in self.view.table.column_names:
+        if self._rows is not None and name not in self._of_view:
             rows = self._rows if rows is None else self._rows[rows]
         if rows is None:
             return column
@@ -185,10 +227,13 @@ class FileTable:
         """Every so many reads, give their pages back, so that a process stays as small as it was."""
         self._since_release += 1
         if self._since_release >= RELEASE_EVERY:
-            self._since_release = 0
-            for file in (self.base, self.view):
-                if file is not None:
-                    file.release()
+            self._release()
+
+    def _release(self) -> None:
+        self._since_release = 0
+        for file in (self.base, self.view):
+            if file is not None:
+                file.release()
 
 
 def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
@@ -239,7 +284,14 @@ def arrow_of(table: pd.DataFrame, paths: bool = False) -> pa.Table:
 def text_array(values: pd.Series) -> pa.Array:
     """Texts; numbers, as labels may be, as str() writes them; None for missing values."""
     missing = values.isna().to_numpy()
+    if missing.all():
+        return pa.nulls(len(values), TEXT)
     return pa.array([None if no else str(value) for value, no in zip(values, missing, strict=True)], TEXT)
+
+
+def clip_rule(settings: Any) -> dict[bytes, bytes]:
+    """The ClipSettings that the length of a row's longest clip depends on, as metadata of a schema."""
+    return {b"stride": str(settings.stride).encode(), b"fps": str(settings.fps).encode()}
 
 
 def compact(values: np.ndarray) -> np.ndarray:

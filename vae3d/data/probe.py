@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
 from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, warn_cache_unwritable
+from vae3d.distributed import all_gather_object
 from vae3d.io import atomic_path
 from vae3d.progress import progress
 
@@ -46,19 +48,20 @@ def fill_metadata(
     needed: Sequence[str] = NUMBERS,
     results: ProbeResults | None = None,
     trusted: bool = False,
-    share: Share | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The table with the columns `needed` filled in, and (path, reason) of invalid rows and files that do not open.
 
     Invalid rows and rows whose files do not open are removed. Only files of rows that lack a number are opened, and of
-    rows that are a part of their file, for the times of their frames. results, trusted, share: see probe.
+    rows that are a part of their file, for the times of their frames. results, trusted, ranks: see probe.
     """
     errors = invalid_rows(table)
     table = table[table["error"].isna()].reset_index(drop=True)
     unknown = (table[list(needed)].isna().any(axis=1) | is_segment(table)).to_numpy()
     if not unknown.any():
         return table, errors
-    metadata = probe(table.loc[unknown, "path"].tolist(), results, trusted, share)
+    paths = table.loc[unknown, "path"].tolist()
+    metadata = probe(paths, results, trusted, ranks)
     read = pd.DataFrame.from_dict(metadata, orient="index", columns=NUMBERS, dtype=float)
     for name in NUMBERS:
         table[name] = table[name].fillna(table["path"].map(read[name]))
@@ -67,58 +70,70 @@ def fill_metadata(
     return table[~table["path"].isin(unread)].reset_index(drop=True), errors
 
 
-class Share:
-    """Which files this rank probes, and how it waits for the others. All ranks must probe at the same time.
+class Ranks:
+    """How the ranks of a run share the files to probe. All must probe at the same time.
 
-    wait: returns when every rank has called it.
+    exchange: gives every rank the values of all.
     """
 
-    def __init__(self, rank: int, world_size: int, wait: Callable[[], object]) -> None:
-        self.rank, self.world_size, self.wait = rank, world_size, wait
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, exchange: Callable[[Any], list[Any]] = all_gather_object
+    ) -> None:
+        self.rank, self.world_size, self._exchange = rank, world_size, exchange
 
     def has(self, path: str) -> bool:
+        """Whether this rank probes a file."""
         return path_hash(os.fsencode(path)) % self.world_size == self.rank
+
+    def all(self, value: bool) -> bool:
+        """Whether it is true on all ranks."""
+        return value if self.world_size == 1 else all(self._exchange(value))
+
+    def wait(self) -> None:
+        """Return when all ranks have called it."""
+        self.all(True)
 
 
 def probe(
     paths: Sequence[str],
     results: ProbeResults | None = None,
     trusted: bool = False,
-    share: Share | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Metadata]:
     """Metadata of every file, from `results` (None: of the cache folder) if the file has not changed since.
 
-    trusted: do not look whether files changed. share: probe this rank's files, then read those of the others.
+    trusted: do not look whether files changed. ranks: probe this rank's share, then read that of the others.
     """
     results = results or results_for_paths(paths)
     paths = list(dict.fromkeys(paths))
     stamps = {} if trusted else in_threads(file_stamp, paths)
     known = results.find(paths, stamps)
     todo = [path for path in paths if path not in known]
-    if share is not None and share.world_size > 1:
-        read_files([path for path in todo if share.has(path)], results, hidden=share.rank > 0)
-        share.wait()
-        results.load()
+    if ranks is not None and ranks.world_size > 1:
+        read_files([path for path in todo if ranks.has(path)], results, hidden=ranks.rank > 0)
+        ranks.wait()
+        results.merge()
         known |= results.find(todo, stamps)
         todo = [path for path in todo if path not in known]
-    return known | read_files(todo, results)
+    read = read_files(todo, results)
+    if todo:
+        results.merge()
+    return known | read
 
 
 def read_files(paths: Sequence[str], results: ProbeResults, hidden: bool = False) -> dict[str, Metadata]:
     """Metadata of files, read now in threads and added to the results. hidden: without a bar of the progress."""
     found: dict[str, Metadata] = {}
-    with progress(total=len(paths), desc="probing files", unit="file", hidden=hidden or not paths) as bar:
-        with ThreadPoolExecutor(THREADS) as pool:
-            for first in range(0, len(paths), PART):
-                part = paths[first : first + PART]
-                stamps = in_threads(file_stamp, part)  # before reading: a file that changes meanwhile is read again
-                for path, metadata in zip(part, pool.map(lambda path: read_metadata(path), part), strict=True):
-                    found[path] = metadata
-                    bar.update()
-                # Errors are not kept: a disk may come back, a file may still be being copied.
-                results.add({path: found[path] for path in part if "error" not in found[path]}, stamps)
-    if paths:
-        results.merge()
+    bar = progress(total=len(paths), desc="probing files", unit="file", hidden=hidden or not paths)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for first in range(0, len(paths), PART):
+            part = paths[first : first + PART]
+            stamps = in_threads(file_stamp, part)  # before reading: a file that changes meanwhile is read again
+            for path, metadata in zip(part, pool.map(lambda path: read_metadata(path), part), strict=True):
+                found[path] = metadata
+                bar.update()
+            # Errors are not kept: a disk may come back, a file may still be being copied.
+            results.add({path: found[path] for path in part if "error" not in found[path]}, stamps)
     return found
 
 
@@ -191,6 +206,17 @@ class ProbeResults:
             return np.zeros(len(hashes), dtype=bool)
         places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         return self._hashes[places] == hashes
+
+    def stamps(self, paths: Sequence[str]) -> np.ndarray:
+        """[paths, 2] size and time of modification, when the file was probed last; -1: it was not."""
+        stamps = np.full((len(paths), 2), -1, np.int64)
+        if len(self._hashes) and len(paths):
+            hashes = np.array([path_hash(self._key(path)) for path in paths], dtype=np.int64)
+            places = np.searchsorted(self._hashes, hashes, "right") - 1
+            found = (places >= 0) & (self._hashes[places] == hashes)
+            for column, name in enumerate(STAMP[:2]):
+                stamps[found, column] = take(self.table[name], self._order[places[found]]).to_numpy()
+        return stamps
 
     def add(self, metadata: dict[str, Metadata], stamps: dict[str, list[int] | None]) -> None:
         """Write a part. Files without a stamp, which vanished meanwhile, are left out."""

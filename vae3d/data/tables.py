@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -17,10 +18,13 @@ from vae3d.data.media import DataError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+QUOTED = {mark: rb'(?<![^%b\n])"(?:[^"\r\n]|"")*"(?=[%b\r\n])' % (2 * (mark.encode(),)) for mark in (",", "\t")}
 SEPARATORS = {",": "commas", "\t": "tabs"}
 JSON = (".json", ".jsonl")
+NUMBER_COLUMNS = ("num_frames", "height", "width", "fps", "start", "end")
 TEXT_COLUMNS = ("path", "split", "text", "label")
 MAX_LINE = 2**24  # bytes of a line; a file with longer lines is no table
 BLOCK = 2**24  # bytes that are read at a time
@@ -152,32 +156,27 @@ def count_rows(path: Path) -> int:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
 
 
-def table_frames(path: Path) -> Iterator[pd.DataFrame]:
-    """The rows of read_table(path) in pieces of about CHUNK rows, with the numbers of the rows as index, in bounded
-    memory, and much faster where a file has neither quotes nor errors. Raises DataError as read_table does."""
+def table_pieces(path: Path) -> Iterator[pa.Table]:
+    """The rows of read_table(path) in pieces of about CHUNK rows, in bounded memory, and much faster where a file has
+    neither quotes nor errors. Raises DataError as read_table does."""
     kind = kind_of(path)
-    frames = _parquet_frames(path) if kind == ".parquet" else _csv_frames(path, DELIMITERS.get(str(kind), ","))
-    first = 0
-    for frame in frames:
-        frame.index = range(first, first + len(frame))
-        first += len(frame)
-        yield frame
+    return _parquet_pieces(path) if kind == ".parquet" else _csv_pieces(path, DELIMITERS.get(str(kind), ","))
 
 
-def _parquet_frames(path: Path) -> Iterator[pd.DataFrame]:
+def _parquet_pieces(path: Path) -> Iterator[pa.Table]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with _reading_parquet(path):
         file = pq.ParquetFile(path, memory_map=True)
         pandas_index = (file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
         names = [name for name in file.schema_arrow.names if name not in pandas_index]
+        made = False
         for batch in file.iter_batches(CHUNK, columns=names):
-            texts = [name for name in names if name in TEXT_COLUMNS]
-            frame = batch.select([name for name in names if name not in texts]).to_pandas()
-            for name in texts:  # whole numbers stay whole, whatever rows of a piece lack one
-                values = batch.column(name).to_pandas(integer_object_nulls=True).astype(object)
-                frame[name] = values.where(values.notna(), None)
-            yield frame[names]
+            made = True
+            yield pa.Table.from_batches([batch]).replace_schema_metadata()
+        if not made:
+            yield file.schema_arrow.empty_table().select(names).replace_schema_metadata()
 
 
 @contextmanager
@@ -188,9 +187,16 @@ def _reading_parquet(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not a readable parquet file: {one_line(error)}") from error
 
 
-def _csv_frames(path: Path, delimiter: str) -> Iterator[pd.DataFrame]:
+def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
     """Blocks of plain lines by Arrow; from the first block with anything else on, by the csv module."""
+    import pyarrow as pa
+
     reader = _CsvReader(path, delimiter)
+
+    def careful(position: int, line: int) -> Iterator[pa.Table]:
+        for frame in reader.frames_from(position, line, CHUNK):
+            yield pa.Table.from_pandas(frame, preserve_index=False)
+
     made = False
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
         header = [stream.readline(MAX_LINE) for _ in range(reader.header_lines)]
@@ -198,42 +204,46 @@ def _csv_frames(path: Path, delimiter: str) -> Iterator[pd.DataFrame]:
         while new := stream.read(BLOCK):
             block += new
             whole = block[: block.rfind(b"\n") + 1]
-            frame = _plain_rows(whole, reader.header, delimiter)
-            if frame is None:
-                yield from reader.frames_from(position, line, CHUNK)
+            table = _plain_rows(whole, reader.header, delimiter)
+            if table is None:
+                yield from careful(position, line)
                 return
             position, line, block = position + len(whole), line + whole.count(b"\n"), block[len(whole) :]
-            for first in range(0, len(frame), CHUNK):
+            for first in range(0, len(table), CHUNK):
                 made = True
-                yield frame.iloc[first : first + CHUNK]
+                yield table.slice(first, CHUNK)
         if block or not made:  # a last line without an end
-            yield from reader.frames_from(position, line, CHUNK)
+            yield from careful(position, line)
 
 
-def _plain_rows(block: bytes, header: list[str], delimiter: str) -> pd.DataFrame | None:
-    """The rows of a block of whole lines; None if it has quotes, a stray carriage return, an odd number of fields,
-    bytes that are no text, or a very long line."""
+def _plain_rows(block: bytes, header: list[str], delimiter: str) -> pa.Table | None:
+    """The rows of a block of whole lines; None if it has a quotation mark other than around a field of one line, a
+    stray carriage return, an odd number of fields, bytes that are no text, or a very long line. Columns of numbers are
+    numbers if all their values are."""
     import pyarrow as pa
     import pyarrow.csv
 
-    if not block or b'"' in block or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+    if not block or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
         return None
-    try:
-        table = pa.csv.read_csv(
-            io.BytesIO(block),
-            pa.csv.ReadOptions(column_names=[str(number) for number in range(len(header))], block_size=2**22),
-            pa.csv.ParseOptions(delimiter=delimiter, quote_char=False, ignore_empty_lines=True),
-            pa.csv.ConvertOptions(
-                column_types={str(number): pa.large_string() for number in range(len(header))},
-                null_values=[""],
-                strings_can_be_null=True,
-            ),
-        )
-    except pa.ArrowInvalid:
+    if b'"' in block and b'"' in re.sub(QUOTED[delimiter], b"", block):
         return None
-    frame = table.to_pandas(split_blocks=True)
-    frame.columns = header
-    return frame.assign(error=None)
+    for number in (pa.float64(), pa.large_string()):
+        types = [number if name in NUMBER_COLUMNS else pa.large_string() for name in header]
+        try:
+            table = pa.csv.read_csv(
+                io.BytesIO(block),
+                pa.csv.ReadOptions(column_names=[str(place) for place in range(len(header))], block_size=2**22),
+                pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=False),
+                pa.csv.ConvertOptions(
+                    column_types={str(place): kind for place, kind in enumerate(types)},
+                    null_values=[""],
+                    strings_can_be_null=True,
+                ),
+            )
+        except pa.ArrowInvalid:
+            continue
+        return table.rename_columns(header).append_column("error", pa.nulls(len(table), pa.large_string()))
+    return None
 
 
 def read_entries(path: Path) -> Any:
