@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAMES = pa.large_binary()  # of paths and names: a file system takes any bytes
 TEXT = pa.large_string()
 COLUMNS = ("path", "name", "row", *TEXTS, *NUMBERS, *SEGMENT)  # of to_pandas
+OBJECTS = ("path", "name", *TEXTS)
 STORED = ("length", "by_length")
 RELEASE_EVERY = 1000  # rows read at random
 CHUNK = 100_000  # rows that are in memory at a time
@@ -99,7 +100,8 @@ class FileTable:
         if self._column("start") is None and self._column("end") is None:
             return WHOLE
         self._count_read()
-        return tuple(np.nan if (value := self._value(name, row)) is None else value for name in SEGMENT)
+        start, end = (np.nan if self._column(name) is None else self._value(name, row) for name in SEGMENT)
+        return start, end
 
     def numbers(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         """[rows] a column of numbers, read-only, of all rows or of some; NaN: unknown. Not copied if it lies in one
@@ -168,14 +170,15 @@ class FileTable:
         """All columns of the rows with these indices (None: of all rows) as pandas objects, in memory."""
         import pandas as pd
 
-        found: dict[str, Any] = {name: self._objects(name, rows) for name in COLUMNS}
-        return pd.DataFrame(found)
+        return pd.DataFrame({
+            name: pd.Series(self._objects(name, rows), dtype=object if name in OBJECTS else None) for name in COLUMNS
+        })  # fmt: skip
 
     def __getitem__(self, name: str) -> pd.Series:
         """A column in memory, for small tables."""
         import pandas as pd
 
-        return pd.Series(self._objects(name, None), name=name, dtype=None if name in (*NUMBERS, *SEGMENT) else object)
+        return pd.Series(self._objects(name, None), name=name, dtype=object if name in OBJECTS else None)
 
     def _objects(self, name: str, rows: np.ndarray | None) -> Any:
         count = len(self) if rows is None else len(rows)

@@ -145,8 +145,10 @@ class GroupedFingerprint:
         lines = []
         if not same.all():
             more = self.count - old.count
-            difference = f"{plural(abs(more), 'row')} {'more' if more > 0 else 'fewer'}" if more else "as many rows"
-            lines.append(f"rows are new or removed, {_about((~same).sum(), GROUPS)}; {difference} than before")
+            difference = (
+                f"{plural(abs(more), 'row')} {'more' if more > 0 else 'fewer'} than" if more else "as many rows as"
+            )
+            lines.append(f"rows are new or removed, {_about((~same).sum(), GROUPS)}; {difference} before")
         elif not np.array_equal(self.order, old.order):
             lines.append("the order of the rows changed")
         for changed, what in (
