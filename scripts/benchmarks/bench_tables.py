@@ -8,7 +8,8 @@ first clip's index, with the data's fingerprint compared to a checkpoint's. Each
 memory is what it has more than before it opened the table: RSS (all pages that it has mapped, of which ranks and
 workers share those of the file), USS (its own alone) and anonymous memory (what no file holds). *peak* is the highest
 of the first start, over a process that has only imported the same. *worker* is what a forked worker process has more
-after it looked up 1,000 clips. Seconds are wall time, and CPU time of the process and its children.
+after it looked up 1,000 clips. Seconds are wall time, and CPU time of the process and its children; microseconds are
+CPU time, of a step of 8 clips and of a clip's path.
 """
 
 from __future__ import annotations
@@ -98,16 +99,16 @@ def measure(file: Path, saved: Path) -> dict[str, object]:
     path = dataset.table.path(index.row)
     tables.fingerprint.digests()
     if saved.is_file():
-        changes = tables.fingerprint.changes_since(torch.load(saved))
+        changes = tables.fingerprint.changes_since(torch.load(saved, weights_only=True))
         assert changes == [], changes
     else:
         torch.save(tables.fingerprint.state_dict(), saved)
     found = {"wall": time.perf_counter() - wall, "cpu": cpu_seconds() - cpu, "rows": len(tables.train), "path": path}
     found |= {"more": more(before), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - imported}
     found["checkpoint"] = saved.stat().st_size / MIB
-    started = time.perf_counter()
+    started = time.process_time()
     steps = [schedule.step(step) for step in range(DRAWS)]
-    found["step_us"] = 1e6 * (time.perf_counter() - started) / len(steps)
+    found["step_us"] = 1e6 * (time.process_time() - started) / len(steps)
     rows = [steps[i][0][0].row for i in range(DRAWS)]
     found["worker"] = of_worker(lambda: [dataset.table.path(row) for row in rows])
     return found
@@ -119,9 +120,9 @@ def of_worker(work) -> dict[str, float]:
     child = os.fork()
     if not child:
         work()  # the first time, memory that parent and child share is copied
-        before, started = memory(), time.perf_counter()
+        before, started = memory(), time.process_time()
         work()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         os.write(writing, json.dumps({**more(before), "us": 1e6 * seconds / DRAWS}).encode())
         os._exit(0)
     os.waitpid(child, 0)

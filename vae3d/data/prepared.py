@@ -312,7 +312,7 @@ def _choose(
     max_broken: float,
     results: ProbeResults,
 ) -> None:
-    """Write a selection, in memory of about 60 bytes per row. final: where its folder will be. Raises DataError."""
+    """Write a selection, in memory of about 70 bytes per row. final: where its folder will be. Raises DataError."""
     errors = _Errors(folder / "errors.arrow")
     columns = _filled(table, needed, results, errors)
     errors.close()
@@ -328,14 +328,13 @@ def _choose(
         notes.append(skipped_note(int(smaller.sum()), settings.min_side))
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
-    order = [np.flatnonzero(is_train), np.flatnonzero(is_val)]
+    order = [np.flatnonzero(is_train).astype(np.int32), np.flatnonzero(is_val).astype(np.int32)]
     for name, rows in zip(("train", "val"), order, strict=True):
-        chosen = {name: values[rows] for name, values in columns.items() if name in ("row", *NUMBERS)}
-        length = settings.length(chosen["num_frames"], chosen["fps"]).astype(np.int32)
-        by_length = np.argsort(length, kind="stable").astype(np.int32)
-        known = {name: compact(chosen[name]) for name in NUMBERS if not np.isnan(chosen[name]).all()}
-        view = pa.table({"row": chosen["row"], **known, "length": length, "by_length": by_length})
+        view = _view(columns, rows, settings)
         write_arrow(folder / f"{name}.arrow", view.replace_schema_metadata(clip_rule(settings)))
+    del view
+    for name in NUMBERS:
+        del columns[name]
     rows = np.concatenate(order)
     files = columns["stamp"][rows] if "stamp" in columns else None
     identities = table.numbers("identity", columns["row"][rows])
@@ -344,11 +343,22 @@ def _choose(
     write_json(folder / "about.json", {"rows": len(table), "notes": notes})
 
 
+def _view(columns: dict[str, np.ndarray], rows: np.ndarray, settings: ClipSettings) -> pa.Table:
+    """The columns of train.arrow or val.arrow."""
+    length = np.empty(len(rows), np.int32)
+    for first in range(0, len(rows), CHUNK):
+        part = rows[first : first + CHUNK]
+        length[first : first + CHUNK] = settings.length(columns["num_frames"][part], columns["fps"][part])
+    known = {name: columns[name][rows] for name in NUMBERS if not np.isnan(columns[name]).all()}
+    by_length = np.argsort(length, kind="stable").astype(np.int32)
+    return pa.table({"row": columns["row"][rows], **known, "length": length, "by_length": by_length})
+
+
 def _filled(table: FileTable, needed: Sequence[str], results: ProbeResults, errors: _Errors) -> dict[str, np.ndarray]:
     """The usable rows: `row`, the columns of NUMBERS, `facts` (hash) and, if files were probed, `stamp` [rows, 2]."""
     count, place = len(table), 0
     columns: dict[str, np.ndarray] = {"row": np.empty(count, np.int32), "facts": np.empty(count, np.int64)}
-    columns |= {name: np.empty(count) for name in NUMBERS}
+    columns |= {name: np.empty(count, np.float32) for name in NUMBERS}
     errors.add_rows(table, np.concatenate([np.empty(0, np.int64), *_invalid(table)]))
     for piece, unknown in _pieces(table, needed):
         complete = piece[~unknown]
@@ -368,6 +378,8 @@ def _filled(table: FileTable, needed: Sequence[str], results: ProbeResults, erro
             stamps = np.concatenate([np.full((len(complete), 2), -1), results.stamps(probed["path"].tolist())])[order]
             columns["stamp"][place : place + len(stamps)] = stamps
         for name, values in found.items():
+            if name in NUMBERS and compact(values).dtype == np.float64:
+                columns[name] = columns[name].astype(np.float64, copy=False)
             columns[name][place : place + len(values)] = values
         place += len(found["row"])
     return {name: values[:place] for name, values in columns.items()}
