@@ -103,6 +103,7 @@ def test_changes_of_many_rows_are_estimated(many):
     assert grouped_changes([*NAMES, "new.mp4"]) == (
         "rows are new or removed, about 1 (1 of 4096 groups of rows differ); 1 row more than before"
     )
+    assert "about 7 (1 of 4096 " in grouped_changes([*NAMES, *(["again.mp4"] * 7)])
     message = grouped_changes([*NAMES[:-500], *(f"new{i}" for i in range(500))])
     assert message.endswith("; as many rows as before")
     assert 850 < int(message.split("about ")[1].split()[0]) < 1150

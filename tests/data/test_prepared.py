@@ -153,7 +153,7 @@ def test_a_changed_table_or_setting_is_prepared_anew(tmp_path, large):
     assert len(read_tables(source, SETTINGS, 3, 0.0).train) == 77
 
 
-def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large):
+def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large, monkeypatch):
     folders = []
     for name in "abc":
         rows().to_csv(tmp_path / f"{name}.csv", index=False)
@@ -166,6 +166,10 @@ def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large):
     rows().to_csv(tmp_path / "d.csv", index=False)
     read_tables(Table(tmp_path / "d.csv"), SETTINGS, 3, 0.0)
     assert [folder.is_dir() for folder in folders] == [False, True, True]
+    os.utime(folders[1], (time.time() - 60, time.time() - 60))
+    monkeypatch.setattr(prepared, "KEPT_BYTES", 20_000)  # about two tables
+    prepared.delete_unused(tmp_path / "cache/tables")
+    assert [folder.is_dir() for folder in folders] == [False, False, True]
 
 
 def test_files_and_parts_of_a_large_table_are_probed_once(tmp_path, large, monkeypatch):

@@ -19,6 +19,7 @@ from vae3d.data import probe, readers
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import check_files_exist, read_tables
+from vae3d.data.parts import Folders
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table
 
@@ -175,7 +176,7 @@ def test_damaged_answers_of_a_probe_are_probed_again(videos, monkeypatch, tmp_pa
     table, _ = probe.fill_metadata(Table(videos).table())
     (part,) = (tmp_path / "probe").rglob("*.arrow")
     content, probed = part.read_bytes(), []
-    places = range(5, len(content), 400)
+    places = range(5, len(content), 1500)
     changed = [content[:-20], b""] if damage == "cut off" else [_flipped(content, place) for place in places]
     original = probe.read_metadata
     monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or original(path))
@@ -447,7 +448,7 @@ def test_a_killed_probe_loses_one_part(tmp_path, monkeypatch):
 
 def test_merged_parts_keep_the_last_result_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "MANY", 1)
-    results = probe.ProbeResults([tmp_path / "t.csv.probe"])
+    results = probe.ProbeResults(Folders([tmp_path / "t.csv.probe"]))
     for count in (3, 4, 5):
         results.add({"/a.png": {"num_frames": count, "height": 1, "width": 1, "fps": 0}}, {"/a.png": [count, 7]})
     results.load()

@@ -148,7 +148,8 @@ class GroupedFingerprint:
             difference = (
                 f"{plural(abs(more), 'row')} {'more' if more > 0 else 'fewer'} than" if more else "as many rows as"
             )
-            lines.append(f"rows are new or removed, {_about((~same).sum(), GROUPS)}; {difference} before")
+            changed = _about((~same).sum(), GROUPS, at_least=abs(more))  # equal rows count in one group
+            lines.append(f"rows are new or removed, {changed}; {difference} before")
         elif not np.array_equal(self.order, old.order):
             lines.append("the order of the rows changed")
         for changed, what in (
@@ -160,12 +161,12 @@ class GroupedFingerprint:
         return lines
 
 
-def _about(changed: int, groups: int) -> str:
+def _about(changed: int, groups: int, at_least: int = 0) -> str:
     """How many changes hit so many of the groups, if each hits any: most likely ln(1 - share) / ln(1 - 1 / groups)."""
     if changed == groups:
         return f"many (all {groups} groups of rows differ)"
     likely = round(np.log1p(-changed / groups) / np.log1p(-1 / groups)) if groups > 1 else changed
-    return f"about {likely} ({changed} of {groups} groups of rows differ)"
+    return f"about {max(likely, at_least)} ({changed} of {groups} groups of rows differ)"
 
 
 def grouped(rows: np.ndarray, facts: np.ndarray, files: np.ndarray | None) -> GroupedFingerprint:

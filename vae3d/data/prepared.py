@@ -7,7 +7,8 @@
         errors.arrow, skipped.arrow, fingerprint.npz, about.json
 
 A run starts by opening these files, which takes no longer for more rows. The first process to need one makes it; others
-wait. Folders that no run has opened for KEPT_DAYS days are deleted when another table is prepared.
+wait. Folders that no run has opened for KEPT_DAYS days are deleted when another table is prepared, and those opened
+longest ago if all together have more than KEPT_BYTES.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from filelock import FileLock
 from vae3d.data.file_table import CHUNK, NAMES, TEXT, ArrowFile, FileTable, clip_rule, compact, text_array, write_arrow
 from vae3d.data.fingerprint import GroupedFingerprint, fact_hashes, grouped, row_hashes
 from vae3d.data.media import DataError
+from vae3d.data.parts import path_hash
 from vae3d.data.probe import (
     PART,
     Metadata,
     ProbeResults,
     Ranks,
     fill_metadata,
-    path_hash,
     probe,
     read_files,
     read_metadata,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
 LARGE = 100_000  # rows; a smaller table is read anew by every process
 SMALL_FILE = 2**20  # bytes; a smaller file is not worth counting its rows
 KEPT_DAYS = 30
+KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
 VERSION = 1
 WORKERS = 8
 LISTED = 1000  # files that a run names one by one
@@ -122,11 +124,16 @@ def prepare(table: Table) -> FileTable:
 
 
 def delete_unused(folder: Path) -> None:
-    """Delete prepared tables that no run has opened for KEPT_DAYS days, and what killed processes left."""
+    """Delete prepared tables that no run has opened for KEPT_DAYS days, those opened longest ago if they have more than
+    KEPT_BYTES together, and what killed processes left."""
     remove_unfinished(folder)
-    for old in folder.iterdir():
-        if old.is_dir() and time.time() - old.stat().st_mtime > KEPT_DAYS * 86400:
-            remove(old)
+    tables = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime)
+    total = 0
+    for table in tables:  # the last opened first
+        total += sum(file.stat().st_size for file in table.rglob("*"))
+        if total > KEPT_BYTES or time.time() - table.stat().st_mtime > KEPT_DAYS * 86400:
+            remove(table)
+            table.with_name(f"{table.name}.lock").unlink(missing_ok=True)
 
 
 @contextmanager
@@ -358,7 +365,7 @@ def _filled(table: FileTable, needed: Sequence[str], results: ProbeResults, erro
     """The usable rows: `row`, the columns of NUMBERS, `facts` (hash) and, if files were probed, `stamp` [rows, 2]."""
     count, place = len(table), 0
     columns: dict[str, np.ndarray] = {"row": np.empty(count, np.int32), "facts": np.empty(count, np.int64)}
-    columns |= {name: np.empty(count, np.float32) for name in NUMBERS}
+    columns |= {name: np.full(count, np.nan, np.float32) for name in NUMBERS}
     errors.add_rows(table, np.concatenate([np.empty(0, np.int64), *_invalid(table)]))
     for piece, unknown in _pieces(table, needed):
         complete = piece[~unknown]

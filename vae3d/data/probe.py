@@ -2,7 +2,8 @@
 
 Results lie beside the table, in TABLE.probe/part-TIME-HASH.arrow, or in the cache folder if that cannot be written or
 the source is no file. Columns: path (relative to the table's folder if it is inside), num_frames, height, width, fps,
-and what tells a changed file: size (bytes), modified (ns), images (of a sequence; -1: not one). A part is written when
+and what tells a changed file: size (bytes), modified (ns), images (of a sequence; -1: not one). The indices of the key
+frames of videos lie there too (see shared_index.py). A part is written when
 PART files are done, atomically, so a probe that is killed loses at most one part per process.
 """
 
@@ -10,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from vae3d.data.file_table import NAMES, ArrowFile, take
+from vae3d.data.file_table import NAMES, take
 from vae3d.data.media import MediaError
+from vae3d.data.parts import MANY, Folders, parts_of, path_hash, read_part, write_part
 from vae3d.data.readers import media_info
 from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
+from vae3d.data.shared_index import SharedIndices
 from vae3d.data.versions import file_stamp
-from vae3d.data.video_index import cache_folder, warn_cache_unwritable
+from vae3d.data.video_index import cache_folder, look_in
 from vae3d.distributed import all_gather_object
-from vae3d.io import atomic_path
 from vae3d.progress import progress
 
 STAMP = ("size", "modified", "images")
@@ -37,9 +37,8 @@ SCHEMA = pa.schema([
     ("path", NAMES), ("hash", pa.int64()), *((name, pa.float64()) for name in NUMBERS),
     *((name, pa.int64()) for name in STAMP),
 ])  # fmt: skip
+KIND = "part"
 PART = 2000  # files per part
-MANY = 16  # parts; with more, they are merged
-MAPPED = 2**23  # bytes of a part that is mapped instead of read
 Metadata = dict[str, float | str]  # the columns of NUMBERS, or the key `error` alone
 
 
@@ -150,29 +149,31 @@ def results_for_table(file: Path) -> ProbeResults:
     """The results beside a table or list, or of its own in the cache folder."""
     file = Path(os.path.abspath(file))
     name = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
-    return ProbeResults([file.with_name(f"{file.name}.probe"), cache_folder() / "probe" / name], str(file.parent))
+    beside, cached = file.with_name(f"{file.name}.probe"), cache_folder() / "probe" / name
+    folders = Folders([beside, cached], str(file.parent))
+    indices = SharedIndices(folders)
+    look_in[beside] = indices.find
+    return ProbeResults(folders, indices)
 
 
 def results_for_paths(paths: Sequence[str]) -> ProbeResults:
     """The results in the cache folder for files of one folder."""
     common = os.path.commonpath(paths) if paths else ""
     name = hashlib.blake2b(os.fsencode(common), digest_size=8).hexdigest()
-    return ProbeResults([cache_folder() / "probe" / name])
+    return ProbeResults(Folders([cache_folder() / "probe" / name]))
 
 
 class ProbeResults:
-    """What was probed before, in the parts of some folders. New parts go to the first folder that can be written.
+    """What was probed before. indices: of the key frames of a table's videos."""
 
-    above: folder whose files are stored by their path relative to it.
-    """
-
-    def __init__(self, folders: Sequence[Path], above: str = "") -> None:
-        self.folders, self.above = list(folders), above and os.path.join(above, "")
+    def __init__(self, folders: Folders, indices: SharedIndices | None = None) -> None:
+        self.folders, self.indices = folders, indices
         self.load()
 
     def load(self) -> None:
         """Read the parts that are there. Damaged ones are ignored."""
-        tables = [table for folder in self.folders for part in parts_of(folder) if (table := read_part(part))]
+        parts = [part for folder in self.folders.folders for part in parts_of(folder, KIND)]
+        tables = [table for part in parts if (table := read_part(part, SCHEMA))]
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         hashes = self.table["hash"].to_numpy()
         self._order = np.argsort(hashes, kind="stable")
@@ -182,7 +183,7 @@ class ProbeResults:
         """Metadata of the paths that are known, with the stamp if one is given for the path; else the last."""
         if not len(self._hashes) or not len(paths):
             return {}
-        keys = [self._key(path) for path in paths]
+        keys = [self.folders.key(path) for path in paths]
         hashes = np.array([path_hash(key) for key in keys], dtype=np.int64)
         lasts = np.searchsorted(self._hashes, hashes, "right") - 1
         found: dict[str, Metadata] = {}
@@ -201,7 +202,7 @@ class ProbeResults:
 
     def knows(self, paths: Sequence[str]) -> np.ndarray:
         """[paths] whether a path has an entry, whatever its stamp."""
-        hashes = np.array([path_hash(self._key(path)) for path in paths], dtype=np.int64)
+        hashes = np.array([path_hash(self.folders.key(path)) for path in paths], dtype=np.int64)
         if not len(self._hashes):
             return np.zeros(len(hashes), dtype=bool)
         places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
@@ -211,7 +212,7 @@ class ProbeResults:
         """[paths, 2] size and time of modification, when the file was probed last; -1: it was not."""
         stamps = np.full((len(paths), 2), -1, np.int64)
         if len(self._hashes) and len(paths):
-            hashes = np.array([path_hash(self._key(path)) for path in paths], dtype=np.int64)
+            hashes = np.array([path_hash(self.folders.key(path)) for path in paths], dtype=np.int64)
             places = np.searchsorted(self._hashes, hashes, "right") - 1
             found = (places >= 0) & (self._hashes[places] == hashes)
             for column, name in enumerate(STAMP[:2]):
@@ -223,47 +224,23 @@ class ProbeResults:
         rows = []
         for path, entry in metadata.items():
             if (stamp := stamps[path]) is not None:
-                key = self._key(path)
+                key = self.folders.key(path)
                 seen = dict(zip(STAMP, [*stamp, -1][:3], strict=True))
                 rows.append({"path": key, "hash": path_hash(key), **{n: float(entry[n]) for n in NUMBERS}, **seen})
         if rows:
-            self._write([pa.Table.from_pylist(rows, SCHEMA)])
+            self.folders.write(KIND, SCHEMA, [pa.Table.from_pylist(rows, SCHEMA)])
+            if self.indices is not None:
+                self.indices.add(list(metadata))
 
     def merge(self) -> None:
         """Make one part of many, in the folder that holds them."""
-        for folder in self.folders:
-            parts = parts_of(folder)
+        for folder in self.folders.folders:
+            parts = parts_of(folder, KIND)
             if len(parts) > MANY and os.access(folder, os.W_OK):
                 merge_parts(folder, parts)
+        if self.indices is not None:
+            self.indices.merge()
         self.load()
-
-    def _key(self, path: str) -> bytes:
-        return os.fsencode(path.removeprefix(self.above) if self.above else path)
-
-    def _write(self, tables: Sequence[pa.Table]) -> None:
-        for number, folder in enumerate(self.folders):
-            try:
-                write_part(folder, tables)
-            except OSError as error:
-                if number + 1 == len(self.folders):
-                    consequence = "every run opens all files of its table that lack num_frames, height, width or fps"
-                    warn_cache_unwritable(error, consequence)
-                elif folder not in _told:
-                    _told.add(folder)
-                    warnings.warn(
-                        f"{folder} cannot be written ({error.strerror}): what files were found to hold is kept in "
-                        f"{self.folders[number + 1]} instead",
-                        stacklevel=2,
-                    )
-            else:
-                return
-
-
-_told: set[Path] = set()
-
-
-def path_hash(key: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
 def _has_stamp(entry: dict, path: str, stamps: dict[str, list[int] | None]) -> bool:
@@ -273,55 +250,9 @@ def _has_stamp(entry: dict, path: str, stamps: dict[str, list[int] | None]) -> b
     return stamp is not None and [entry[name] for name in STAMP] == [*stamp, -1][:3]
 
 
-# --- parts
-
-
-def parts_of(folder: Path) -> list[Path]:
-    """The parts of a folder, oldest first."""
-    return sorted(folder.glob("part-*.arrow"))
-
-
-def read_part(part: Path) -> pa.Table | None:
-    """The entries of a part; None if it was deleted, is damaged (its name has the hash of its content), or is not what
-    this version writes."""
-    try:
-        if not part.stem.endswith(f"-{_digest(part)}"):
-            return None
-        mapped = part.stat().st_size >= MAPPED
-        table = ArrowFile(part).table if mapped else pa.ipc.open_file(part.read_bytes()).read_all()
-    except (OSError, pa.ArrowInvalid):
-        return None
-    complete = table.schema.equals(SCHEMA) and not any(column.null_count for column in table.columns)
-    return table if complete else None
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_part(folder: Path, tables: Iterable[pa.Table], written: str | None = None) -> Path:
-    """Write a part, atomically. written: the time in its name; None: now. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = written or f"{time.time_ns():020d}"
-    tmp = folder / f"{written}-{os.getpid()}"
-    with atomic_path(tmp) as file:
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-            for table in tables:
-                for batch in table.combine_chunks().to_batches():
-                    writer.write_batch(batch)
-        digest = _digest(file)
-    part = folder / f"part-{written}-{digest}.arrow"
-    os.replace(tmp, part)
-    return part
-
-
 def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
     """Replace parts by one, with the last entry of each file, in bounded memory."""
-    tables = [(part, table) for part in parts if (table := read_part(part)) is not None]
+    tables = [(part, table) for part in parts if (table := read_part(part, SCHEMA)) is not None]
     if not tables:
         return
     hashes = np.concatenate([table["hash"].to_numpy() for _, table in tables])
@@ -341,7 +272,7 @@ def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
             yield pa.concat_tables(held)
 
     newest = tables[-1][0].name.split("-")[1]  # so that a part that another rank writes now counts as newer
-    merged = write_part(folder, rows(), newest)
+    merged = write_part(folder, KIND, SCHEMA, rows(), newest)
     for part, _ in tables:
         if part != merged:
             part.unlink(missing_ok=True)  # another rank may have merged them as well

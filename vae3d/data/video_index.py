@@ -175,30 +175,60 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
 
 
+look_in: dict[Path, Callable[[Sequence], bytes | None]] = {}  # beside tables: key of a video -> a file of the cache
+
+
 def open_index(path: Path) -> VideoIndex:
-    """The index of a video: from the cache, or built if the file's size or time changed. Raises MediaError."""
-    stat = path.stat()
-    key = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
-    cached = cache_folder() / "index" / name[:2] / name[2:]
-    index = _load(cached, key)
+    """The index of a video: from the cache, from beside a table of this process, or built if the file's size or time
+    changed. Raises MediaError."""
+    key = _key(path)
+    file = _cache_file(key)
+    index = _load(file, key)
+    if index is None:
+        found = (content for find in look_in.values() if (content := find(key)) is not None)
+        index = next((index for content in found if (index := _parse(content, key))), None)
     if index is None:
         index = build(path)
-        _store(cached, key, index)
+        _store(file, key, index)
     return index
 
 
-def _load(cached: Path, key: list) -> VideoIndex | None:
-    """The cached index; None if there is none, or it is damaged or outdated."""
+def cached(path: str) -> tuple[list, bytes] | None:
+    """Key and content of the cache's file of a video; None: there is none, or it is outdated."""
     try:
-        content = cached.read_bytes()
+        key = _key(Path(path))
+        content = _cache_file(key).read_bytes()
     except OSError:
         return None
+    return (key, content) if _parse(content, key) is not None else None
+
+
+def _key(path: Path) -> list:
+    stat = path.stat()
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _cache_file(key: list) -> Path:
+    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
+    return cache_folder() / "index" / name[:2] / name[2:]
+
+
+def _load(file: Path, key: list) -> VideoIndex | None:
+    """The cached index; None if there is none, or it is damaged or outdated."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    return _parse(content, key)
+
+
+def _parse(content: bytes, key: list) -> VideoIndex | None:
+    """The index in a file of the cache; None if it is damaged, or of another size or time of the video."""
     head, _, rows = content[CRC_BYTES:].partition(b"\n")
     if content[:CRC_BYTES] != _crc(head, rows):
         return None
     value = json.loads(head)
-    if value["key"] != key:
+    if value["key"][1:] != key[1:]:
         return None
     arrays, offset = {}, 0
     for name, count in value["counts"].items():
