@@ -167,7 +167,8 @@ def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large, monkeyp
     read_tables(Table(tmp_path / "d.csv"), SETTINGS, 3, 0.0)
     assert [folder.is_dir() for folder in folders] == [False, True, True]
     os.utime(folders[1], (time.time() - 60, time.time() - 60))
-    monkeypatch.setattr(prepared, "KEPT_BYTES", 20_000)  # about two tables
+    size = sum(file.stat().st_size for file in folders[2].rglob("*"))
+    monkeypatch.setattr(prepared, "KEPT_BYTES", int(2.5 * size))  # two tables of this size
     prepared.delete_unused(tmp_path / "cache/tables")
     assert [folder.is_dir() for folder in folders] == [False, False, True]
 

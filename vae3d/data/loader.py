@@ -107,7 +107,7 @@ def read_tables(
 def results_of(source: Source) -> ProbeResults | None:
     """Where the probe's results of a source are kept: beside its file; None: in the cache folder."""
     file = getattr(source, "path", None)
-    return results_for_table(file) if isinstance(source, Table | JsonClips) and file.is_file() else None
+    return results_for_table(file) if isinstance(source, Table | JsonClips) else None
 
 
 def skip_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataFrame, list[tuple[str, str]]]:

@@ -60,7 +60,8 @@ from vae3d.data.selection import (
     upscaled_notes,
     why_too_small,
 )
-from vae3d.data.tables import count_rows, table_pieces
+from vae3d.data.storage import is_stored, is_url
+from vae3d.data.tables import count_rows, of_copy, table_pieces
 from vae3d.data.video_index import cache_folder
 from vae3d.hashing import json_hash
 from vae3d.io import atomic_dir, naming, remove, remove_unfinished, write_json
@@ -95,15 +96,27 @@ class Selection:
 
 def is_large(table: Table) -> bool:
     """Whether a table file has more than LARGE rows, or has been prepared before. Raises DataError."""
-    if not table.path.is_file() or table.path.stat().st_size < SMALL_FILE:
+    file = _file(table)
+    if not file.is_file() or file.stat().st_size < SMALL_FILE:
         return False
-    return (folder_of(table) / "table.arrow").is_file() or count_rows(table.path) > LARGE
+    return (folder_of(table) / "table.arrow").is_file() or count_rows(file) > LARGE
+
+
+def _file(table: Table) -> Path:
+    """The table's file; of one in a store, its copy in the cache."""
+    return of_copy(Path, table.path) if is_stored(table.path) else Path(table.path)
+
+
+def _root(table: Table) -> str:
+    return str(table.root) if is_url(table.root) else os.path.abspath(table.root)
 
 
 def folder_of(table: Table) -> Path:
-    stat = table.path.stat()
-    settings = [os.path.abspath(table.path), os.path.abspath(table.root), stat.st_size, stat.st_mtime_ns, VERSION]
-    return cache_folder() / "tables" / json_hash(settings)
+    file = _file(table)
+    stat = file.stat()
+    version = str(file) if is_stored(table.path) else stat.st_mtime_ns  # a copy is named by the version of the object
+    path = str(table.path) if is_stored(table.path) else os.path.abspath(table.path)
+    return cache_folder() / "tables" / json_hash([path, _root(table), stat.st_size, version, VERSION])
 
 
 # --- the table
@@ -151,18 +164,19 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _convert(table: Table, folder: Path) -> None:
     """Write table.arrow and about.json."""
-    pieces = table_pieces(table.path)
+    file, root = _file(table), _root(table)
+    pieces = table_pieces(file)
     first = next(pieces)
     table.check_columns(first.column_names, len(first))
-    schema = _schema(first.column_names, table.root)
+    schema = _schema(first.column_names, root)
     styles: set[str] = set()
     rows = 0
     with (
         pa.OSFile(str(folder / "table.arrow"), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
-        progress(total=count_rows(table.path), desc=f"preparing {table.path.name}", unit="row", unit_scale=True) as bar,
+        progress(total=count_rows(file), desc=f"preparing {Path(table.path).name}", unit="row", unit_scale=True) as bar,
     ):
-        for batch, style in _in_processes(chain([first], pieces), str(table.root), schema):
+        for batch, style in _in_processes(chain([first], pieces), root, schema):
             writer.write_batch(batch)
             styles |= style
             rows += batch.num_rows
@@ -170,13 +184,13 @@ def _convert(table: Table, folder: Path) -> None:
     write_json(folder / "about.json", {"table": str(table.path), "rows": rows, "one_name_per_file": len(styles) <= 1})
 
 
-def _schema(given: Sequence[str], root: Path) -> pa.Schema:
+def _schema(given: Sequence[str], root: str) -> pa.Schema:
     texts = [name for name in TEXTS if name in given or name == "error"]
     fields = [("name", NAMES), *((name, TEXT) for name in texts)]
     fields += [(name, pa.float64()) for name in (*NUMBERS, *SEGMENT) if name in given]
     fields += [("identity", pa.int64()), ("facts", pa.int64())]  # hashes
     fields += [] if "split" in given else [("file", pa.int64())]
-    return pa.schema(fields, {b"root": os.fsencode(os.path.abspath(root))})
+    return pa.schema(fields, {b"root": os.fsencode(root)})
 
 
 def _in_processes(
@@ -204,7 +218,7 @@ def _known(piece: pa.Table) -> pa.Table:
 
 def _converted(raw: pa.Table, root: str, schema: pa.Schema) -> tuple[pa.RecordBatch, set[str]]:
     """The rows of table.arrow of a piece of the file, and how its names are given: relative, absolute, other."""
-    table = normalise_rows(raw.to_pandas(use_threads=False, integer_object_nulls=True), Path(root))
+    table = normalise_rows(raw.to_pandas(use_threads=False, integer_object_nulls=True), root)
     arrays: dict[str, pa.Array] = {"name": pa.array([os.fsencode(name) for name in table["name"]], NAMES)}
     for name in schema.names:
         if name in TEXTS:
@@ -217,7 +231,7 @@ def _converted(raw: pa.Table, root: str, schema: pa.Schema) -> tuple[pa.RecordBa
         arrays["file"] = pa.array([seed_of(name) for name in table["name"]], pa.int64())
     sound = table[table["error"].isna()]
     names, paths = sound["name"].to_numpy(), sound["path"].to_numpy()
-    prefix = os.path.join(os.path.abspath(root), "")
+    prefix = os.path.join(root, "")
     relative, absolute = paths == np.array([prefix + name for name in names], object), paths == names
     style = {"relative"} if relative.all() else {"absolute"} if absolute.all() else {"relative", "other"}
     return pa.record_batch([arrays[name] for name in schema.names], schema=schema), style if len(sound) else set()

@@ -27,6 +27,7 @@ from vae3d.data.readers import media_info
 from vae3d.data.rows import NUMBERS, THREADS, in_threads, invalid_rows
 from vae3d.data.segments import is_segment
 from vae3d.data.shared_index import SharedIndices
+from vae3d.data.storage import is_stored, is_url
 from vae3d.data.versions import file_stamp
 from vae3d.data.video_index import cache_folder, look_in
 from vae3d.distributed import all_gather_object
@@ -145,8 +146,11 @@ def read_metadata(path: str) -> Metadata:
     return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
 
 
-def results_for_table(file: Path) -> ProbeResults:
-    """The results beside a table or list, or of its own in the cache folder."""
+def results_for_table(file: str | Path) -> ProbeResults:
+    """The results beside a table or list, or of its own in the cache folder, as of one in a store."""
+    if is_stored(file):
+        name = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
+        return ProbeResults(Folders([cache_folder() / "probe" / name]))
     file = Path(os.path.abspath(file))
     name = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
     beside, cached = file.with_name(f"{file.name}.probe"), cache_folder() / "probe" / name
@@ -158,8 +162,8 @@ def results_for_table(file: Path) -> ProbeResults:
 
 def results_for_paths(paths: Sequence[str]) -> ProbeResults:
     """The results in the cache folder for files of one folder."""
-    common = os.path.commonpath(paths) if paths else ""
-    name = hashlib.blake2b(os.fsencode(common), digest_size=8).hexdigest()
+    common = os.path.commonprefix if any(map(is_url, paths)) else os.path.commonpath
+    name = hashlib.blake2b(os.fsencode(common(paths) if paths else ""), digest_size=8).hexdigest()
     return ProbeResults(Folders([cache_folder() / "probe" / name]))
 
 

@@ -1,7 +1,7 @@
 """Indices of videos (see video_index.py) beside a table: what one machine has indexed, others need not read again.
 
-In TABLE.probe/index-TIME-HASH.arrow, a part per up to probe.PART videos that were probed, sorted by hash; many parts
-are merged into one. Columns: path (relative to the table's folder if it is inside), hash (of the path), version (size and
+In TABLE.probe/index-TIME-HASH.arrow, a part per up to probe.PART videos that were probed, sorted by hash; many are
+merged into one. Columns: path (relative to the table's folder if it is inside), hash (of the path), version (size and
 time of the file, as JSON), index (a file of the index cache, compressed by zlib, with a checksum of its own).
 """
 

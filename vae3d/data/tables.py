@@ -9,17 +9,20 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
-from vae3d.data.media import DataError, one_line
+from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.storage import is_stored, is_url, local_copy
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+T = TypeVar("T")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 QUOTED = {mark: rb'(?<![^%b\n])"(?:[^"\r\n]|"")*"(?=[%b\r\n])' % (2 * (mark.encode(),)) for mark in (",", "\t")}
 SEPARATORS = {",": "commas", "\t": "tabs"}
@@ -34,15 +37,16 @@ ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte-order mark
 
 def kind_of(path: str | Path) -> str | None:
     """File type by name: .csv, .tsv, .parquet, .json or .jsonl; None for others. .csv.gz and .CSV count as .csv."""
-    name = Path(str(path).lower())
+    name = Path(urlsplit(str(path)).path.lower() if is_url(path) else str(path).lower())
     if name.suffix == ".parquet":
         return name.suffix
     kind = Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
     return kind if kind in (*DELIMITERS, *JSON) else None
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """The rows of a CSV, TSV or parquet file. Text columns stay text; an empty field is None.
+def read_table(path: str | Path) -> pd.DataFrame:
+    """The rows of a CSV, TSV or parquet file, or of a stored one (see storage.py). Text columns stay text; an empty
+    field is None.
 
     The column `error` marks rows with more or fewer fields than the first line. No text means "missing": a label may be
     None or NA. Raises DataError with the line if the file is no table.
@@ -50,11 +54,22 @@ def read_table(path: Path) -> pd.DataFrame:
     kind = kind_of(path)
     if kind in JSON:
         raise DataError(f"{path} is a JSON list, not a table; use data=json_clips")
+    if is_stored(path):
+        return of_copy(read_table, path)
     if path.is_dir():
         raise DataError(f"{path} is a folder, not a table; use data=folder, or data=image_folder for images by class")
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a CSV, TSV or parquet file")
     return _parquet(path) if kind == ".parquet" else _csv(path, DELIMITERS.get(str(kind), ","))
+
+
+def of_copy(read: Callable[[Path], T], path: str | Path) -> T:
+    """read(local copy of a stored path). Raises DataError also for an object that is not there."""
+    try:
+        with local_copy(path) as file:
+            return read(file)
+    except MediaError as error:
+        raise DataError(str(error)) from error
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -246,8 +261,10 @@ def _plain_rows(block: bytes, header: list[str], delimiter: str) -> pa.Table | N
     return None
 
 
-def read_entries(path: Path) -> Any:
+def read_entries(path: str | Path) -> Any:
     """The value of a JSON file, or the list of values of a JSON Lines file. Raises DataError with the line."""
+    if is_stored(path):
+        return of_copy(read_entries, path)
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {what}; data.source.path takes a JSON file")
