@@ -18,6 +18,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import clip_lengths, read_tables
 from vae3d.data.media import DataError
 from vae3d.data.sources import Table
+from vae3d.io import FileError
 
 SETTINGS = ClipSettings(16, 16)
 COLUMNS = ["path", "name", "row", "num_frames", "height", "width", "fps", "start", "end", "text", "label"]
@@ -171,6 +172,24 @@ def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large, monkeyp
     monkeypatch.setattr(prepared, "KEPT_BYTES", int(2.5 * size))  # two tables of this size
     prepared.delete_unused(tmp_path / "cache/tables")
     assert [folder.is_dir() for folder in folders] == [False, False, True]
+
+
+def test_unfinished_tables_of_other_processes_are_left_for_a_day(tmp_path, large):
+    folders = [tmp_path / "cache/tables" / name for name in (".a.12345678.tmp", ".b.12345678.tmp")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    os.utime(folders[1], (time.time() - 2 * 86400,) * 2)
+    rows().to_csv(tmp_path / "t.csv", index=False)
+    read_tables(Table(tmp_path / "t.csv"), SETTINGS, 3, 0.0)
+    assert [folder.is_dir() for folder in folders] == [True, False]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, large, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "file/cache"))
+    rows().to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(FileError, match=r"file/cache/tables cannot be written.*VAE3D_CACHE"):
+        read_tables(Table(tmp_path / "t.csv"), SETTINGS, 3, 0.0)
 
 
 def test_files_and_parts_of_a_large_table_are_probed_once(tmp_path, large, monkeypatch):

@@ -21,7 +21,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import check_files_exist, read_tables
 from vae3d.data.parts import Folders
 from vae3d.data.readers import MediaError, media_info
-from vae3d.data.sources import DataError, Folder, Table
+from vae3d.data.sources import DataError, Folder, Table, files_under
 
 SETTINGS = ClipSettings(16, 16)
 
@@ -458,3 +458,10 @@ def test_merged_parts_keep_the_last_result_of_a_file(tmp_path, monkeypatch):
     assert results.find(["/a.png", "/b.png"], {})["/a.png"]["num_frames"] == 5
     assert results.find(["/a.png"], {"/a.png": [3, 7]}) == {}
     assert results.stamps(["/b.png", "/a.png"]).tolist() == [[-1, -1], [5, 7]]
+
+
+def test_what_a_probe_wrote_is_no_file_of_a_folder(tmp_path):
+    source = pictures(tmp_path, 3)
+    read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
+    assert (tmp_path / "t.csv.probe").is_dir()
+    assert files_under(tmp_path) == ["0.png", "1.png", "2.png", "t.csv"]

@@ -1,7 +1,7 @@
 """A fingerprint of the training data: saved with checkpoints, compared on resume and between ranks.
 
 DataFingerprint has hashes per row, and names what changed. GroupedFingerprint is for more than PER_ROW rows: it has
-hashes per group of rows, of one size for any number of rows, and tells what kind of change there is and of about how
+hashes per group of rows, of one size for any number of rows, and says what kind of change there is and of about how
 many rows.
 """
 

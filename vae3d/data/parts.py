@@ -39,8 +39,8 @@ class Folders:
                 if number + 1 == len(self.folders):
                     consequence = "every run opens all files of its table that lack num_frames, height, width or fps"
                     warn_cache_unwritable(error, consequence)
-                elif folder not in _told:
-                    _told.add(folder)
+                elif folder not in _warned:
+                    _warned.add(folder)
                     warnings.warn(
                         f"{folder} cannot be written ({error.strerror}): what is found in the files of the table is "
                         f"kept in {self.folders[number + 1]} instead",
@@ -50,7 +50,7 @@ class Folders:
                 return
 
 
-_told: set[Path] = set()
+_warned: set[Path] = set()
 
 
 def path_hash(key: bytes) -> int:

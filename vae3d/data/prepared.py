@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import get_context
@@ -64,7 +64,7 @@ from vae3d.data.storage import is_stored, is_url
 from vae3d.data.tables import count_rows, of_copy, table_pieces
 from vae3d.data.video_index import cache_folder
 from vae3d.hashing import json_hash
-from vae3d.io import atomic_dir, naming, remove, remove_unfinished, write_json
+from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json
 from vae3d.progress import progress
 from vae3d.seeding import seed_of
 
@@ -132,30 +132,40 @@ def prepare(table: Table) -> FileTable:
                 delete_unused(folder.parent)
                 with naming(folder), atomic_dir(folder) as tmp:
                     _convert(table, tmp)
-    os.utime(folder)  # when it was last used
+    with suppress(OSError):  # of a folder that others wrote
+        os.utime(folder)  # when it was last used
     return FileTable(ArrowFile(folder / "table.arrow"))
 
 
 def delete_unused(folder: Path) -> None:
     """Delete prepared tables that no run has opened for KEPT_DAYS days, those opened longest ago if they have more than
     KEPT_BYTES together, and what killed processes left."""
-    remove_unfinished(folder)
-    tables = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime)
     total = 0
-    for table in tables:  # the last opened first
-        total += sum(file.stat().st_size for file in table.rglob("*"))
-        if total > KEPT_BYTES or time.time() - table.stat().st_mtime > KEPT_DAYS * 86400:
+    folders = sorted(((path.stat().st_mtime, path) for path in folder.iterdir() if path.is_dir()), reverse=True)
+    for opened, table in folders:  # the last opened first
+        days = (time.time() - opened) / 86400
+        if TMP_NAME.fullmatch(table.name):  # another process may be writing it now
+            unwanted = days > 1
+        else:
+            total += sum(file.stat().st_size for file in table.rglob("*"))
+            unwanted = total > KEPT_BYTES or days > KEPT_DAYS
+        if unwanted:
             remove(table)
             table.with_name(f"{table.name}.lock").unlink(missing_ok=True)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Only one process of all is inside; the others wait."""
-    with naming(folder.parent):
+    """Only one process of all is inside; the others wait. Raises FileError if the cache folder cannot be written."""
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         lock.acquire()
+    except OSError as error:
+        raise FileError(
+            f"{folder.parent} cannot be written ({error.strerror}); tables of more than {LARGE:,} rows are prepared "
+            "there; set VAE3D_CACHE to a writable folder"
+        ) from error
     try:
         yield
     finally:
@@ -263,7 +273,7 @@ def select(
         results = results_for_table(source.path)
         probe_unknown(table, needed, results, ranks)
         with _alone(folder.parent):
-            if _time_of(folder) == made:  # else another process has just made it anew
+            if _time_of(folder) == made:  # else another process has just made it again
                 with naming(folder), atomic_dir(folder) as tmp:
                     _choose(tmp, folder, table, settings, needed, num_val_files, max_broken, results)
     about = json.loads((folder / "about.json").read_text())

@@ -2,9 +2,9 @@
 
 Results lie beside the table, in TABLE.probe/part-TIME-HASH.arrow, or in the cache folder if that cannot be written or
 the source is no file. Columns: path (relative to the table's folder if it is inside), num_frames, height, width, fps,
-and what tells a changed file: size (bytes), modified (ns), images (of a sequence; -1: not one). The indices of the key
-frames of videos lie there too (see shared_index.py). A part is written when
-PART files are done, atomically, so a probe that is killed loses at most one part per process.
+and how a changed file is noticed: size (bytes), modified (ns), images (of a sequence; -1: not one). A part is written,
+atomically, when PART files are done, so a probe that is killed loses at most one part per process. The indices of the
+key frames of videos lie there too (see shared_index.py).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class SharedIndices:
                 for row in range(*np.searchsorted(hashes, [number, number + 1])):
                     entry = {column: table[column].chunk(piece)[row].as_py() for column in table.column_names}
                     if entry["path"] == name and entry["version"] == version:
-                        with suppress(zlib.error):  # damaged: it is built anew
+                        with suppress(zlib.error):  # damaged: it is built again
                             return zlib.decompress(entry["index"])
         return None
 
