@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.readers import is_image
 from vae3d.data.sources import Folder, Source, open_source
+from vae3d.data.storage import is_stored
 from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
 from vae3d.latents.clips import Transform, items_of
@@ -61,7 +62,8 @@ def open_images_or_source(config: EncodeConfig) -> Source:
     if not isinstance(config.source, str):
         return instantiate(config.source)
     source = open_source(config.source, config.root)
-    images = isinstance(source, Folder) and source.path.is_dir() and source.table()["path"].map(is_image).all()
+    is_folder = isinstance(source, Folder) and not is_stored(source.path) and source.path.is_dir()
+    images = is_folder and source.table()["path"].map(is_image).all()
     return ImageFolder(config.source) if images else source
 
 

@@ -12,7 +12,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -25,7 +24,8 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved
 from vae3d.data.buckets import Bucket, buckets_of
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
-from vae3d.data.fingerprint import SourceFingerprints, fingerprint_of
+from vae3d.data.file_table import FileTable
+from vae3d.data.fingerprint import SourceFingerprints
 from vae3d.data.loader import HeldOut, Tables, TrainingData, clip_lengths, read_held_out, read_tables, require_held_out
 from vae3d.data.sources import DataError, Table
 from vae3d.data.streams import SourceStreams, bucket_streams, held_out_of, in_turn, sizes_of
@@ -107,7 +107,7 @@ def build_streams(
     config: TrainConfig | DiffusionConfig,
     name: str,
     own: Data,
-    table: pd.DataFrame,
+    table: FileTable,
     settings: ClipSettings,
     rank: int,
     world_size: int,
@@ -121,7 +121,14 @@ def build_streams(
     make = partial(build_schedule, config, rank=rank, world_size=world_size)
     counts = frame_counts(own)
     if own.buckets is None:
-        schedule = make(clip_lengths(table, settings), counts, batch_size=own.batch_size, seed=seed, overfit=overfit)
+        schedule = make(
+            clip_lengths(table, settings),
+            counts,
+            by_length=table.stored("by_length"),
+            batch_size=own.batch_size,
+            seed=seed,
+            overfit=overfit,
+        )
         return SourceStreams([Stream(table, schedule, settings, name)], schedule)
 
     def of_bucket(
@@ -159,6 +166,9 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
                 settings,
                 own.num_val_files if validation.every else 0,
                 own.max_broken,
+                rank,
+                world_size,
+                stat_files=rank == 0,
                 sizes=bucketed,
             )
             part = build_streams(config, name, own, read.train, settings, rank, world_size)
@@ -191,10 +201,7 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
             data.overfit,
         )
     )
-    fingerprints = {
-        name: fingerprint_of(pd.concat([read.train, read.val], ignore_index=True), stat_files=rank == 0)
-        for name, read in tables.items()
-    }
+    fingerprints = {name: read.fingerprint for name, read in tables.items()}
     workers, note = usable_workers(data.workers)
     return TrainingData(
         [stream for part in parts.values() for stream in part.streams],
@@ -312,8 +319,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
-    with accelerator.main_process_first():  # it probes the files; the others read its cache
-        data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
+    data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
     shapes = {shape._replace(stream=0) for shape in data.shapes()}
     set_cudnn_benchmark(len(shapes))
@@ -364,9 +370,8 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
     """(purpose, command) that work with the files of this run."""
     config, run = trainer.config, shown(trainer.folder)
     found = [longer("train", trainer)]
-    files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.streams[0].table[
-        "path"
-    ].tolist()
+    held_out = [path for clip in trainer.data.held_out for path in clip.paths]
+    files = held_out or [trainer.data.streams[0].table.path(0)]
     if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
         if is_file(files[0]):
             found.append(
@@ -375,7 +380,7 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
                     f"{start_of('try')} {quote(shown(Path(files[0])))} {quote(run)}",
                 )
             )
-        has_split = trainer.data.streams[0].table["split"].notna().any()
+        has_split = trainer.data.streams[0].table.has("split")
         alone = files[0] if trainer.data.held_out and len(set(files)) == 1 and is_file(files[0]) else None
         found += _reconstruct(config, has_split, alone, run, f"{run}/reconstructed-{trainer.step}")
     return [pair for pair in (*found, curves(trainer.folder)) if pair]

@@ -265,8 +265,16 @@ def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:
     """Files and folders, by their keys, that do not exist. Values that are not paths are ignored."""
     for key, path in paths.items():
         cached = any(is_within(key, checkpoint) for checkpoint in CHECKPOINT_KEYS) and cached_repository(path)
-        if isinstance(path, str) and path != MISSING and not _exists(path) and not cached:
+        missing = isinstance(path, str) and path != MISSING and not _exists(path) and not cached
+        if missing and not _is_stored(key, path):
             yield ConfigIssue(key, path, "no such file or folder", _download_hint(key, path))
+
+
+def _is_stored(key: str, path: str) -> bool:
+    """Whether it is a path of data in a store or in a tar, which are opened when the data are read."""
+    from vae3d.data.storage import is_stored  # imports numpy
+
+    return (is_within(key, "data") or key in ("source", "root")) and is_stored(path)
 
 
 def _exists(path: str) -> bool:

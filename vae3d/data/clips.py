@@ -8,7 +8,6 @@ ClipDataset does all three for a row of a table, collate stacks samples to a bat
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -22,10 +21,11 @@ from torch.utils.data import Dataset
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.buckets import Bucket
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
+from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
-from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
+from vae3d.data.segments import WHOLE, Bounds, Segment
 from vae3d.seeding import seed_of
 from vae3d.text import plural
 from vae3d.transfer import to_device
@@ -231,16 +231,15 @@ class ClipDataset(Dataset[Sample]):
     A file that cannot be read is reported in `errors` and replaced by another row, seeded as well.
     """
 
-    def __init__(self, table: pd.DataFrame, schedule: BatchSchedule, settings: ClipSettings) -> None:
-        self.paths = np.array([os.fsencode(path) for path in table["path"]])  # one buffer, shared by forked workers
-        self.bounds = np.array(bounds_of(table)).reshape(-1, 2)
+    def __init__(self, table: pd.DataFrame | FileTable, schedule: BatchSchedule, settings: ClipSettings) -> None:
+        self.table = as_file_table(table)
         self.schedule = schedule
         self.settings = settings
 
     def __getitem__(self, index: ClipIndex) -> Sample:
         errors: list[tuple[str, str]] = []
         for attempt in range(ATTEMPTS):
-            path = os.fsdecode(self.paths[index.row])
+            path = self.table.path(index.row)
             try:
                 return replace(self._load(path, index), errors=errors)
             except MediaError as error:
@@ -250,7 +249,7 @@ class ClipDataset(Dataset[Sample]):
 
     def _load(self, path: str, index: ClipIndex) -> Sample:
         rng = np.random.default_rng(seed_of(self.schedule.seed, index.position, "clip"))
-        with closing(open_frames(path, self.settings, tuple(self.bounds[index.row]))) as reader:
+        with closing(open_frames(path, self.settings, self.table.bounds(index.row))) as reader:
             start, mirror = rng.random(), rng.random() < 0.5
             frames = read_clip(reader, path, self.settings, index.frames, start, rng)
         if mirror and self.settings.flip:
@@ -268,7 +267,7 @@ class Stream:
     schedule say it.
     """
 
-    table: pd.DataFrame
+    table: FileTable
     schedule: BatchSchedule
     settings: ClipSettings
     source: str = ""

@@ -41,7 +41,7 @@ class DepthReader(SequenceReader):
     Resized by nearest neighbour: a mean of valid and invalid pixels, or across an edge, is a depth that does not exist.
     """
 
-    def frame(self, file: Path, size: Size | None) -> np.ndarray:
+    def frame(self, file: str | Path, size: Size | None) -> np.ndarray:
         stored = load_grey(file)
         self.check_same_size(file, *stored.shape)
         return stored if size is None else nearest(stored, size)

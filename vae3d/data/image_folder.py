@@ -14,6 +14,7 @@ from vae3d.data.media import DataError
 from vae3d.data.readers import is_image
 from vae3d.data.rows import SPLITS, mark_missing_files, rows_from_paths
 from vae3d.data.sources import files_under, holds_dataset, open_source
+from vae3d.data.storage import is_stored, suffix_of
 from vae3d.text import plural
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # name -> split
@@ -29,13 +30,13 @@ class ImageFolder:
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
-        self.path, self.root = Path(path), root
+        self.path, self.root = path if is_stored(path) else Path(path), root
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
         """Raises DataError if there are no images. Invalid rows of a table get an `error`."""
         self.notes = []
-        if self.path.is_dir() and not holds_dataset(self.path):
+        if not is_stored(self.path) and self.path.is_dir() and not holds_dataset(self.path):
             table = self._images_under_folder()
         else:
             table = self._images_of_source()
@@ -83,4 +84,4 @@ class ImageFolder:
 
 
 def _kind(name: str) -> str:
-    return "numbered images" if is_sequence(name) else os.path.splitext(name)[1].lower() or "without extension"
+    return "numbered images" if is_sequence(name) else suffix_of(name) or "without extension"

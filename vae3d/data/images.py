@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
@@ -16,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vae3d.data.media import MediaError, MediaInfo, Size, check_indices
+from vae3d.data.storage import is_stored, local_range
+from vae3d.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 SEQUENCE_RATE = 24.0  # nominal frames per second of a sequence
@@ -67,7 +70,7 @@ class ImageReader:
     and pixels of unknown range; for the pixels of a JPEG, `read` raises it.
     """
 
-    def __init__(self, path: Path, file: BinaryIO | None = None, alpha: bool | None = False) -> None:
+    def __init__(self, path: str | Path, file: BinaryIO | None = None, alpha: bool | None = False) -> None:
         self.path, self.file = path, file
         self.alpha = stores_alpha(path, file) if alpha is None else alpha
         self.info = image_info(path, file)
@@ -101,13 +104,13 @@ class ImageReader:
             return ImageOps.exif_transpose(resize(image.convert("RGB"), stored, box))
 
 
-def stores_alpha(path: Path, file: BinaryIO | None = None) -> bool:
+def stores_alpha(path: str | Path, file: BinaryIO | None = None) -> bool:
     """Whether an image has an alpha channel, of 8 bits, or a transparent colour. Raises MediaError."""
     with open_image(path, file) as image:
         return image.has_transparency_data and image.mode in ALPHA_MODES
 
 
-def image_info(path: Path, file: BinaryIO | None = None) -> MediaInfo:
+def image_info(path: str | Path, file: BinaryIO | None = None) -> MediaInfo:
     """Metadata of an image from its header; its pixels are not decoded. Raises MediaError."""
     with open_image(path, file) as image:
         height, width = image.size if _is_turned(image) else image.size[::-1]
@@ -125,10 +128,10 @@ def open_image(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image
     try:
         if file is not None:
             file.seek(0)
-        with Image.open(path if file is None else file, formats=FORMATS) as image:
+        with _stored(path, file) as opened, Image.open(opened, formats=FORMATS) as image:
             _check_single(path, image)
             yield image
-    except MediaError:
+    except UserError:  # of this file, or of its store
         raise
     except UnidentifiedImageError as error:
         raise MediaError(path, f"is {_kind(path, file)}") from error
@@ -136,6 +139,16 @@ def open_image(path: str | Path, file: BinaryIO | None = None) -> Iterator[Image
         if isinstance(error, OSError) and error.errno is not None:
             raise MediaError(path, f"cannot be read: {error.strerror}") from error
         raise MediaError(path, f"cannot be decoded: {str(error) or type(error).__name__}") from error
+
+
+@contextmanager
+def _stored(path: str | Path, file: BinaryIO | None) -> Iterator[BinaryIO | str | Path]:
+    """What to open: `file`, the content of a URL or of a member of a tar, or else the path."""
+    if file is not None or not is_stored(path):
+        yield path if file is None else file
+    else:
+        with local_range(path).open() as content, io.BufferedReader(content) as buffered:
+            yield buffered
 
 
 def _check_single(path: str | Path, image: Image.Image) -> None:
@@ -185,7 +198,10 @@ def _check_has_alpha(path: str | Path, image: Image.Image) -> None:
 
 def _kind(path: str | Path, file: BinaryIO | None) -> str:
     """What a file is that Pillow cannot read."""
-    with open(path, "rb") if file is None else nullcontext(file) as stream:
+    with (
+        _stored(path, file) as opened,
+        nullcontext(opened) if hasattr(opened, "read") else open(opened, "rb") as stream,
+    ):
         stream.seek(0)
         head = stream.read(64)
     named = [kind for start, kind in SIGNATURES.items() if head.lower().lstrip().startswith(start.lower())]
@@ -204,7 +220,7 @@ def _is_turned(image: Image.Image) -> bool:
     return image.getexif().get(ORIENTATION, 1) >= 5
 
 
-def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
+def _to_8_bits(path: str | Path, image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits; Pillow's own conversion clips nearly everything to white."""
     if image.mode == "F":
         raise MediaError(path, "holds floating-point pixels of unknown range; store it with 8 or 16 bits")
@@ -213,7 +229,7 @@ def _to_8_bits(path: Path, image: Image.Image) -> Image.Image:
     return image
 
 
-def load_grey(path: Path) -> np.ndarray:
+def load_grey(path: str | Path) -> np.ndarray:
     """[H, W] uint16 of a 16-bit image of one channel. Raises MediaError for any other."""
     with open_image(path) as image:
         if not image.mode.startswith("I"):
@@ -222,7 +238,7 @@ def load_grey(path: Path) -> np.ndarray:
         return grey_levels(path, image).astype(np.uint16)
 
 
-def grey_levels(path: Path, image: Image.Image) -> np.ndarray:
+def grey_levels(path: str | Path, image: Image.Image) -> np.ndarray:
     """[H, W] int64, 0 to 65535, of an image of one integer channel."""
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
@@ -245,7 +261,7 @@ def resize_circular(frame: np.ndarray, size: Size) -> np.ndarray:
 
 def is_sequence(path: str | Path) -> bool:
     """Whether a path is a pattern of numbered files, such as panorama_*.png."""
-    return "*" in os.path.basename(path)
+    return "*" in os.path.basename(path) and not is_stored(path)
 
 
 def numbered(pattern: str) -> Callable[[str], re.Match[str] | None]:
@@ -259,14 +275,15 @@ def numbered(pattern: str) -> Callable[[str], re.Match[str] | None]:
     return re.compile(re.escape(pattern).replace(r"\*", "([0-9]+)")).fullmatch
 
 
-def sequence_files(path: str | Path) -> list[Path]:
-    """The files of a sequence, sorted by number; the file alone if the path has no `*`.
+def sequence_files(path: str | Path) -> list[str | Path]:
+    """The files of a sequence, sorted by number; the file alone if the path has no `*`. The path of a file that is
+    stored in a tar or elsewhere is text.
 
     Raises MediaError if there is none, or two files have the same number.
     """
-    path = Path(path)
     if not is_sequence(path):
-        return [path]
+        return [path if is_stored(path) else Path(path)]
+    path = Path(path)
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise MediaError(path, f"is no sequence of images; known: {' '.join(IMAGE_SUFFIXES)}")
     if not path.parent.is_dir():
@@ -293,7 +310,7 @@ class SequenceReader:
     """
 
     def __init__(self, path: str | Path, alpha: bool | None = False) -> None:
-        self.path, self.files = Path(path), sequence_files(path)
+        self.path, self.files = path if is_stored(path) else Path(path), sequence_files(path)
         self.alpha = stores_alpha(self.files[0]) if alpha is None else alpha
         self.info = replace(image_info(self.files[0]), num_frames=len(self.files), fps=SEQUENCE_RATE)
 
@@ -302,13 +319,13 @@ class SequenceReader:
         frames = {i: self.frame(self.files[i], size) for i in sorted(set(indices))}
         return np.stack([frames[i] for i in indices])
 
-    def frame(self, file: Path, size: Size | None) -> np.ndarray:
+    def frame(self, file: str | Path, size: Size | None) -> np.ndarray:
         """[H, W, 3 or 4] uint8 of one file."""
         reader = ImageReader(file, alpha=self.alpha)
         self.check_same_size(file, reader.info.height, reader.info.width)
         return reader.read([0], size)[0]
 
-    def check_same_size(self, file: Path, height: int, width: int) -> None:
+    def check_same_size(self, file: str | Path, height: int, width: int) -> None:
         if (height, width) != (self.info.height, self.info.width):
             expected = f"{self.info.height}x{self.info.width}"
             raise MediaError(file, f"is {height}x{width}, but the first file of its sequence is {expected}")

@@ -13,6 +13,7 @@ import pandas as pd
 from vae3d.data.media import DataError
 from vae3d.data.rows import SPLITS, file_hashes, mark_missing_files, normalise_rows
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
+from vae3d.data.storage import folder_of, is_stored
 from vae3d.data.tables import read_entries
 from vae3d.text import plural
 
@@ -49,8 +50,8 @@ class JsonClips:
     def __init__(self, path: str | Path, root: str | Path | None = None, val_share: float | None = 0.02) -> None:
         if val_share is not None and not 0 < val_share < 1:
             raise DataError(f"data.source.val_share is {val_share:g}; use a share above 0 and below 1, or null")
-        self.path, self.val_share = Path(path), val_share
-        self.root = Path(root) if root is not None else self.path.parent
+        self.path, self.val_share = path if is_stored(path) else Path(path), val_share
+        self.root = root if root is not None else folder_of(path)
         self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
@@ -91,7 +92,7 @@ def _clips_of(table: pd.DataFrame) -> str:
     return f"{plural(len(table), 'clip')} of {plural(table['path'].nunique(), 'video')}"
 
 
-def _entries(path: Path) -> tuple[list[Any], list[str]]:
+def _entries(path: str | Path) -> tuple[list[Any], list[str]]:
     """The list in a file, and warnings about it. Raises DataError."""
     content = read_entries(path)
     entries = content.get("list") if isinstance(content, dict) else content

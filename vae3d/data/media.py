@@ -76,7 +76,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-def check_indices(path: Path, indices: Sequence[int], num_frames: int) -> None:
+def check_indices(path: str | Path, indices: Sequence[int], num_frames: int) -> None:
     """Raise MediaError for an index that the file does not have."""
     if len(indices) and not 0 <= min(indices) <= max(indices) < num_frames:
         raise MediaError(

@@ -25,6 +25,7 @@ from vae3d.data.dataset_rows import is_row, open_row
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
+from vae3d.data.storage import RangeFile, is_stored, local_range, size_and_version, suffix_of
 from vae3d.data.video_index import (
     KEYS_BACK,
     FrameSource,
@@ -47,18 +48,22 @@ VIDEO_SUFFIXES = (
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool | None = False) -> Reader:
     """Open a video or image by its extension, an image sequence (`*` in the name), or a dataset row (dataset_rows.py).
 
+    path: a local file, a URL, or a member of a tar (see storage.py).
+
     reader: pyav, decord, torchcodec, or auto, which is pyav: it reads all that the others read, and measures faster
     (docs/speed.md). threads: for decoding.
     alpha: read colours and alpha, [T, H, W, 4], not premultiplied; None: if the file has alpha (see Reader.alpha).
-    Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully.
+    Raises MediaError if the file is missing, empty, not what its extension says, or cannot be decoded faithfully, and
+    StorageError if a store does not answer.
     """
-    path = Path(path)
+    if not is_stored(path):
+        path = Path(path)
     if is_row(path):
         return ImageReader(path, open_row(path), alpha)
     if is_sequence(path):
         return SequenceReader(path, alpha)
     _require_file(path)
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix in IMAGE_SUFFIXES:
         return ImageReader(path, alpha=alpha)
     if suffix not in VIDEO_SUFFIXES:
@@ -89,7 +94,8 @@ def open_pair(first: str | Path, second: str | Path, threads: int = 1) -> tuple[
 def media_info(path: str | Path) -> MediaInfo:
     """Metadata of what open_media opens; of an image from its header, in 50 microseconds. Raises MediaError, though not
     for transparent pixels."""
-    path = Path(path)
+    if not is_stored(path):
+        path = Path(path)
     if is_row(path):
         return image_info(path, open_row(path))
     if is_image(path):
@@ -101,23 +107,29 @@ def media_info(path: str | Path) -> MediaInfo:
 
 def is_image(path: str | Path) -> bool:
     """Whether open_media opens it as a single image."""
-    return is_row(path) or (str(path).lower().endswith(IMAGE_SUFFIXES) and not is_sequence(path))
+    text = str(path).lower()
+    suffix = suffix_of(text) if "?" in text else text  # the query of a URL follows the name
+    return is_row(path) or (suffix.endswith(IMAGE_SUFFIXES) and not is_sequence(path))
 
 
-def _require_file(path: Path) -> None:
+def _require_file(path: str | Path) -> None:
+    if is_stored(path):
+        if size_and_version(path)[0] == 0:
+            raise MediaError(path, "is empty (0 bytes)")
+        return
     if not os.path.exists(path):  # False, and no error, for a name that is too long
         raise MediaError(path, "no such file")
     if not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
         raise MediaError(path, f"is {kind}, not a file")
-    if path.stat().st_size == 0:
+    if os.path.getsize(path) == 0:
         raise MediaError(path, "is empty (0 bytes)")
 
 
 class PyAVReader:
     """Decodes from the key frame before a frame, anywhere in the file. See video_index. Raises MediaError."""
 
-    def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, alpha: bool | None = False) -> None:
         self.path = path
         self._source: FrameSource | None = open_source(path, threads)
         self.index = self._source.index
@@ -227,13 +239,13 @@ class DecordReader:
 
     alpha = False
 
-    def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, alpha: bool | None = False) -> None:
         import decord
 
         self.path, self.error = path, decord.DECORDError
         self.info, self.times = _checked(path, "decord", alpha)
         try:
-            self.video = decord.VideoReader(str(path), num_threads=threads)
+            self.video = decord.VideoReader(_file_for_library(path), num_threads=threads)
         except (decord.DECORDError, RuntimeError) as error:
             raise MediaError(path, f"decord cannot open it: {one_line(error, 200)}") from error
         _check_count(path, "decord", len(self.video), self.info)
@@ -258,7 +270,7 @@ class TorchcodecReader:
 
     alpha = False
 
-    def __init__(self, path: Path, threads: int = 1, alpha: bool | None = False) -> None:
+    def __init__(self, path: str | Path, threads: int = 1, alpha: bool | None = False) -> None:
         try:
             from torchcodec.decoders import VideoDecoder
         except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: there are no libraries of FFmpeg
@@ -269,7 +281,8 @@ class TorchcodecReader:
         self.path = path
         self.info, self.times = _checked(path, "torchcodec", alpha)
         try:
-            self.video = VideoDecoder(str(path), num_ffmpeg_threads=threads, seek_mode="exact", dimension_order="NHWC")
+            file = _file_for_library(path)
+            self.video = VideoDecoder(file, num_ffmpeg_threads=threads, seek_mode="exact", dimension_order="NHWC")
         except (RuntimeError, ValueError) as error:
             raise MediaError(path, f"torchcodec cannot open it: {one_line(error, 200)}") from error
         _check_count(path, "torchcodec", len(self.video), self.info)
@@ -286,7 +299,12 @@ class TorchcodecReader:
         del self.video
 
 
-def _checked(path: Path, library: str, alpha: bool | None) -> tuple[MediaInfo, np.ndarray | None]:
+def _file_for_library(path: str | Path) -> str | RangeFile:
+    """The name of a file; a file object for a URL or a member of a tar. decord reads a file object as a whole."""
+    return local_range(path).open() if is_stored(path) else str(path)
+
+
+def _checked(path: str | Path, library: str, alpha: bool | None) -> tuple[MediaInfo, np.ndarray | None]:
     """Metadata and times of a file, after checks that the library lacks. Raises MediaError."""
     if alpha:
         raise MediaError(path, f"{library} reads no alpha; use reader=pyav")
@@ -295,12 +313,12 @@ def _checked(path: Path, library: str, alpha: bool | None) -> tuple[MediaInfo, n
         return reader.info, reader.times
 
 
-def _check_count(path: Path, library: str, frames: int, info: MediaInfo) -> None:
+def _check_count(path: str | Path, library: str, frames: int, info: MediaInfo) -> None:
     if frames != info.num_frames:
         raise MediaError(path, f"{library} counts {plural(frames, 'frame')}, its packets {info.num_frames}")
 
 
-def _check_for(library: str, path: Path, index: VideoIndex) -> None:
+def _check_for(library: str, path: str | Path, index: VideoIndex) -> None:
     """Raise MediaError for a file that decord or torchcodec may decode wrongly."""
     header = index.header
     # Frames of an open group of pictures need packets before the key frame in front of them.
@@ -324,7 +342,7 @@ def _check_for(library: str, path: Path, index: VideoIndex) -> None:
     raise MediaError(path, f"{reason}; use reader=pyav")
 
 
-READERS: dict[str, Callable[[Path, int, bool | None], Reader]] = {
+READERS: dict[str, Callable[[str | Path, int, bool | None], Reader]] = {
     "auto": PyAVReader,
     "pyav": PyAVReader,
     "decord": DecordReader,

@@ -1,7 +1,8 @@
 """The table of files that every source returns: one row per file, or per part of a file. Nothing is decoded.
 
 Columns:
-    path        absolute; with a `*` for the numbers of the images of a sequence; or a dataset row (see dataset_rows)
+    path        absolute; with a `*` for the numbers of the images of a sequence; or a dataset row (see dataset_rows),
+                a URL or a member of a tar (see storage)
     name        the path as the source gives it; its hash decides what is held out
     row         number of the row in the source, from 1, for messages
     num_frames, height, width, fps       of the whole file; NaN: unknown
@@ -25,11 +26,14 @@ import pandas as pd
 
 from vae3d.data.dataset_rows import is_row
 from vae3d.data.images import is_sequence
+from vae3d.data.media import MediaError
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
+from vae3d.data.storage import is_stored, is_url, resolve, size_and_version
 from vae3d.seeding import seed_of
 
 T = TypeVar("T")
 NUMBERS = ("num_frames", "height", "width", "fps")
+TEXTS = ("text", "label", "split", "error")
 SPLITS = ("train", "val", "test")
 THREADS = 16
 PATHS_PER_TASK = 200  # of a thread
@@ -38,7 +42,7 @@ MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # in columns of numb
 MINIMUM = {"fps": 0, "start": 0, "end": 0}  # of a column; 1 for the others. fps is 0 of an image
 
 
-def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
+def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
     """All columns of the table, checked, from the columns that a file has. Relative paths are relative to `root`.
 
     `raw` needs the column `path`. Its column `error`, if there is one, takes precedence over errors found here.
@@ -46,7 +50,7 @@ def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     names = raw["path"].fillna("").astype(str).str.strip()
     table = pd.DataFrame({"path": absolute_paths(root, names.tolist()), "name": names})
     table["row"] = raw.index + 1
-    for column in ("text", "label", "split", "error"):
+    for column in TEXTS:
         table[column] = raw[column] if column in raw.columns else None
 
     def mark(bad: pd.Series, reason: str) -> None:
@@ -55,7 +59,9 @@ def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
     mark(names == "", "has no `path`")
     mark(names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
     too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
-    too_long[too_long] = names[too_long].map(lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME)
+    too_long[too_long] = names[too_long].map(
+        lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME and not is_stored(name)
+    )
     mark(too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan
@@ -73,13 +79,18 @@ def normalise_rows(raw: pd.DataFrame, root: Path) -> pd.DataFrame:
 
 
 def absolute_paths(root: str | Path, names: Iterable[str]) -> list[str]:
-    """os.path.abspath(root / name) of each name. pathlib takes ten times as long, of a million names 5 s."""
+    """os.path.abspath(root / name) of each name. pathlib takes ten times as long, of a million names 5 s.
+
+    root: a folder or a URL. A name may be a URL or a member of a tar.
+    """
+    if is_url(root):
+        return [resolve(root, name) for name in names]
     folder = os.path.join(os.path.abspath(root), "")
     # A plain name is only concatenated: it has no empty parts and none that start with a dot, as "." and ".." do.
     return [
         (name if name[0] == "/" else folder + name)
         if name and name[0] != "." and name[-1] != "/" and "/." not in name and "//" not in name and os.sep == "/"
-        else os.path.abspath(os.path.join(folder, name))
+        else resolve(folder, name)
         for name in names
     ]
 
@@ -98,15 +109,28 @@ def invalid_rows(table: pd.DataFrame) -> list[tuple[str, str]]:
 
 def mark_missing_files(table: pd.DataFrame) -> None:
     """Set the error of the rows whose file does not exist."""
-    found = in_threads(exists, table["path"])
-    table.loc[table["error"].isna() & ~table["path"].map(found), "error"] = "no such file"
+    missing = table["path"].map(in_threads(why_missing, table["path"]))
+    missing = missing[missing.notna() & table["error"].isna()]
+    table.loc[missing.index, "error"] = missing
 
 
 def exists(path: str) -> bool:
     """Whether a row's file exists: of a sequence its folder; of a dataset row always, as its table lists it."""
+    return why_missing(path) is None
+
+
+def why_missing(path: str) -> str | None:
+    """Why a row's file is not there; None if it is. Raises StorageError if its store does not answer."""
     if is_row(path):
-        return True
-    return os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
+        return None
+    if is_stored(path):
+        try:
+            size_and_version(path)
+        except MediaError as error:
+            return error.reason
+        return None
+    found = os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
+    return None if found else "no such file"
 
 
 def file_hashes(table: pd.DataFrame) -> np.ndarray:

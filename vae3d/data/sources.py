@@ -13,6 +13,8 @@ open_source picks one of the first four for a path.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from glob import escape, glob
 from pathlib import Path
 from typing import Protocol
@@ -23,9 +25,10 @@ from vae3d.data.dataset_rows import has_tables, how_to_download, is_saved
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.json_clips import JsonClips
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
+from vae3d.data.storage import find_objects, folder_of, is_stored, list_urls, local_name, split_member, suffix_of
 from vae3d.data.tables import JSON, kind_of, read_table
 
 ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".7z", ".rar")
@@ -40,11 +43,13 @@ class Source(Protocol):
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder, else a
-    Folder. Raises DataError for a file of another kind."""
-    if holds_dataset(path):
+    Folder. path: local or a URL. Raises DataError for a file of another kind."""
+    path = local_name(str(path)) or path
+    stored = is_stored(path)
+    if not stored and holds_dataset(path):
         return HuggingFace(path)
     kind = kind_of(path)
-    if kind is None or Path(path).is_dir():
+    if kind is None or (not stored and Path(path).is_dir()):
         return Folder(path)
     return (JsonClips if kind in JSON else Table)(path, root)
 
@@ -58,32 +63,45 @@ class Table:
     """A CSV, TSV (also .gz) or parquet file with a column `path`; optional text, label, num_frames, height, width,
     fps, start, end and split.
 
+    A path is a local file, a URL, or a member of a tar (see storage.py). path and root may be URLs themselves.
     root: what relative paths are relative to; None: the table's folder. A row with start or end (seconds) is that part
     of its file; num_frames is the whole file's nevertheless.
     """
 
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
-        self.path = Path(path)
-        self.root = Path(root) if root is not None else self.path.parent
+        self.path = path if is_stored(path) else Path(path)
+        self.root = root if root is not None else folder_of(path)
 
     def table(self) -> pd.DataFrame:
         raw = read_table(self.path)
-        if "path" not in raw.columns:
-            names = ", ".join(str(name) for name in raw.columns if name != "error")  # which read_table adds
-            raise DataError(f"{self.path} has no column `path`; its first line names the columns {names}")
-        if raw.empty:
-            raise DataError(f"{self.path} has no rows")
+        self.check_columns([name for name in raw.columns if name != "error"], len(raw))  # which read_table adds
         return normalise_rows(raw, self.root)
+
+    def check_columns(self, names: Sequence[str], rows: int) -> None:
+        """Raises DataError if there is no column `path`, or no row."""
+        if "path" not in names:
+            raise DataError(
+                f"{self.path} has no column `path`; its first line names the columns {', '.join(map(str, names))}"
+            )
+        if not rows:
+            raise DataError(f"{self.path} has no rows")
 
 
 class Folder:
     """Every video and image under a folder, sorted by name; or one file; or image sequences: a path with a `*` in the
-    file name, such as rooms/*/output/panorama_*.png, gives one video per matching folder."""
+    file name, such as rooms/*/output/panorama_*.png, gives one video per matching folder.
+
+    Of a URL, every video and image under it. There, a `*` stands for any characters, and {000..999} for numbers.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        path = local_name(str(path)) or path
+        self.path = path if is_stored(path) else Path(path)
 
     def table(self) -> pd.DataFrame:
+        if is_stored(self.path):
+            paths, names = objects_under(str(self.path))
+            return rows_from_paths(paths, names)
         if is_sequence(self.path):
             top = next(parent for parent in self.path.parents if "*" not in str(parent))
             names = [str(path.relative_to(top)) for path in sequences(self.path)]
@@ -105,20 +123,46 @@ class Folder:
         return rows_from_paths(absolute_paths(top, names), names)
 
 
+def objects_under(url: str) -> tuple[list[str], list[str]]:
+    """URLs of the videos and images that a URL lists, and their names, relative to it. Raises DataError."""
+    if split_member(url) is not None:
+        return [url], [url]
+    try:
+        if "*" in url or "{" in url:
+            top, found = re.split(r"[^/]*[*{]", url, maxsplit=1)[0].rstrip("/"), list_urls(url)
+        elif is_media(url):
+            top, found = url.rpartition("/")[0], [url]
+        else:
+            top, found = url.rstrip("/"), find_objects(url)
+    except MediaError as error:
+        raise DataError(str(error)) from error
+    names = [path.removeprefix(f"{top}/") for path in found]
+    chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not re.search(r"(^|/)\.", name)]
+    if not chosen:
+        raise DataError(f"{url} lists no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
+    return [found[i] for i in chosen], [names[i] for i in chosen]
+
+
 def files_under(folder: str | Path) -> list[str]:
-    """Relative names of all files under a folder, sorted. Links are followed, hidden files and folders skipped.
+    """Relative names of all files under a folder, sorted. Links are followed. Hidden files and folders are skipped, and
+    what a probe wrote.
 
     Raises DataError for a name that is not UTF-8.
     """
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _links_to_parent(here, name)]
+        folders[:] = [name for name in folders if not _is_left_out(here, name)]
         inside = os.path.relpath(here, folder)
         found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
     for name in found:
         if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
             raise DataError(f"{folder}: the name of the file {os.fsencode(name)!r} is not UTF-8; rename it")
     return sorted(found, key=lambda name: name.split(os.sep))
+
+
+def _is_left_out(here: str, name: str) -> bool:
+    """Whether a folder is hidden, a link to one that contains it, or has the results of probing a table."""
+    return name.startswith(".") or name.endswith(".probe") or _links_to_parent(here, name)
 
 
 def _links_to_parent(here: str, name: str) -> bool:
@@ -129,7 +173,7 @@ def _links_to_parent(here: str, name: str) -> bool:
 
 def is_media(name: str) -> bool:
     """Whether a name has the extension of a video or an image."""
-    return os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES + IMAGE_SUFFIXES
+    return suffix_of(name) in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
 def sequences(path: Path) -> list[Path]:

@@ -32,7 +32,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO
 
 import av
 import numpy as np
@@ -46,6 +45,8 @@ from av.video.stream import VideoStream
 from pydantic import TypeAdapter
 
 from vae3d.data.media import MediaError, MediaInfo, Size, one_line
+from vae3d.data.storage import FileRange, RangeFile, cache_folder, local_range
+from vae3d.errors import UserError
 from vae3d.io import atomic_write
 
 VERSION = 4  # of the cache; start value of its CRC-32, so that files of other versions are rebuilt
@@ -60,6 +61,10 @@ FORMATS = (
     "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,gif_pipe,ppm_pipe,pgm_pipe,j2k_pipe,jpegxl_pipe,image2"
 )
 OPEN_OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+RANGE_OPTIONS = {
+    "format_whitelist": FORMATS.removesuffix(",image2"),
+    "protocol_whitelist": "none",
+}  # image2 opens files
 
 # Accept metadata of any encoding, as PyAV 19 does by default.
 METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -169,36 +174,61 @@ class VideoIndex:
     times: np.ndarray | None = None
 
 
-def cache_folder() -> Path:
-    """$VAE3D_CACHE, or vae3d in the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
+look_in: dict[Path, Callable[[Sequence], bytes | None]] = {}  # beside tables: key of a video -> a file of the cache
 
 
-def open_index(path: Path) -> VideoIndex:
-    """The index of a video: from the cache, or built if the file's size or time changed. Raises MediaError."""
-    stat = path.stat()
-    key = [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
-    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
-    cached = cache_folder() / "index" / name[:2] / name[2:]
-    index = _load(cached, key)
+def open_index(path: str | Path | FileRange) -> VideoIndex:
+    """The index of a video: from the cache, from beside a table of this process, or built if the size or time of the
+    file, tar or object changed. Raises MediaError.
+    """
+    video = as_range(path)
+    key = _key(video)
+    file = _cache_file(key)
+    index = _load(file, key)
     if index is None:
-        index = build(path)
-        _store(cached, key, index)
+        found = (content for find in look_in.values() if (content := find(key)) is not None)
+        index = next((index for content in found if (index := _parse(content, key))), None)
+    if index is None:
+        index = build(video)
+        _store(file, key, index)
     return index
 
 
-def _load(cached: Path, key: list) -> VideoIndex | None:
+def cached(path: str) -> tuple[list, bytes] | None:
+    """Key and content of the cache's file of a video; None: there is none, or it is outdated."""
+    try:
+        key = _key(as_range(path))
+        content = _cache_file(key).read_bytes()
+    except (OSError, MediaError):
+        return None
+    return (key, content) if _parse(content, key) is not None else None
+
+
+def _key(video: FileRange) -> list:
+    return [os.path.abspath(video.file) if video.is_plain else video.name, *video.version]
+
+
+def _cache_file(key: list) -> Path:
+    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
+    return cache_folder() / "index" / name[:2] / name[2:]
+
+
+def _load(file: Path, key: list) -> VideoIndex | None:
     """The cached index; None if there is none, or it is damaged or outdated."""
     try:
-        content = cached.read_bytes()
+        content = file.read_bytes()
     except OSError:
         return None
+    return _parse(content, key)
+
+
+def _parse(content: bytes, key: list) -> VideoIndex | None:
+    """The index in a file of the cache; None if it is damaged, or of another size or time of the video."""
     head, _, rows = content[CRC_BYTES:].partition(b"\n")
     if content[:CRC_BYTES] != _crc(head, rows):
         return None
     value = json.loads(head)
-    if value["key"] != key:
+    if value["key"][1:] != key[1:]:
         return None
     arrays, offset = {}, 0
     for name, count in value["counts"].items():
@@ -236,17 +266,19 @@ def warn_cache_unwritable(error: OSError, consequence: str) -> None:
 # --- building an index
 
 
-def build(path: Path) -> VideoIndex:
-    """The index of a file.
+def build(path: str | Path | FileRange) -> VideoIndex:
+    """The index of a file, or of a range of one.
 
     Reads all packets, and decodes as much as it takes to confirm the order of frames: the beginning; or the whole file,
     twice, if timestamps are missing, repeat, run backwards or are made up by the container.
     Raises MediaError if the file is damaged, or has content that cannot be read faithfully.
     """
-    with media_errors(path, "is not a readable video"), closing(open_container(path)) as container:
+    file = as_range(path)
+    path = file.name
+    with media_errors(path, "is not a readable video"), closing(open_container(file)) as container:
         names = set(container.format.name.split(","))
         stream = _video_stream(path, container)
-        packets = _read_packets(path, container, stream, names)
+        packets = _read_packets(file, container, stream, names)
         context = stream.codec_context
         first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
         expected = _order_by_packets(packets, first, names, context)
@@ -266,15 +298,15 @@ def build(path: Path) -> VideoIndex:
         def enough(shown: Sequence[int | None]) -> bool:
             return sum(number not in leading for number in shown) >= CHECKED
 
-        first_frame, shown, hashes = _decode_in_order(path, index, first, cut, enough)
+        first_frame, shown, hashes = _decode_in_order(file, index, first, cut, enough)
         shown_leading = [number for number in shown if number in leading]  # the decoder drops some of them
         order = shown_leading + regular
         if shown != order[: len(shown)] or not (enough(shown) or len(shown) == len(order)):
             expected = None
-        elif cut is not None and not _decodes_completely(path, index, packets, last):
+        elif cut is not None and not _decodes_completely(file, index, packets, last):
             order = order[: order.index(last)]
     if expected is None:
-        first_frame, shown, hashes = _decode_in_order(path, index, first, cut)
+        first_frame, shown, hashes = _decode_in_order(file, index, first, cut)
         distinct = len({number for number in shown if number is not None}) == len(shown)
         ordered, display_order = ("decoded", shown) if distinct else ("counted", [])
         order = shown if distinct else list(range(len(shown)))
@@ -306,10 +338,10 @@ def build(path: Path) -> VideoIndex:
         ordered=ordered,
     )
     seek = None if packets.contiguous and decoder is not None else packets.seek
-    return _verified(path, VideoIndex(header, packets.rows, frames, seek, times), packets.seek, hashes)
+    return _verified(file, VideoIndex(header, packets.rows, frames, seek, times), packets.seek, hashes)
 
 
-def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+def _video_stream(path: str, container: InputContainer) -> VideoStream:
     name = container.format.name
     if name.endswith("_pipe") or name == "image2":
         raise MediaError(path, f"is an image ({name}), not a video, whatever its extension says")
@@ -346,61 +378,62 @@ class _Packets:
     stateful: bool
 
 
-def _read_packets(path: Path, container: InputContainer, stream: VideoStream, names: set[str]) -> _Packets:
+def _read_packets(file: FileRange, container: InputContainer, stream: VideoStream, names: set[str]) -> _Packets:
+    path = file.name
     rows, seek, pts, dts, discard = [], [], [], [], []
     lead: int | None = 0
     settings, stateful = {"new_extradata": stream.codec_context.extradata}, False
-    with path.open("rb") as file, media_errors(path, "is damaged or cut short"):
+    with file.open() as opened, media_errors(path, "is damaged or cut short"):
         for packet in _demux(container, stream):
             if packet.is_corrupt and not names & BYTE_SEEK:
-                _check_whole(path, file, len(rows), stream, names)
+                _check_whole(path, opened, len(rows), stream, names)
                 raise MediaError(path, f"is damaged or cut short: packet {len(rows)} is incomplete")
             for kind in ("new_extradata", "param_change", "palette"):
                 if packet.has_sidedata(kind):
                     stateful |= settings.get(kind) != (content := bytes(packet.get_sidedata(kind)))
                     settings[kind] = content
             if lead is not None:
-                lead = None if stateful else _lead(file.fileno(), packet, lead)
+                lead = None if stateful else _lead(opened, packet, lead)
             offset = -1 if packet.pos is None else packet.pos
             rows.append((offset + (lead or 0), packet.size, packet.is_keyframe))
             seek.append((zlib.crc32(packet), packet.dts or 0))
             pts.append(packet.pts)
             dts.append(packet.dts)
             discard.append(packet.is_discard)
-        _check_whole(path, file, len(rows), stream, names)
+        _check_whole(path, opened, len(rows), stream, names)
     if not rows:
         raise MediaError(path, "holds no frames")
     return _Packets(np.array(rows, PACKET), np.array(seek, SEEK), pts, dts, discard, lead is not None, stateful)
 
 
-def _lead(file: int, packet: av.Packet, lead: int) -> int | None:
+def _lead(file: RangeFile, packet: av.Packet, lead: int) -> int | None:
     """Bytes between a packet's position and its content, preferably `lead`; None if the content is not there."""
     if packet.pos is None:
         return None
     content = bytes(packet)
-    if os.pread(file, len(content), packet.pos + lead) == content:
+    if file.pread(len(content), packet.pos + lead) == content:
         return lead
-    found = os.pread(file, len(content) + 64, packet.pos).find(content)
+    found = file.pread(len(content) + 64, packet.pos).find(content)
     return None if found < 0 else found
 
 
-def _check_whole(path: Path, file: BinaryIO, packets: int, stream: VideoStream, names: set[str]) -> None:
+def _check_whole(path: str, file: RangeFile, packets: int, stream: VideoStream, names: set[str]) -> None:
     """Raise MediaError if the container's header says that the file should be longer."""
     if "mov" in names and packets < len(stream.index_entries):  # an edit list may exclude some
         promised = sum(entry.size > 0 for entry in stream.index_entries)
         if packets < promised:
             raise MediaError(path, f"is cut short: its header promises {promised} frames, {packets} are there")
-    end, size = _promised_end(file, names), os.fstat(file.fileno()).st_size
+    end, size = _promised_end(file, names), file.size
     if end is not None and end > size:
         raise MediaError(path, f"is cut short: its header promises {end} bytes, {size} are there")
 
 
-def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
+def _promised_end(file: RangeFile, names: set[str]) -> int | None:
     """End of the file in bytes, by the sizes in the container's outermost headers; None if unknown."""
-    size, offset = os.fstat(file.fileno()).st_size, 0
+    size, offset = file.size, 0
     if "matroska" in names:  # EBML header, then one segment; both have an identifier of 4 bytes
         for _ in range(2):
-            head = os.pread(file.fileno(), 8, offset + 4)
+            head = file.pread(8, offset + 4)
             width = 9 - head[0].bit_length()
             unknown = (1 << 7 * width) - 1  # as in a live stream
             length = int.from_bytes(head[:width], "big") & unknown
@@ -410,18 +443,18 @@ def _promised_end(file: BinaryIO, names: set[str]) -> int | None:
         return offset
     if "avi" in names:  # RIFF chunks; their size counts from behind itself
         while offset + 12 <= size:
-            kind, length = struct.unpack("<4sI", os.pread(file.fileno(), 8, offset))
+            kind, length = struct.unpack("<4sI", file.pread(8, offset))
             if kind != b"RIFF" or not length:
                 break
             offset += 8 + length
         return offset or None
     if "gif" in names:
-        return _gif_end(os.pread(file.fileno(), size, 0))
+        return _gif_end(file.pread(size, 0))
     if "mov" in names:  # boxes; size 1: a longer size follows, 0: up to the end
         while offset + 8 <= size:
-            length, kind = struct.unpack(">I4s", os.pread(file.fileno(), 8, offset))
+            length, kind = struct.unpack(">I4s", file.pread(8, offset))
             if length == 1:
-                length = int.from_bytes(os.pread(file.fileno(), 8, offset + 8), "big")
+                length = int.from_bytes(file.pread(8, offset + 8), "big")
             if length < 8 or not kind.isalnum():
                 return None
             offset += length
@@ -465,12 +498,13 @@ def _order_by_packets(
     return "times", order
 
 
-def _decoded(path: Path, index: int, start: int, cut: int | None = None) -> Iterator[VideoFrame]:
+def _decoded(file: FileRange, index: int, start: int, cut: int | None = None) -> Iterator[VideoFrame]:
     """Frames from packet `start` on, by the container's decoder; pts is the number of the packet of each.
 
     cut: a packet that may be incomplete, whose errors are ignored. Raises MediaError.
     """
-    with media_errors(path, "cannot be decoded"), closing(open_container(path)) as container:
+    path = file.name
+    with media_errors(path, "cannot be decoded"), closing(open_container(file)) as container:
         stream = container.streams[index]
         stream.codec_context.thread_count = 1
         packets = itertools.islice(_demux(container, stream), start, None)
@@ -486,16 +520,17 @@ def _decoded(path: Path, index: int, start: int, cut: int | None = None) -> Iter
 
 
 def _decode_in_order(
-    path: Path, index: int, first: int, cut: int | None, enough: Callable[[Sequence], bool] = lambda shown: False
+    file: FileRange, index: int, first: int, cut: int | None, enough: Callable[[Sequence], bool] = lambda shown: False
 ) -> tuple[VideoFrame, list[int | None], list[int]]:
     """(first frame, packet number of each frame, CRC-32 of its pixels), in the order of the decoder, until `enough`.
 
     Starts at packet `first`. cut: a packet that may be incomplete; if it is, its frame and the frames after it are
     dropped. Raises MediaError.
     """
+    path = file.name
     first_frame, shown, hashes = None, [], []
     convert = VideoReformatter()
-    with closing(_decoded(path, index, first, cut)) as frames:
+    with closing(_decoded(file, index, first, cut)) as frames:
         for frame in frames:
             if shown and frame.is_corrupt and frame.pts == cut:
                 break
@@ -514,12 +549,12 @@ def _decode_in_order(
     return first_frame, shown, hashes
 
 
-def _decodes_completely(path: Path, index: int, packets: _Packets, number: int) -> bool:
+def _decodes_completely(file: FileRange, index: int, packets: _Packets, number: int) -> bool:
     """Whether the frame of a packet decodes completely, starting a few key frames before it."""
     keys = np.flatnonzero(packets.rows["key"][: number + 1])
     start = int(keys[-KEYS_BACK:][0]) if len(keys) else 0
     try:
-        with closing(_decoded(path, index, start)) as frames:
+        with closing(_decoded(file, index, start)) as frames:
             frame = next((frame for frame in frames if frame.pts == number), None)
     except MediaError:
         return False
@@ -569,13 +604,13 @@ def _times(
     return ticks * float(unit), mean
 
 
-def _verified(path: Path, index: VideoIndex, seek: np.ndarray, hashes: Sequence[int]) -> VideoIndex:
+def _verified(file: FileRange, index: VideoIndex, seek: np.ndarray, hashes: Sequence[int]) -> VideoIndex:
     """The index, after a check that decoding from the indexed starts gives the frames with the known hashes.
 
     If a start does not, the start before it is used, then the demuxer, with `seek`. Raises MediaError if nothing works.
     """
     first, frames = index.header.first, index.frames
-    with closing(FrameSource(path, index)) as source:
+    with closing(FrameSource(file, index)) as source:
         good = first
         for start in np.unique(frames["start"][: len(hashes)]).tolist():
             indices = np.flatnonzero(frames["start"][: len(hashes)] == start)
@@ -585,9 +620,9 @@ def _verified(path: Path, index: VideoIndex, seek: np.ndarray, hashes: Sequence[
             elif start != first:
                 frames["start"][frames["start"] == start] = good
             elif index.seek is None:
-                return _verified(path, replace(index, seek=seek), seek, hashes)
+                return _verified(file, replace(index, seek=seek), seek, hashes)
             else:
-                raise MediaError(path, "is damaged: it decodes to other frames each time")
+                raise MediaError(file.name, "is damaged: it decodes to other frames each time")
     return index
 
 
@@ -633,9 +668,10 @@ class Wanted:
 class FrameSource:
     """Decodes a file from a given packet on. Its file and decoder stay open, so that the next start costs less."""
 
-    def __init__(self, path: Path, index: VideoIndex, threads: int = 1) -> None:
-        self.path, self.index, self.threads = path, index, threads
-        self.file: BinaryIO | None = None
+    def __init__(self, path: str | Path | FileRange, index: VideoIndex, threads: int = 1) -> None:
+        self.range = as_range(path)
+        self.path, self.index, self.threads = self.range.name, index, threads
+        self.file: RangeFile | None = None
         self.container: InputContainer | None = None
         self.decoder: av.VideoCodecContext | None = None
         self.reused = False  # whether the decoder was flushed, and not a new one, at the last start
@@ -690,11 +726,11 @@ class FrameSource:
     def _stored(self, start: int) -> Iterator[tuple[int, av.Packet]]:
         """Packets read straight from the file."""
         if self.file is None:
-            self.file = self.path.open("rb")
+            self.file = self.range.open()
         total = len(self.index.packets)
         for number in range(start, total):
             offset, size, key = self.index.packets[number].tolist()
-            content = os.pread(self.file.fileno(), size, offset)
+            content = self.file.pread(size, offset)
             if len(content) < size:
                 raise MediaError(self.path, f"ends within packet {number} of {total}")
             packet = av.Packet(size)  # with padding that the decoder may read; one made from `content` has none
@@ -723,7 +759,7 @@ class FrameSource:
     def _open(self) -> tuple[Iterator[av.Packet], av.VideoCodecContext]:
         if self.container is not None:
             self.container.close()
-        self.container = open_container(self.path)
+        self.container = open_container(self.range)
         stream = self.container.streams[self.index.header.stream]
         stream.codec_context.thread_count = self.threads
         return _demux(self.container, stream), stream.codec_context
@@ -752,16 +788,17 @@ _kept: OrderedDict[tuple, FrameSource] = OrderedDict()  # by file and its versio
 _kept_lock = threading.Lock()
 
 
-def open_source(path: Path, threads: int = 1) -> FrameSource:
-    """The source of a file: one that was kept, if the file has not changed since. Raises MediaError."""
-    stat = path.stat()
-    version = (os.path.abspath(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, cache_folder())
+def open_source(path: str | Path, threads: int = 1) -> FrameSource:
+    """The source of a path: one that was kept, if its file, tar or object has not changed since. Raises MediaError."""
+    file = as_range(path)
+    name = os.path.abspath(file.file) if file.is_plain else file.name
+    version = (name, *file.inode, *file.version, cache_folder())
     if threads == 1:
         with _kept_lock:
             source = _kept.pop(version, None)
         if source is not None:
             return source
-    source = FrameSource(path, open_index(path), threads)
+    source = FrameSource(file, open_index(file), threads)
     # Not kept: decoders with threads, which do not survive a fork, and files that the demuxer reads.
     source.version = version if threads == 1 and source.index.seek is None else None
     return source
@@ -805,9 +842,16 @@ def _numbered(packet: av.Packet, number: int) -> av.Packet:
     return packet
 
 
-def open_container(path: Path) -> InputContainer:
+def open_container(path: str | Path | FileRange) -> InputContainer:
+    file = as_range(path)
+    if not file.is_plain:  # libav reads through Python, and opens nothing itself
+        return av.open(file.open(), options=RANGE_OPTIONS, **METADATA)
     # Absolute, because ffmpeg takes the part before a colon for a protocol.
-    return av.open(os.path.abspath(path), options=OPEN_OPTIONS, **METADATA)
+    return av.open(os.path.abspath(file.file), options=OPEN_OPTIONS, **METADATA)
+
+
+def as_range(path: str | Path | FileRange) -> FileRange:
+    return path if isinstance(path, FileRange) else local_range(path)
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
@@ -826,7 +870,7 @@ def has_alpha(pixels: VideoFormat) -> bool:
     return pixels.has_palette or any(component.is_alpha for component in pixels.components)
 
 
-def to_rgb(path: Path, frame: VideoFrame, convert: VideoReformatter, keep_alpha: bool = False) -> np.ndarray:
+def to_rgb(path: str | Path, frame: VideoFrame, convert: VideoReformatter, keep_alpha: bool = False) -> np.ndarray:
     """[H, W, 3] uint8 (keep_alpha: [H, W, 4]) of a decoded frame as stored, with the file's colour matrix and range.
 
     All readers use this conversion. Each chroma sample covers its 2x2 (or 2x1) pixels, as in the ffmpeg program for
@@ -863,7 +907,7 @@ def _even(frame: VideoFrame) -> VideoFrame:
     return even
 
 
-def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
+def check_frame(path: str | Path, frame: VideoFrame, number: int, size: Size) -> None:
     """Raise MediaError if a frame is incomplete, interlaced, or of another size than the first."""
     if frame.is_corrupt:
         raise MediaError(path, f"is damaged: frame {number} does not decode completely")
@@ -878,7 +922,7 @@ def check_frame(path: Path, frame: VideoFrame, number: int, size: Size) -> None:
         raise MediaError(path, f"changes its size at frame {number}, from {first} to {here}")
 
 
-def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
+def _orientation(path: str, frame: VideoFrame) -> tuple[bool, bool, bool]:
     """Header.orientation from the display matrix of the file."""
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if matrix is None:
@@ -902,16 +946,16 @@ def _orientation(path: Path, frame: VideoFrame) -> tuple[bool, bool, bool]:
 
 
 @contextmanager
-def media_errors(path: Path, what: str) -> Iterator[None]:
+def media_errors(path: str | Path, what: str) -> Iterator[None]:
     """Raise errors of the demuxer or decoder as MediaError of the file."""
     try:
         yield
-    except MediaError:
+    except UserError:  # of this file, or of its store
         raise
     except DECODER_ERRORS as error:
         raise _media_error(path, what, error) from error
 
 
-def _media_error(path: Path, what: str, error: Exception) -> MediaError:
+def _media_error(path: str | Path, what: str, error: Exception) -> MediaError:
     text = "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", None)
     return MediaError(path, f"{what}: {text or one_line(error, 200)}")

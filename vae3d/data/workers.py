@@ -16,6 +16,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from vae3d.data.media import DataError
+from vae3d.errors import UserError
 from vae3d.text import plural
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -108,6 +109,8 @@ def _watched(
             batch = next(batches)
         except StopIteration:
             return
+        except UserError as error:
+            raise _without_traceback(error) from None
         except (RuntimeError, OSError, EOFError) as error:
             timed_out = str(error).startswith("DataLoader timed out")
             if dead := _ended(workers, 0 if timed_out else 1):
@@ -123,6 +126,12 @@ def _watched(
         else:
             yield batch
             start, stop_requested = time.monotonic(), None
+
+
+def _without_traceback(error: UserError) -> UserError:
+    """The error that a worker raised; PyTorch puts its traceback in front of the message."""
+    kind = type(error)
+    return kind(str(error.args[0]).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip())
 
 
 def _ended(workers: list[BaseProcess], seconds: float) -> list[BaseProcess]:

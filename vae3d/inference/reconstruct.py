@@ -19,6 +19,7 @@ from vae3d.data.clips import read_resized, resize_crop_params, to_video
 from vae3d.data.images import is_sequence
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
+from vae3d.data.storage import is_stored, name_of
 from vae3d.inference.pictures import scorable
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.metrics import MetricSet, VideoResult
@@ -71,9 +72,9 @@ def identifier(row: int, source: str) -> str:
 
     Numbered images get the names of their folders too, because these differ between rooms.
     """
-    path = Path(source)
+    path = Path(name_of(source))
     stem = path.stem
-    if is_sequence(path):
+    if is_sequence(path) and not is_stored(source):
         stem = "-".join([*path.parts[-4:-1], stem.replace("*", "").rstrip("_-")])
     stem = re.sub(r"[^\w.-]+", "-", stem)
     return f"{row:06d}_{stem}"
