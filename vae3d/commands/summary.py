@@ -115,7 +115,7 @@ def _files_and_buckets(config: TrainConfig, streams: Sequence[tuple[Stream, floa
     clips = sum(steps * share * stream.schedule.batch_size for stream, share in streams)
     rows = [stream.schedule.rows for stream, _ in streams]
     files = len(first.schedule.lengths) if first.bucket is None else len(np.unique(np.concatenate(rows)))
-    used = files if first.bucket is not None else int((first.schedule.lengths >= first.schedule.frames.all()[0]).sum())
+    used = files if first.bucket is not None else len(first.schedule.with_at_least(first.schedule.frames.all()[0]))
     epochs = clips / (used * own.clips_per_file)
     line = f"{plural(files, 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"
     if first.source:
@@ -135,10 +135,10 @@ def _too_short(stream: Stream) -> list[str]:
     """Files that are not used, or in some steps only."""
     lengths, counts = stream.schedule.lengths, stream.schedule.frames.all()
     of, lines = f"{stream.source}: " if stream.source else "", []
-    unused = int((lengths < counts[0]).sum())
+    unused = len(lengths) - len(stream.schedule.with_at_least(counts[0]))
     if unused:
         lines.append(f"  {of}skipped: {plural(unused, 'file')} with fewer than {plural(counts[0], 'frame')}")
-    short = int((lengths < counts[-1]).sum()) - unused
+    short = len(lengths) - len(stream.schedule.with_at_least(counts[-1])) - unused
     if short:
         fewer = f"{plural(short, 'file')} with fewer than {plural(counts[-1], 'frame')}"
         lines.append(f"  {of}used in shorter steps only: {fewer}")

@@ -13,7 +13,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -26,7 +25,8 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, S
 from vae3d.data.buckets import Bucket, buckets_of
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
-from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints, fingerprint_of
+from vae3d.data.file_table import FileTable
+from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, SourceFingerprints
 from vae3d.data.loader import (
     HeldOut,
     Tables,
@@ -128,7 +128,7 @@ def build_streams(
     config: TrainConfig | DiffusionConfig,
     name: str,
     own: Data,
-    table: pd.DataFrame,
+    table: FileTable,
     settings: ClipSettings,
     rank: int,
     world_size: int,
@@ -142,7 +142,14 @@ def build_streams(
     make = partial(build_schedule, config, rank=rank, world_size=world_size, clips_per_file=own.clips_per_file)
     counts = frame_counts(own)
     if own.buckets is None:
-        schedule = make(clip_lengths(table, settings), counts, batch_size=own.batch_size, seed=seed, overfit=overfit)
+        schedule = make(
+            clip_lengths(table, settings),
+            counts,
+            by_length=table.stored("by_length"),
+            batch_size=own.batch_size,
+            seed=seed,
+            overfit=overfit,
+        )
         return SourceStreams([Stream(table, schedule, settings, name)], schedule)
 
     def of_bucket(
@@ -187,7 +194,7 @@ class SourceData:
 
 def read_sources(
     config: TrainConfig | DiffusionConfig, channels: int, rank: int, world_size: int
-) -> tuple[list[SourceData], Schedule, DataFingerprint | SourceFingerprints]:
+) -> tuple[list[SourceData], Schedule, DataFingerprint | GroupedFingerprint | SourceFingerprints]:
     """Read the tables of all sources, and say in which order training takes their clips. channels: of the model.
 
     Raises DataError, with the name of the source.
@@ -201,19 +208,16 @@ def read_sources(
             source = instantiate(own.source)
             if is_streaming(source):
                 raise DataError("a stream has no table: set streaming=false, or train an autoencoder on it alone")
-            tables = read_tables(source, settings, held_out, own.max_broken, sizes=bucketed)
+            tables = read_tables(
+                source, settings, held_out, own.max_broken, rank, world_size, stat_files=rank == 0, sizes=bucketed
+            )
             part = build_streams(config, name, own, tables.train, settings, rank, world_size)
         sources.append(SourceData(name, own, settings, tables, part))
     schedule = sources[0].part.schedule
     if data.sources:
         weights = [data.sources[source.name].weight for source in sources]
         schedule = Interleaved([source.part.schedule for source in sources], weights, config.run.seed, data.overfit)
-    fingerprints = {
-        source.name: fingerprint_of(
-            pd.concat([source.tables.train, source.tables.val], ignore_index=True), stat_files=rank == 0
-        )
-        for source in sources
-    }
+    fingerprints = {source.name: source.tables.fingerprint for source in sources}
     return sources, schedule, SourceFingerprints(fingerprints) if data.sources else fingerprints[""]
 
 
@@ -403,8 +407,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
-    with accelerator.main_process_first():  # it probes the files; the others read its cache
-        data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
+    data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
     shapes = {shape._replace(stream=0) for shape in data.shapes()}
     set_cudnn_benchmark(len(shapes))
@@ -455,9 +458,8 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
     """(purpose, command) that work with the files of this run."""
     config, run = trainer.config, shown(trainer.folder)
     found = [longer("train", trainer)]
-    files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.streams[0].table[
-        "path"
-    ].tolist()
+    held_out = [path for clip in trainer.data.held_out for path in clip.paths]
+    files = held_out or [trainer.data.streams[0].table.path(0)]
     if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
         if files and is_file(files[0]):
             found.append(
@@ -466,7 +468,7 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
                     f"{start_of('try')} {quote(shown(Path(files[0])))} {quote(run)}",
                 )
             )
-        has_split = trainer.data.streams[0].table["split"].notna().any()
+        has_split = trainer.data.streams[0].table.has("split")
         alone = files[0] if trainer.data.held_out and len(set(files)) == 1 and is_file(files[0]) else None
         found += _reconstruct(config, has_split, alone, run, f"{run}/reconstructed-{trainer.step}")
     return [pair for pair in (*found, curves(trainer.folder)) if pair]

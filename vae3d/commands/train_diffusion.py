@@ -8,11 +8,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -29,7 +29,6 @@ from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weigh
 from vae3d.data.clips import StreamedClips
 from vae3d.data.fingerprint import fingerprint_of_cache
 from vae3d.data.loader import HeldOut, clip_lengths, require_held_out, schedule_notes
-from vae3d.data.segments import bounds_of
 from vae3d.data.streams import held_out_of, in_turn, sizes_of
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
@@ -40,7 +39,7 @@ from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.cache import NO_LABEL, SizeGroup, class_names
-from vae3d.latents.clips import labels_of
+from vae3d.latents.clips import distinct_labels
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
 from vae3d.latents.tar_shards import open_cache
@@ -65,8 +64,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
     codec = codec_of(config, accelerator.device)
-    with accelerator.main_process_first():  # it probes the files; the others read its cache
-        data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
+    data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
     set_cudnn_benchmark(len(data.latent_shapes))
     config, process = complete(config, data)
@@ -123,7 +121,9 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     cache = open_cache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
     labelled = config.labels != "none"
     if labelled:
-        diffusion_data.require_labels(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
+        given = np.array(cache.labels)
+        first = cache.index["key"].iloc[int(np.argmax(given == NO_LABEL))]
+        diffusion_data.require_labels(given, first, f"entries of {config.cache}")
     num_val_files = config.data.num_val_files if config.validation.every else 0
     train, held_out = diffusion_data.split_cache(cache.index, num_val_files)
     groups, validation = cache.sizes(train), config.validation
@@ -209,19 +209,25 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     sources, schedule, fingerprint = read_sources(config, codec.model.pixel_channels, rank, world_size)
     streams = [stream for source in sources for stream in source.part.streams]
     tables = [source.tables for source in sources]
-    every = pd.concat([table for read in tables for table in (read.train, read.val)], ignore_index=True)
-    names = labels_of(every, config.labels)
+    every = [table for read in tables for table in (read.train, read.val)]
+    names, rows = distinct_labels(every, config.labels)
     classes = class_names(names)
     index_of = {"": NO_LABEL} | {name: index for index, name in enumerate(classes)}
-    labels = np.array([index_of[name] for name in names])
+    labels = np.array([index_of[name] for name in names], dtype=np.int32)[rows]
+    parts = np.split(labels, np.cumsum([len(table) for table in every])[:-1])
     if config.labels != "none":
-        diffusion_data.require_labels(labels.tolist(), every["path"].tolist(), "files")
-    ends = np.cumsum([len(table) for read in tables for table in (read.train, read.val)])
-    parts = np.split(labels, ends[:-1])
+        missing = (
+            table.path(int(np.argmax(own == NO_LABEL)))
+            for table, own in zip(every, parts, strict=True)
+            if (own == NO_LABEL).any()
+        )
+        diffusion_data.require_labels(labels, next(missing, ""), "files")
     of_train = {source.name: part for source, part in zip(sources, parts[::2], strict=True)}
-    all_train, all_val = np.concatenate(parts[::2]), np.concatenate(parts[1::2])
+    trained_classes, held_out_classes = (
+        sorted({*chain(*(np.unique(p).tolist() for p in parts[i::2]))}) for i in (0, 1)
+    )
     if rank == 0:
-        diffusion_data.warn_of_untrained(classes, all_train.tolist(), all_val.tolist())
+        diffusion_data.warn_of_untrained(classes, trained_classes, held_out_classes)
         for line in (line for source in sources for line in source.lines(source.part.warnings)):
             log.warning(line)
     counts: Counter[ClipSize] = Counter()
@@ -237,22 +243,22 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         possible += clips
         if validation.every and source.name and not any(clips):
             notes += source.lines(["is not validated, since no held-out file is long enough"])
-    chosen = in_turn(possible, validation.clips)
+    chosen, files_held_out = in_turn(possible, validation.clips), sum(len(read.val) for read in tables)
     if validation.every:
         frames = validation.frames or min(stream.schedule.frames.all()[-1] for stream in streams)
-        require_held_out(chosen, frames, sum(len(read.val) for read in tables))
+        require_held_out(chosen, frames, files_held_out)
     held_out, unread = diffusion_data.read_held_out(chosen, rank, world_size)
     return LatentData(
         dataset=StreamedClips(streams),
         collate=diffusion_data.LabelledClips([of_train[stream.source] for stream in streams]),
         schedule=schedule,
-        rows=len(all_train) - sum(len(source.part.skipped_files) for source in sources),
+        rows=sum(len(read.train) for read in tables) - sum(len(source.part.skipped_files) for source in sources),
         codec=codec,
         stream_sizes=[(stream.settings.height, stream.settings.width) for stream in streams],
         stream_groups=[stream.groups for stream in streams],
         size=(validation.frames or size[0], *size[1:]),
         classes=classes,
-        trained_classes=np.unique(all_train).tolist() if classes else [],
+        trained_classes=trained_classes if classes else [],
         held_out=held_out,
         held_out_sizes=diffusion_data.distinct_sizes(codec, (clip.size for clip in chosen)),
         sample=config.vae.sample,
@@ -260,7 +266,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         errors=errors + unread,
         notes=[
             *notes,
-            f"{plural(len(labels), 'file')}, {len(all_val)} of them held out; encoded batch by batch",
+            f"{plural(len(labels), 'file')}, {files_held_out} of them held out; encoded batch by batch",
             *schedule_notes(schedule),
         ],
     )
@@ -271,6 +277,7 @@ def held_out_clips(source: SourceData, labels: np.ndarray, validation: Diffusion
     validation.frames frames or, if that is null, of as many as training clips have at most, in buckets as many as those
     of the longest one that the file fits. labels: [rows] classes of the held-out files."""
     table, settings, count = source.tables.val, source.settings, validation.clips
+    paths, parts = table.paths(np.arange(len(table))), [table.bounds(row) for row in range(len(table))]
     buckets = [stream.bucket for stream in source.part.streams]
     if source.own.buckets is None or validation.frames is not None:
         longest = max(stream.schedule.frames.all()[-1] for stream in source.part.streams)
@@ -284,10 +291,10 @@ def held_out_clips(source: SourceData, labels: np.ndarray, validation: Diffusion
                 HeldOut(path, bounds, replace(settings, height=buckets[i].height, width=buckets[i].width)),
                 buckets[i].frames,
             )
-            for path, bounds, i in zip(table["path"], bounds_of(table), fitting, strict=True)
+            for path, bounds, i in zip(paths, parts, fitting, strict=True)
             if i >= 0
         ]
-    label_of = dict(zip(zip(table["path"], map(str, bounds_of(table)), strict=True), labels.tolist(), strict=True))
+    label_of = dict(zip(zip(paths, map(str, parts), strict=True), labels.tolist(), strict=True))
     by_size: dict[ClipSize, list[HeldOutClip]] = {}
     for clip, frames in found:
         held_out = HeldOutClip(clip, frames, label_of[clip.path, str(clip.bounds)])

@@ -1,7 +1,8 @@
 """Which clips make up each training step: a pure function of (seed, step), equal on every rank, with no state to save.
 
 Training order: positions 0, 1, 2, ... run through epoch after epoch. Each epoch is a permutation of the table's rows,
-seeded by (seed, epoch). Step s takes the positions from s * batch_size up to (s + 1) * batch_size.
+seeded by (seed, epoch): drawn by NumPy up to SHUFFLED rows, computed place by place above (see permutation.py). Step s
+takes the positions from s * batch_size up to (s + 1) * batch_size.
 
 With clips_per_file=n, positions k n, ..., k n + n - 1 take the k-th row of that order, so an epoch has n clips of every
 row.
@@ -13,6 +14,7 @@ Interleaved says which, again as a pure function of (seed, step).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,9 +23,11 @@ from typing import NamedTuple
 import numpy as np
 
 from vae3d.data.media import DataError
+from vae3d.data.permutation import Permutation
 from vae3d.seeding import seed_of
 from vae3d.text import plural
 
+SHUFFLED = 2**16  # rows; above, a permutation in memory costs more than it gives
 MAX_CYCLE = 10_000  # steps after which every stream has had exactly its share
 
 
@@ -133,7 +137,8 @@ class BatchSchedule(OneStream):
 
     lengths: [rows] frames that each row can give at the configured stride or rate. batch_size: clips per step over all
     ranks. overfit: repeat step 0. rows: [rows] their numbers in the table; None: they are all of its rows.
-    clips_per_file: consecutive clips from each row that is drawn.
+    clips_per_file: consecutive clips from each row that is drawn. by_length: rows in a stable order of their lengths;
+    None: sorted here. Of a large table, lengths and by_length are mapped into memory.
     Raises DataError if no row has as many frames as a count that can be drawn or, with frames.fit, as the minimum.
     """
 
@@ -147,9 +152,11 @@ class BatchSchedule(OneStream):
     overfit: bool = False
     rows: np.ndarray | None = None
     clips_per_file: int = 1
+    by_length: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        longest = int(self.lengths.max(initial=0))
+        self._by_length = np.argsort(self.lengths, kind="stable") if self.by_length is None else self.by_length
+        longest = max(0, int(self.lengths[self._by_length[-1]])) if len(self.lengths) else 0
         needed = [self.frames.minimum] if self.frames.fit else self.frames.all()
         too_long = [frames for frames in needed if frames > longest]
         if too_long:
@@ -157,10 +164,8 @@ class BatchSchedule(OneStream):
                 f"clips of {plural(too_long[0], 'frame')} are requested, but the longest video gives {longest}; "
                 "lower data.frames.max (or data.stride, or raise data.fps)"
             )
-        self._by_length = np.argsort(self.lengths, kind="stable")
-        self._sorted_lengths = self.lengths[self._by_length]
         self._epoch = -1
-        self._permutation = np.empty(0, int)  # of epoch `_epoch`
+        self._permutation: np.ndarray | Permutation = np.empty(0, int)  # of epoch `_epoch`
 
     def frames_at(self, step: int) -> int:
         """Frames per clip of a step."""
@@ -207,7 +212,8 @@ class BatchSchedule(OneStream):
 
     def with_at_least(self, frames: int) -> np.ndarray:
         """Rows with at least so many frames, shortest first."""
-        return self._by_length[np.searchsorted(self._sorted_lengths, frames) :]
+        lengths, rows = self.lengths, self._by_length
+        return rows[bisect_left(range(len(rows)), frames, key=lambda place: lengths[rows[place]]) :]
 
     def _in_table(self, row: int) -> int:
         return row if self.rows is None else int(self.rows[row])
@@ -215,9 +221,14 @@ class BatchSchedule(OneStream):
     def _row_at(self, position: int) -> int:
         epoch, index = divmod(position // self.clips_per_file, len(self.lengths))
         if self._epoch != epoch:
-            rng = np.random.default_rng(seed_of(self.seed, epoch, "shuffle"))
-            self._epoch, self._permutation = epoch, rng.permutation(len(self.lengths))
+            self._epoch, self._permutation = epoch, self._shuffled(epoch)
         return int(self._permutation[index])
+
+    def _shuffled(self, epoch: int) -> np.ndarray | Permutation:
+        count = len(self.lengths)
+        if count > SHUFFLED:
+            return Permutation(count, self.seed, epoch, "shuffle")
+        return np.random.default_rng(seed_of(self.seed, epoch, "shuffle")).permutation(count)
 
 
 @dataclass

@@ -8,7 +8,6 @@ ClipDataset does all three for a row of a table, collate stacks samples to a bat
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -22,10 +21,11 @@ from torch.utils.data import Dataset
 from vae3d.data.batch_schedule import BatchSchedule, BatchShape, ClipIndex, Schedule, StepShape, stream_counts
 from vae3d.data.buckets import Bucket
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
+from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import decodes_on_gpu, open_media
-from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
+from vae3d.data.segments import WHOLE, Bounds, Segment
 from vae3d.seeding import seed_of
 from vae3d.text import plural
 from vae3d.transfer import to_device
@@ -254,9 +254,10 @@ class ClipDataset(Dataset[Sample]):
     streams: how many there are; positions of one of several are numbered over all, see Interleaved.step.
     """
 
-    def __init__(self, table: pd.DataFrame, schedule: BatchSchedule, settings: ClipSettings, streams: int = 1) -> None:
-        self.paths = np.array([os.fsencode(path) for path in table["path"]])  # one buffer, shared by forked workers
-        self.bounds = np.array(bounds_of(table)).reshape(-1, 2)
+    def __init__(
+        self, table: pd.DataFrame | FileTable, schedule: BatchSchedule, settings: ClipSettings, streams: int = 1
+    ) -> None:
+        self.table = as_file_table(table)
         self.schedule = schedule
         self.settings = settings
         self.streams = streams
@@ -264,7 +265,7 @@ class ClipDataset(Dataset[Sample]):
     def __getitem__(self, index: ClipIndex) -> Sample:
         errors: list[tuple[str, str]] = []
         for attempt in range(ATTEMPTS):
-            path = os.fsdecode(self.paths[index.row])
+            path = self.table.path(index.row)
             try:
                 return replace(self._load(path, [index])[0], errors=errors)
             except MediaError as error:
@@ -283,12 +284,12 @@ class ClipDataset(Dataset[Sample]):
         for row, group in by_row.items():
             if len(group) > 1:
                 with suppress(MediaError):  # read one by one below: only the clips that fail are replaced
-                    samples |= zip(group, self._load(os.fsdecode(self.paths[row]), group), strict=True)
+                    samples |= zip(group, self._load(self.table.path(row), group), strict=True)
         return [samples.get(index) or self[index] for index in indices]
 
     def _load(self, path: str, indices: Sequence[ClipIndex]) -> list[Sample]:
         """Clips of one row. Raises MediaError."""
-        with closing(open_frames(path, self.settings, tuple(self.bounds[indices[0].row]))) as reader:
+        with closing(open_frames(path, self.settings, self.table.bounds(indices[0].row))) as reader:
             return augmented_clips(reader, path, indices, self.settings, self.schedule.seed, self._start_at)
 
     def _start_at(self, position: int, draw: float) -> float:
@@ -332,7 +333,7 @@ class Stream:
     schedule say it.
     """
 
-    table: pd.DataFrame
+    table: FileTable
     schedule: BatchSchedule
     settings: ClipSettings
     source: str = ""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from glob import escape, glob
 from pathlib import Path
 from typing import Protocol
@@ -81,12 +82,17 @@ class Table:
 
     def table(self) -> pd.DataFrame:
         raw = read_table(self.path)
-        if "path" not in raw.columns:
-            names = ", ".join(str(name) for name in raw.columns if name != "error")  # which read_table adds
-            raise DataError(f"{self.path} has no column `path`; its first line names the columns {names}")
-        if raw.empty:
-            raise DataError(f"{self.path} has no rows")
+        self.check_columns([name for name in raw.columns if name != "error"], len(raw))  # which read_table adds
         return normalise_rows(raw, self.root)
+
+    def check_columns(self, names: Sequence[str], rows: int) -> None:
+        """Raises DataError if there is no column `path`, or no row."""
+        if "path" not in names:
+            raise DataError(
+                f"{self.path} has no column `path`; its first line names the columns {', '.join(map(str, names))}"
+            )
+        if not rows:
+            raise DataError(f"{self.path} has no rows")
 
 
 class Folder:
@@ -147,19 +153,25 @@ def objects_under(url: str) -> tuple[list[str], list[str]]:
 
 
 def files_under(folder: str | Path) -> list[str]:
-    """Relative names of all files under a folder, sorted. Links are followed, hidden files and folders skipped.
+    """Relative names of all files under a folder, sorted. Links are followed. Hidden files and folders are skipped, and
+    what a probe wrote.
 
     Raises DataError for a name that is not UTF-8.
     """
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _links_to_parent(here, name)]
+        folders[:] = [name for name in folders if not _is_left_out(here, name)]
         inside = os.path.relpath(here, folder)
         found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
     for name in found:
         if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
             raise DataError(f"{folder}: the name of the file {os.fsencode(name)!r} is not UTF-8; rename it")
     return sorted(found, key=lambda name: name.split(os.sep))
+
+
+def _is_left_out(here: str, name: str) -> bool:
+    """Whether a folder is hidden, a link to one that contains it, or has the results of probing a table."""
+    return name.startswith(".") or name.endswith(".probe") or _links_to_parent(here, name)
 
 
 def _links_to_parent(here: str, name: str) -> bool:

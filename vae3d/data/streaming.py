@@ -39,6 +39,7 @@ from vae3d.data.clips import (
     read_clip,
     to_sample,
 )
+from vae3d.data.file_table import as_file_table
 from vae3d.data.images import ImageReader
 from vae3d.data.media import DataError, MediaError, Reader, StreamItem
 from vae3d.data.memory_file import memory_file
@@ -307,7 +308,7 @@ class StreamingData(StepShapes):
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.streams = [Stream(rows_from_paths([], []), self.schedule, self.settings)]
+        self.streams = [Stream(as_file_table(rows_from_paths([], [])), self.schedule, self.settings)]
         self.positions = [Position()] * max(1, self.workers)
         # (micro-batch, the reader's position behind it), as far back as a checkpoint may need them
         self._passed: list[deque[tuple[int, Position]]] = [deque() for _ in self.positions]

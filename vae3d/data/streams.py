@@ -12,9 +12,9 @@ import pandas as pd
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, relative_costs, rows_of, share_kept, uneven, with_batches, with_weights
 from vae3d.data.clips import ClipSettings, Stream
-from vae3d.data.loader import HeldOut, clip_lengths, held_out
+from vae3d.data.file_table import FileTable, as_file_table
+from vae3d.data.loader import HeldOut, clip_lengths, long_enough
 from vae3d.data.media import DataError, Size
-from vae3d.data.segments import bounds_of
 from vae3d.text import plural
 
 # Makes the schedule of a bucket's rows: lengths, frame counts, clips per step, name of the bucket, rows of the table.
@@ -35,13 +35,14 @@ class SourceStreams:
     skipped_files: list[tuple[str, str]] = field(default_factory=list)
 
 
-def sizes_of(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+def sizes_of(table: pd.DataFrame | FileTable) -> tuple[np.ndarray, np.ndarray]:
     """[rows] heights and widths."""
-    return table["height"].to_numpy(float), table["width"].to_numpy(float)
+    table = as_file_table(table)
+    return table.numbers("height"), table.numbers("width")
 
 
 def bucket_streams(
-    table: pd.DataFrame,
+    table: pd.DataFrame | FileTable,
     settings: ClipSettings,
     buckets: Sequence[Bucket],
     reference: Bucket,
@@ -56,6 +57,7 @@ def bucket_streams(
     reference: with the clips per step of its shape. divisor: of all clips per step. seed: of the order of the buckets.
     Raises DataError if no row fits any bucket.
     """
+    table = as_file_table(table)
     heights, widths = sizes_of(table)
     lengths = clip_lengths(table, settings)
     fitting = rows_of(buckets, heights, widths, lengths)
@@ -92,10 +94,10 @@ def bucket_streams(
         notes.append(f"{small} are smaller than a bucket of theirs and are enlarged; data.min_side skips such files")
     if len(skipped):
         notes.append(
-            f"skipped: {plural(len(skipped), 'file')} that fit no bucket, such as {table['path'].iloc[skipped[0]]}"
+            f"skipped: {plural(len(skipped), 'file')} that fit no bucket, such as {table.path(int(skipped[0]))}"
         )
     reasons = [f"has {plural(int(lengths[row]), 'frame')}, and no bucket has fewer than {shortest}" for row in skipped]
-    skipped_files = list(zip(table["path"].iloc[skipped], reasons, strict=True))
+    skipped_files = list(zip(table.paths(skipped), reasons, strict=True))
     return SourceStreams(streams, schedule, notes, uneven(buckets, schedule.shares(), divisor), skipped_files)
 
 
@@ -135,7 +137,7 @@ def _kept(stream: Stream, size: Size) -> float:
 
 
 def held_out_of(
-    table: pd.DataFrame,
+    table: pd.DataFrame | FileTable,
     settings: ClipSettings,
     frames: int,
     count: int,
@@ -146,7 +148,7 @@ def held_out_of(
     in training."""
     named = (source,) if source else ()
     if buckets is None:
-        return [replace(clip, groups=named) for clip in held_out(table, settings, frames, count)]
+        return [replace(clip, groups=named) for clip in long_enough(table, settings, frames, count)]
     same = [b.size for b in buckets if (b.frames == 1) == (frames == 1)] or [b.size for b in buckets]
     sizes = sorted(dict.fromkeys(same), key=lambda size: -size[0] * size[1])  # the largest of those that fit
     fitting = rows_of([Bucket(frames, *size) for size in sizes], *sizes_of(table), clip_lengths(table, settings))
@@ -154,13 +156,11 @@ def held_out_of(
     for size, rows in zip(sizes, fitting, strict=True):
         for row in rows.tolist():
             size_of.setdefault(row, size)
-    chosen = sorted(size_of)[:count]
-    bounds = bounds_of(table.iloc[chosen])
-    clips = []
-    for row, part in zip(chosen, bounds, strict=True):
+    clips, table = [], as_file_table(table)
+    for row in sorted(size_of)[:count]:
         height, width = size_of[row]
         groups = (*named, "_".join((*named, f"{height}x{width}")))
-        clips.append(HeldOut(table["path"].iloc[row], part, replace(settings, height=height, width=width), groups))
+        clips.append(HeldOut(table.path(row), table.bounds(row), replace(settings, height=height, width=width), groups))
     return clips
 
 
