@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.batch_schedule import SHUFFLED, BatchSchedule, FrameCounts
 from vae3d.data.sources import DataError
+from vae3d.seeding import seed_of
 
 
 def schedule(lengths=tuple(range(5, 45)), frames=(1, 33), **kwargs) -> BatchSchedule:
@@ -132,3 +133,28 @@ def test_replacements_are_seeded_and_long_enough():
     assert p.replacement(12, 30, 0) == schedule().replacement(12, 30, 0)
     assert len({p.replacement(12, 30, why) for why in range(50)}) > 5
     assert all(p.lengths[p.replacement(i, 30, 0)] >= 30 for i in range(50))
+
+
+def test_a_large_table_is_shuffled_without_a_permutation_in_memory():
+    count = SHUFFLED + 7
+    lengths = np.full(count, 9)
+    p = BatchSchedule(lengths, FrameCounts(9, 9), seed=3, batch_size=64, by_length=np.arange(count, dtype=np.int32))
+    rows = [p._row_at(position) for position in range(2 * count)]
+    epochs = rows[:count], rows[count:]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert not isinstance(p._permutation, np.ndarray)
+    small = BatchSchedule(lengths[:SHUFFLED], FrameCounts(9, 9), seed=3, batch_size=64)
+    expected = np.random.default_rng(seed_of(3, 0, "shuffle")).permutation(SHUFFLED)
+    assert [small._row_at(position) for position in range(100)] == expected[:100].tolist()
+
+
+def test_a_given_order_by_length_is_used_as_a_computed_one():
+    lengths = np.random.default_rng(0).integers(1, 40, 500)
+    order = np.argsort(lengths, kind="stable").astype(np.int32)
+    given, computed = schedule(lengths, by_length=order), schedule(lengths)
+    assert given.step(5) == computed.step(5)
+    for frames in (0, 1, 17, 39, 40, 99):
+        assert given.with_at_least(frames).tolist() == computed.with_at_least(frames).tolist()
+        assert set(given.with_at_least(frames)) == set(np.flatnonzero(lengths >= frames))
+    assert given.replacement(7, 20, "short") == computed.replacement(7, 20, "short")

@@ -261,7 +261,7 @@ def test_half_of_the_clips_are_mirrored_whether_or_not_they_roll(tmp_path):
 
 def test_held_out_clips_are_neither_rolled_nor_mirrored_nor_drawn(tmp_path):
     dataset, settings = of_rooms(tmp_path, roll=True, flip=True, sampling="first_last_random")
-    rows, _ = fill_metadata(Folder(dataset.paths[0].decode()).table())
+    rows, _ = fill_metadata(Folder(dataset.table.path(0)).table())
     (clip,), _ = validation_clips(rows, settings, 3, 1)
     expected = tiny.frames(6, 16, 32)[[0, 2, 5]]
     np.testing.assert_array_equal(clip.video[0].permute(1, 2, 3, 0).numpy(), expected)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from vae3d.arguments import ArgumentError
+from vae3d.data import fingerprint as fingerprint_module
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.sources import Table
 
@@ -69,3 +72,78 @@ def test_ranks_compare_names_and_not_where_the_folder_lies(folder, tmp_path_fact
 
 def _differing(one, other):
     return {key for key, value in one.digests().items() if value != other.digests()[key]}
+
+
+# --- of many rows, by group
+
+
+@pytest.fixture
+def many(monkeypatch):
+    monkeypatch.setattr(fingerprint_module, "PER_ROW", 100)
+
+
+def table_of(names, **columns) -> pd.DataFrame:
+    table = pd.DataFrame({"path": [f"/x/{n}" for n in names], "name": names})
+    empty = dict.fromkeys(["start", "end", "num_frames", "height", "width", "fps", "label", "text", "split"])
+    return table.assign(**{**empty, **columns})
+
+
+NAMES = [f"{i}.mp4" for i in range(3000)]
+
+
+def grouped_changes(names, **columns) -> str:
+    saved = fingerprint_of(table_of(NAMES, num_frames=9), stat_files=False).state_dict()
+    assert sum(value.numel() for value in saved.values()) < 25_000  # for any number of rows
+    return " | ".join(fingerprint_of(table_of(names, **{"num_frames": 9, **columns})).changes_since(saved))
+
+
+def test_changes_of_many_rows_are_estimated(many):
+    assert grouped_changes(NAMES) == ""
+    assert grouped_changes(NAMES[::-1]) == "the order of the rows changed"
+    assert grouped_changes([*NAMES, "new.mp4"]) == (
+        "rows are new or removed, about 1 (1 of 4096 groups of rows differ); 1 row more than before"
+    )
+    assert "about 7 (1 of 4096 " in grouped_changes([*NAMES, *(["again.mp4"] * 7)])
+    message = grouped_changes([*NAMES[:-500], *(f"new{i}" for i in range(500))])
+    assert message.endswith("; as many rows as before")
+    assert 850 < int(message.split("about ")[1].split()[0]) < 1150
+    changed = [9] * 2990 + [8] * 10
+    message = grouped_changes(NAMES, num_frames=changed)
+    assert message.startswith("rows have other numbers, split, label or text, about")
+    assert 9 <= int(message.split("about ")[1].split()[0]) <= 11
+    assert grouped_changes([f"other{i}" for i in range(30_000)]).startswith("rows are new or removed, ")
+
+
+def test_files_of_many_rows_are_compared_where_both_are_known(many):
+    rows, facts = np.arange(3000) * 7919, np.arange(3000)
+    files = np.stack([np.full(3000, 5), np.full(3000, 1000)], axis=1)
+    touched = files.copy()
+    touched[:3, 1] = 2000
+    saved = fingerprint_module.grouped(rows, facts, files).state_dict()
+    assert fingerprint_module.grouped(rows, facts, files).changes_since(saved) == []
+    assert fingerprint_module.grouped(rows, facts, None).changes_since(saved) == []  # not known now
+    (message,) = fingerprint_module.grouped(rows, facts, touched).changes_since(saved)
+    assert message.startswith("rows have files of another size or modification time, about 3 ")
+
+
+def test_a_table_that_grew_beyond_the_limit_is_compared_with_its_rows(many):
+    small = fingerprint_of(table_of(NAMES[:90], num_frames=9), stat_files=False)
+    large = fingerprint_of(table_of(NAMES[:101], num_frames=9), stat_files=False)
+    assert isinstance(small, fingerprint_module.DataFingerprint)
+    assert isinstance(large, fingerprint_module.GroupedFingerprint)
+    for now, saved, more in ((large, small, "11 rows more"), (small, large, "11 rows fewer")):
+        (message,) = now.changes_since(saved.state_dict())
+        assert message.endswith(f"about 11 (11 of 4096 groups of rows differ); {more} than before")
+
+
+def test_ranks_compare_the_groups(many):
+    here = fingerprint_of(table_of(NAMES, num_frames=9))
+    assert _differing(fingerprint_of(table_of(NAMES[::-1], num_frames=9)), here) == {"data: order of the rows"}
+    other = fingerprint_of(table_of(NAMES, num_frames=8))
+    assert _differing(other, here) == {"data: numbers, splits and labels of the rows"}
+
+
+def test_a_state_of_another_form_is_refused(many):
+    state = fingerprint_of(table_of(NAMES)).state_dict()
+    with pytest.raises(ArgumentError, match=r"data\.groups"):
+        fingerprint_of(table_of(NAMES)).changes_since({**state, "groups": state["groups"][:5]})

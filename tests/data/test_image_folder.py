@@ -118,7 +118,8 @@ def test_images_are_listed_without_being_opened(tmp_path, monkeypatch):
     (tmp_path / "bad.png").write_bytes(b"junk")
     monkeypatch.setattr(loader, "PROBED_IMAGES", 5)
     probed = []
-    monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or {"height": 12.0, "width": 24.0})
+    found = {"num_frames": 1.0, "height": 12.0, "width": 24.0, "fps": 0.0}
+    monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or found)
     tables = read_tables(ImageFolder(tmp_path), SETTINGS, num_val_files=2, max_broken=0)
     assert len(probed) == 5
     assert (len(tables.train), len(tables.val), tables.errors) == (19, 2, [])

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import re
 import shutil
-import zlib
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from vae3d.data import probe, readers
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import check_files_exist, read_tables
+from vae3d.data.parts import Folders
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table
 
@@ -172,15 +174,22 @@ def test_a_changed_file_is_probed_again(tmp_path, monkeypatch):
 def test_damaged_answers_of_a_probe_are_probed_again(videos, monkeypatch, tmp_path, damage):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
     table, _ = probe.fill_metadata(Table(videos).table())
-    (cache,) = (tmp_path / "probe").iterdir()
-    content = cache.read_bytes()
-    changed = [content[:-20]] if damage == "cut off" else [_flipped(content, place) for place in range(5, 170, 8)]
+    (part,) = (tmp_path / "probe").rglob("*.arrow")
+    content, probed = part.read_bytes(), []
+    places = range(5, len(content), 1500)
+    changed = [content[:-20], b""] if damage == "cut off" else [_flipped(content, place) for place in places]
+    original = probe.read_metadata
+    monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or original(path))
     for wrong in changed:
-        cache.write_bytes(wrong)
-        for _ in range(2):  # the second time, from what the first has added
+        for other in part.parent.iterdir():
+            other.unlink()
+        part.write_bytes(wrong)
+        for opened in (12, 0):  # the second time, from what the first has added
+            probed.clear()
             again, errors = probe.fill_metadata(Table(videos).table())
             pd.testing.assert_frame_equal(again, table)
             assert errors == []
+            assert len(probed) == opened
 
 
 def _flipped(content: bytes, place: int) -> bytes:
@@ -303,15 +312,24 @@ def test_a_file_name_that_is_not_utf8_is_one_error(tmp_path):
         Folder(tmp_path).table()
 
 
-def test_lines_of_the_probe_cache_that_no_probe_wrote_are_left_out(tmp_path, monkeypatch):
+def test_parts_that_no_probe_wrote_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
     video = str(tiny.write_video(tmp_path / "a.mp4", tiny.frames(3)))
     first = probe.probe([video])
-    (cache,) = (tmp_path / "cache/probe").iterdir()
-    good = json.loads(cache.read_text().split(" ", 1)[1])
-    other = [[], 3, {}, {"path": [1]}, good | {"num_frames": "x"}]
-    texts = [json.dumps(value).encode() for value in other] + [b"\xff\xfe", b"[" * 10**5, b"9" * 5000]
-    cache.write_bytes(b"".join(b"%08x %s\n" % (zlib.crc32(text), text) for text in texts))
+    (part,) = (tmp_path / "cache/probe").rglob("*.arrow")
+    entry = pa.ipc.open_file(part).read_all()
+    unknown = entry.set_column(2, "num_frames", pa.array([None], pa.float64()))
+    others = [b"", b"ARROW1", b"junk" * 1000]
+    for table in (entry.drop_columns(["fps"]), pa.table({"x": [1]}), unknown):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        others.append(sink.getvalue().to_pybytes())
+    part.unlink()
+    for number, content in enumerate(others):
+        digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+        part.with_name(f"part-{number:020d}-{digest}.arrow").write_bytes(content)
+    assert not probe.results_for_paths([video]).knows([video])[0]
     assert probe.probe([video]) == first
     assert first[video]["num_frames"] == 3
 
@@ -321,3 +339,122 @@ def test_a_pipe_or_a_name_that_is_too_long_is_a_data_error(tmp_path, name, reaso
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(MediaError, match=reason):
         media_info(str(tmp_path / name))
+
+
+# --- results of a probe: beside the table, shared by ranks, kept when a probe is killed
+
+
+def pictures(folder, count: int = 9) -> Table:
+    for i in range(count):
+        Image.new("RGB", (8 + i, 8)).save(folder / f"{i}.png")
+    pd.DataFrame({"path": [f"{i}.png" for i in range(count)]}).to_csv(folder / "t.csv", index=False)
+    return Table(folder / "t.csv")
+
+
+def counted(monkeypatch) -> list[str]:
+    read, original, lock = [], probe.read_metadata, threading.Lock()
+
+    def read_metadata(path):
+        with lock:
+            read.append(os.path.basename(path))
+        return original(path)
+
+    monkeypatch.setattr(probe, "read_metadata", read_metadata)
+    return read
+
+
+def test_results_of_a_probe_lie_beside_the_table_and_move_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    source = pictures(tmp_path / "set")
+    read = counted(monkeypatch)
+    tables = read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
+    (part,) = (tmp_path / "set/t.csv.probe").glob("part-*.arrow")
+    entries = pa.ipc.open_file(part).read_all().to_pandas()
+    assert sorted(map(bytes.decode, entries["path"])) == [f"{i}.png" for i in range(9)]
+    assert sorted(entries["width"]) == list(range(8, 17))
+    assert len(read) == 9
+    (tmp_path / "set").rename(tmp_path / "moved")
+    again = read_tables(Table(tmp_path / "moved/t.csv"), SETTINGS, num_val_files=0, max_broken=0)
+    assert len(read) == 9
+    assert again.train["width"].tolist() == tables.train["width"].tolist()
+
+
+def test_results_go_to_the_cache_where_the_folder_of_the_table_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    source, read = pictures(tmp_path), counted(monkeypatch)
+    (tmp_path / "t.csv.probe").write_bytes(b"")  # a file in the place of the folder
+    with pytest.warns(UserWarning, match=r"t\.csv\.probe cannot be written"):
+        read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
+    read_tables(source, SETTINGS, num_val_files=0, max_broken=0)  # and says it once
+    assert len(read) == 9
+    assert list((tmp_path / "cache/probe").rglob("part-*.arrow"))
+
+
+def test_ranks_share_the_files_to_probe(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    source, read = pictures(tmp_path, 30), counted(monkeypatch)
+    barrier, results = threading.Barrier(3), {}
+
+    def exchange(value):
+        barrier.wait(timeout=60)
+        return [value] * 3
+
+    def run(rank):
+        ranks = probe.Ranks(rank, 3, exchange)
+        found = probe.results_for_table(source.path)
+        results[rank] = probe.fill_metadata(source.table(), results=found, ranks=ranks)[0]
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(read) == sorted(f"{i}.png" for i in range(30))  # each once
+    assert len(list((tmp_path / "t.csv.probe").glob("part-*.arrow"))) == 3
+    for rank in range(3):
+        assert results[rank]["width"].tolist() == [8.0 + i for i in range(30)]
+
+
+def test_a_rank_probes_what_it_does_not_see_of_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    source, read = pictures(tmp_path, 30), counted(monkeypatch)
+    alone = probe.Ranks(1, 3, lambda value: [value] * 3)  # the others write to disks of other machines
+    table, errors = probe.fill_metadata(source.table(), ranks=alone)
+    assert (len(table), errors, len(read)) == (30, [], 30)
+
+
+def test_a_killed_probe_loses_one_part(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(probe, "PART", 4)
+    monkeypatch.setattr(probe, "MANY", 2)
+    source, original = pictures(tmp_path, 14), probe.read_metadata
+
+    def killed(path):
+        if path.endswith("/9.png"):
+            raise KeyboardInterrupt
+        return original(path)
+
+    monkeypatch.setattr(probe, "read_metadata", killed)
+    with pytest.raises(KeyboardInterrupt):
+        read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
+    monkeypatch.setattr(probe, "read_metadata", original)
+    read = counted(monkeypatch)
+    tables = read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
+    assert sorted(read) == ["10.png", "11.png", "12.png", "13.png", "8.png", "9.png"]
+    assert tables.train["width"].tolist() == [8.0 + i for i in range(14)]
+    assert len(list((tmp_path / "t.csv.probe").glob("part-*.arrow"))) == 1  # many parts were merged
+
+
+def test_merged_parts_keep_the_last_result_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "MANY", 1)
+    results = probe.ProbeResults(Folders([tmp_path / "t.csv.probe"]))
+    for count in (3, 4, 5):
+        results.add({"/a.png": {"num_frames": count, "height": 1, "width": 1, "fps": 0}}, {"/a.png": [count, 7]})
+    results.load()
+    assert results.find(["/a.png"], {"/a.png": [3, 7]})["/a.png"]["num_frames"] == 3  # by its stamp
+    results.merge()
+    assert len(results.table) == 1
+    assert results.find(["/a.png", "/b.png"], {})["/a.png"]["num_frames"] == 5
+    assert results.find(["/a.png"], {"/a.png": [3, 7]}) == {}
+    assert results.stamps(["/b.png", "/a.png"]).tolist() == [[-1, -1], [5, 7]]

@@ -24,7 +24,7 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import storage, tar_index
+from vae3d.data import prepared, storage, tar_index
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
@@ -596,3 +596,21 @@ def test_shards_in_s3_are_listed_indexed_and_read(bucket, plain, tmp_path, monke
     assert str(index) in capsys.readouterr().out
     with pytest.raises(DataError, match="s3://none"):
         WebDataset("s3://none/0.tar").table()
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_large_indices_are_prepared_once_and_give_the_same_clips(shards, plain, tmp_path, monkeypatch, val):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
+    path = f"{plain}/{{000001..000003}}.tar" if val else str(shards)
+    arguments = {"val_path": f"{plain}/000000.tar"} if val else {}
+    small = read_tables(WebDataset(path, **arguments), SETTINGS, 1, 0.0)
+    monkeypatch.setattr(prepared, "LARGE", 5)
+    for _ in range(2):
+        source = WebDataset(path, **arguments)
+        large = read_tables(source, SETTINGS, 1, 0.0)
+        for ours, theirs in ((large.train, small.train), (large.val, small.val)):
+            assert ours.to_pandas()[["path", "name"]].equals(theirs.to_pandas()[["path", "name"]])
+            assert ours.numbers("num_frames").tolist() == theirs.numbers("num_frames").tolist()
+        assert large.notes == small.notes
+        assert len(list((tmp_path / "tables").glob("*/table.arrow"))) == 1
+        monkeypatch.setattr(prepared, "_convert_index", None)

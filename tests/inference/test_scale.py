@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
 from vae3d.config.issues import ConfigError
 from vae3d.data.clips import ClipSettings
+from vae3d.data.file_table import as_file_table
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.inference.scale import (
@@ -130,7 +132,7 @@ def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
 
 def test_clips_are_spread_over_the_table_and_broken_files_are_told(videos):
     settings = ClipSettings(16, 16)
-    table = read_tables(open_source(videos), settings, 0, 1.0).train
+    table = read_tables(open_source(videos), settings, 0, 1.0).train.to_pandas()
     table.loc[11, "path"] = "/nowhere.png"
     errors = []
     found = list(spread_clips(table, settings, 1, 3, errors))
@@ -168,7 +170,7 @@ def test_every_export_of_a_run_has_its_own_scale_and_training_knows_nothing_of_i
 
 def test_an_export_without_readable_clips_keeps_its_scale_and_says_so(videos, tmp_path, caplog):
     t = trainer(videos, tmp_path, **MEASURES)
-    t.data.table["path"] = "/nowhere.mp4"
+    t.data = replace(t.data, table=as_file_table(t.data.table.to_pandas().assign(path="/nowhere.mp4")))
     t.checkpointer.save(t.step)
     assert "the export of step 0 has the scale of the configuration: the scale of the latents cannot be" in caplog.text
     assert vae3d.load(tmp_path).scaling_factor == 0.13025

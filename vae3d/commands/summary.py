@@ -72,13 +72,13 @@ def data_summary(config: TrainConfig, data: TrainingData | StreamingData) -> lis
     if isinstance(data, StreamingData):
         return [f"  {line}" for line in [*held_out_lines(data), *data.notes]]
     lengths, counts = data.schedule.lengths, data.schedule.frames.all()
-    unused = int((lengths < counts[0]).sum())
+    unused = len(lengths) - len(data.schedule.with_at_least(counts[0]))
     epochs = config.trainer.max_steps * config.data.batch_size / (len(lengths) - unused)
     lines = [f"{plural(len(lengths), 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"]
     lines += [f"  {line}" for line in [*held_out_lines(data), *data.notes]]
     if unused:
         lines.append(f"  skipped: {plural(unused, 'file')} with fewer than {plural(counts[0], 'frame')}")
-    short = int((lengths < counts[-1]).sum()) - unused
+    short = len(lengths) - len(data.schedule.with_at_least(counts[-1])) - unused
     if short:
         fewer = f"{plural(short, 'file')} with fewer than {plural(counts[-1], 'frame')}"
         lines.append(f"  used in shorter steps only: {fewer}")

@@ -11,7 +11,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -22,7 +21,6 @@ from vae3d.commands.summary import data_summary, frame_counts, summary
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.depth import DepthSettings
-from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.loader import TrainingData, clip_lengths, read_tables, validation_clips
 from vae3d.data.media import DataError
 from vae3d.data.sources import Table
@@ -87,7 +85,12 @@ def build_clip_settings(config: Data, channels: int = 3) -> ClipSettings:
 
 
 def build_schedule(
-    config: TrainConfig | DiffusionConfig, lengths: np.ndarray, frames: FrameCounts, rank: int, world_size: int
+    config: TrainConfig | DiffusionConfig,
+    lengths: np.ndarray,
+    frames: FrameCounts,
+    rank: int,
+    world_size: int,
+    by_length: np.ndarray | None = None,
 ) -> BatchSchedule:
     return BatchSchedule(
         lengths,
@@ -98,6 +101,7 @@ def build_schedule(
         rank=rank,
         world_size=world_size,
         overfit=config.data.overfit,
+        by_length=by_length,
     )
 
 
@@ -107,8 +111,10 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
     source = instantiate(data.source)
     if is_streaming(source):
         return build_streaming_data(config, source, settings, rank, world_size)
-    tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
-    schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
+    num_val_files = data.num_val_files if validation.every else 0
+    tables = read_tables(source, settings, num_val_files, data.max_broken, rank, world_size, stat_files=rank == 0)
+    lengths, by_length = clip_lengths(tables.train, settings), tables.train.stored("by_length")
+    schedule = build_schedule(config, lengths, frame_counts(data), rank, world_size, by_length)
     held_out, errors = [], tables.errors
     workers, note = usable_workers(data.workers)
     if validation.every:
@@ -125,7 +131,7 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         [*tables.notes, *note],
         tables.skipped_files,
         data.timeout,
-        fingerprint_of(pd.concat([tables.train, tables.val], ignore_index=True), stat_files=rank == 0),
+        tables.fingerprint,
     )
 
 
@@ -254,8 +260,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
-    with accelerator.main_process_first():  # it probes the files; the others read its cache
-        data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
+    data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
     set_cudnn_benchmark(len(data.schedule.frames.all()))  # height and width are fixed
     objective = build_objective(config.loss)
@@ -303,7 +308,8 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
     """(purpose, command) that work with the files of this run."""
     config, run = trainer.config, shown(trainer.folder)
     found = [longer("train", trainer)]
-    files = [path for clip in trainer.data.held_out for path in clip.paths] or trainer.data.table["path"].tolist()
+    held_out = [path for clip in trainer.data.held_out for path in clip.paths]
+    files = held_out or [trainer.data.table.path(row) for row in range(min(1, len(trainer.data.table)))]
     if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
         if files and is_file(files[0]):
             found.append(
@@ -312,7 +318,7 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
                     f"{start_of('try')} {quote(shown(Path(files[0])))} {quote(run)}",
                 )
             )
-        has_split = trainer.data.table["split"].notna().any()
+        has_split = trainer.data.table.has("split")
         alone = files[0] if trainer.data.held_out and len(set(files)) == 1 and is_file(files[0]) else None
         found += _reconstruct(config, has_split, alone, run, f"{run}/reconstructed-{trainer.step}")
     return [pair for pair in (*found, curves(trainer.folder)) if pair]

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
@@ -21,7 +20,7 @@ from vae3d.commands.train import build_clip_settings, build_schedule, loggers_of
 from vae3d.config.issues import NO_VALUE, ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts
 from vae3d.data.clips import ClipDataset
-from vae3d.data.fingerprint import fingerprint_of, fingerprint_of_cache
+from vae3d.data.fingerprint import fingerprint_of_cache
 from vae3d.data.loader import clip_lengths, read_tables, validation_clips
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
@@ -32,7 +31,7 @@ from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
 from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.cache import NO_LABEL, class_names
-from vae3d.latents.clips import labels_of
+from vae3d.latents.clips import distinct_labels
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
 from vae3d.latents.tar_shards import open_cache
@@ -56,8 +55,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
     codec = codec_of(config, accelerator.device)
-    with accelerator.main_process_first():  # it probes the files; the others read its cache
-        data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
+    data = latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree(data.fingerprint.digests())
     set_cudnn_benchmark(len(data.trained))  # height and width of latents are fixed
     config, process = complete(config, data)
@@ -114,7 +112,9 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     size, latent_shape = diffusion_data.clip_and_latent_size(cache)
     labelled = config.labels != "none"
     if labelled:
-        diffusion_data.require_labels(cache.labels, cache.index["key"].tolist(), f"entries of {config.cache}")
+        given = np.array(cache.labels)
+        first = cache.index["key"].iloc[int(np.argmax(given == NO_LABEL))]
+        diffusion_data.require_labels(given, first, f"entries of {config.cache}")
     num_val_files = config.data.num_val_files if config.validation.every else 0
     train, held_out = diffusion_data.split_cache(cache.index, num_val_files)
     mine = held_out[: config.validation.clips if config.validation.every else 0][rank::world_size]
@@ -141,18 +141,22 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     data, validation = config.data, config.validation
     settings, source = build_clip_settings(data, codec.model.pixel_channels), instantiate(data.source)
-    tables = read_tables(source, settings, data.num_val_files if validation.every else 0, data.max_broken)
-    every = pd.concat([tables.train, tables.val], ignore_index=True)
-    names = labels_of(every, config.labels)
+    num_val_files = data.num_val_files if validation.every else 0
+    tables = read_tables(source, settings, num_val_files, data.max_broken, rank, world_size, stat_files=rank == 0)
+    names, rows = distinct_labels([tables.train, tables.val], config.labels)
     classes = class_names(names)
     index_of = {"": NO_LABEL} | {name: index for index, name in enumerate(classes)}
-    labels = np.array([index_of[name] for name in names])
-    if config.labels != "none":
-        diffusion_data.require_labels(labels.tolist(), every["path"].tolist(), "files")
+    labels = np.array([index_of[name] for name in names], dtype=np.int32)[rows]
     of_train, of_val = np.split(labels, [len(tables.train)])
+    if config.labels != "none":
+        first = int(np.argmax(labels == NO_LABEL))
+        table, place = (tables.val, first - len(of_train)) if first >= len(of_train) else (tables.train, first)
+        diffusion_data.require_labels(labels, table.path(place), "files")
+    trained_classes = np.unique(of_train).tolist()
     if rank == 0:
-        diffusion_data.warn_of_untrained(classes, of_train.tolist(), of_val.tolist())
-    schedule = build_schedule(config, clip_lengths(tables.train, settings), frame_counts(data), rank, world_size)
+        diffusion_data.warn_of_untrained(classes, trained_classes, np.unique(of_val).tolist())
+    lengths, by_length = clip_lengths(tables.train, settings), tables.train.stored("by_length")
+    schedule = build_schedule(config, lengths, frame_counts(data), rank, world_size, by_length)
     held_out, errors = [], tables.errors
     frames = validation.frames or max(schedule.frames.all())
     if validation.every:
@@ -169,10 +173,10 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         latent_shape=codec.latent_shape(frames, data.height, data.width),
         trained=tuple(sorted(trained)),
         classes=classes,
-        trained_classes=np.unique(of_train).tolist() if classes else [],
+        trained_classes=trained_classes if classes else [],
         held_out=held_out,
         sample=config.vae.sample,
-        fingerprint=fingerprint_of(every, stat_files=rank == 0),
+        fingerprint=tables.fingerprint,
         errors=errors,
         notes=[
             *tables.notes,

@@ -1,11 +1,13 @@
 """Which clips make up each training step: a pure function of (seed, step), equal on every rank, with no state to save.
 
 Training order: positions 0, 1, 2, ... run through epoch after epoch. Each epoch is a permutation of the table's rows,
-seeded by (seed, epoch). Step s takes the positions from s * batch_size up to (s + 1) * batch_size.
+seeded by (seed, epoch): drawn by NumPy up to SHUFFLED rows, computed place by place above (see permutation.py). Step s
+takes the positions from s * batch_size up to (s + 1) * batch_size.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +15,11 @@ from typing import NamedTuple
 import numpy as np
 
 from vae3d.data.media import DataError
+from vae3d.data.permutation import Permutation
 from vae3d.seeding import seed_of
 from vae3d.text import plural
+
+SHUFFLED = 2**16  # rows; above, a permutation in memory costs more than it gives
 
 
 class ClipIndex(NamedTuple):
@@ -68,7 +73,8 @@ class BatchSchedule:
     is replaced by a random row that has enough.
 
     lengths: [rows] frames that each row can give at the configured stride or rate. batch_size: clips per step over all
-    ranks. overfit: repeat step 0.
+    ranks. overfit: repeat step 0. by_length: rows in a stable order of their lengths; None: sorted here. Of a large
+    table, both are memory-mapped.
     Raises DataError if no row has as many frames as a count that can be drawn or, with frames.fit, as the minimum.
     """
 
@@ -80,9 +86,11 @@ class BatchSchedule:
     rank: int = 0
     world_size: int = 1
     overfit: bool = False
+    by_length: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        longest = int(self.lengths.max(initial=0))
+        self._by_length = np.argsort(self.lengths, kind="stable") if self.by_length is None else self.by_length
+        longest = max(0, int(self.lengths[self._by_length[-1]])) if len(self.lengths) else 0
         needed = [self.frames.minimum] if self.frames.fit else self.frames.all()
         too_long = [frames for frames in needed if frames > longest]
         if too_long:
@@ -90,10 +98,8 @@ class BatchSchedule:
                 f"clips of {plural(too_long[0], 'frame')} are requested, but the longest video gives {longest}; "
                 "lower data.frames.max (or data.stride, or raise data.fps)"
             )
-        self._by_length = np.argsort(self.lengths, kind="stable")
-        self._sorted_lengths = self.lengths[self._by_length]
         self._epoch = -1
-        self._permutation = np.empty(0, int)  # of epoch `_epoch`
+        self._permutation: np.ndarray | Permutation = np.empty(0, int)  # of epoch `_epoch`
 
     @property
     def micro_batch(self) -> int:
@@ -136,12 +142,18 @@ class BatchSchedule:
 
     def with_at_least(self, frames: int) -> np.ndarray:
         """Rows with at least so many frames, shortest first."""
-        return self._by_length[np.searchsorted(self._sorted_lengths, frames) :]
+        lengths, rows = self.lengths, self._by_length
+        return rows[bisect_left(range(len(rows)), frames, key=lambda place: lengths[rows[place]]) :]
 
     def _row_at(self, position: int) -> int:
         count = len(self.lengths)
         epoch, index = divmod(position, count)
         if self._epoch != epoch:
-            rng = np.random.default_rng(seed_of(self.seed, epoch, "shuffle"))
-            self._epoch, self._permutation = epoch, rng.permutation(count)
+            self._epoch, self._permutation = epoch, self._shuffled(epoch)
         return int(self._permutation[index])
+
+    def _shuffled(self, epoch: int) -> np.ndarray | Permutation:
+        count = len(self.lengths)
+        if count > SHUFFLED:
+            return Permutation(count, self.seed, epoch, "shuffle")
+        return np.random.default_rng(seed_of(self.seed, epoch, "shuffle")).permutation(count)

@@ -8,7 +8,6 @@ ClipDataset does all three for a row of a table, collate stacks samples to a bat
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -21,10 +20,11 @@ from torch.utils.data import Dataset
 
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
+from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import open_media
-from vae3d.data.segments import WHOLE, Bounds, Segment, bounds_of
+from vae3d.data.segments import WHOLE, Bounds, Segment
 from vae3d.seeding import seed_of
 from vae3d.text import plural
 from vae3d.transfer import to_device
@@ -230,16 +230,15 @@ class ClipDataset(Dataset[Sample]):
     A file that cannot be read is reported in `errors` and replaced by another row, seeded as well.
     """
 
-    def __init__(self, table: pd.DataFrame, schedule: BatchSchedule, settings: ClipSettings) -> None:
-        self.paths = np.array([os.fsencode(path) for path in table["path"]])  # one buffer, shared by forked workers
-        self.bounds = np.array(bounds_of(table)).reshape(-1, 2)
+    def __init__(self, table: pd.DataFrame | FileTable, schedule: BatchSchedule, settings: ClipSettings) -> None:
+        self.table = as_file_table(table)
         self.schedule = schedule
         self.settings = settings
 
     def __getitem__(self, index: ClipIndex) -> Sample:
         errors: list[tuple[str, str]] = []
         for attempt in range(ATTEMPTS):
-            path = os.fsdecode(self.paths[index.row])
+            path = self.table.path(index.row)
             try:
                 return replace(self._load(path, index), errors=errors)
             except MediaError as error:
@@ -248,7 +247,7 @@ class ClipDataset(Dataset[Sample]):
         return Sample(None, index, path, errors)
 
     def _load(self, path: str, index: ClipIndex) -> Sample:
-        with closing(open_frames(path, self.settings, tuple(self.bounds[index.row]))) as reader:
+        with closing(open_frames(path, self.settings, self.table.bounds(index.row))) as reader:
             return augmented_clip(reader, path, index, self.settings, self.schedule.seed)
 
 

@@ -1,4 +1,9 @@
-"""A fingerprint of the training data: saved with checkpoints, compared on resume and between ranks."""
+"""A fingerprint of the training data: saved with checkpoints, compared on resume and between ranks.
+
+DataFingerprint has hashes per row, and names what changed. GroupedFingerprint is for more than PER_ROW rows: it has
+hashes per group of rows, of one size for any number of rows, and tells what kind of change there is and of about how
+many rows.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,9 @@ from vae3d.text import plural
 FACTS = ("split", "num_frames", "height", "width", "fps", "label", "text")
 SIZES = {"rows": (), "facts": (), "files": (2,)}  # tensor -> its size per row
 SHOWN = 3  # names in a message
+PER_ROW = 100_000  # rows
+GROUPS = 4096
+ORDER_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,9 @@ class DataFingerprint:
         """
         if not saved:
             return []
-        count = len(saved["rows"]) if isinstance(saved, Mapping) and isinstance(saved.get("rows"), torch.Tensor) else 0
-        expected = {name: torch.empty(count, *size, dtype=torch.int64, device="meta") for name, size in SIZES.items()}
-        check_like(saved, expected, "data")
-        old = DataFingerprint(**{name: saved[name].numpy() for name in SIZES}, names=[])
+        if isinstance(saved, Mapping) and "groups" in saved:  # the data had more rows
+            return grouped(self.rows, self.facts, self.files).changes_since(saved)
+        old = _per_row(saved)
         added = ~np.isin(self.rows, old.rows)
         removed = ~np.isin(old.rows, self.rows)
         before, now = old.rows[~removed], self.rows[~added]
@@ -84,15 +91,149 @@ class DataFingerprint:
         return [f"{plural(len(rows), noun)}{what}, such as {', '.join(names[:SHOWN])}"] if names else []
 
 
-def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerprint:
-    """Fingerprint of a source's table. stat_files: include size and modification time of the files."""
-    columns = {name: table[name].astype(object).where(table[name].notna(), None) for name in (*SEGMENT, *FACTS)}
-    rows = [seed_of(*row) for row in zip(table["name"], *(columns[name] for name in SEGMENT), strict=True)]
-    facts = [seed_of(*map(_as_float, row)) for row in zip(*(columns[name] for name in FACTS), strict=True)]
+def _per_row(saved: Any) -> DataFingerprint:
+    """The fingerprint of a state_dict, without names. Raises ArgumentError."""
+    count = len(saved["rows"]) if isinstance(saved, Mapping) and isinstance(saved.get("rows"), torch.Tensor) else 0
+    expected = {name: torch.empty(count, *size, dtype=torch.int64, device="meta") for name, size in SIZES.items()}
+    check_like(saved, expected, "data")
+    return DataFingerprint(**{name: saved[name].numpy() for name in SIZES}, names=[])
+
+
+@dataclass(frozen=True)
+class GroupedFingerprint:
+    """Hashes of groups of rows. A row's identity chooses its group, so a row that comes, goes or changes changes one.
+
+    groups: [GROUPS, 5] int64: number of rows; sums of the hashes of their identities, of these with their other
+    columns, and of these with size and time of those files whose size is known; number of these files. order: [32]
+    int64, SHA-256 of the identities in training order.
+    """
+
+    groups: np.ndarray
+    order: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return int(self.groups[:, 0].sum())
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"groups": torch.from_numpy(self.groups.copy()), "order": torch.from_numpy(self.order.copy())}
+
+    def digests(self) -> dict[str, Any]:
+        """Values that must be equal on all ranks. They do not depend on the folder that holds the data."""
+        return {
+            "data: number of rows": self.count,
+            "data: rows": _digest(self.groups[:, :2]),
+            "data: order of the rows": _digest(self.order),
+            "data: numbers, splits and labels of the rows": _digest(self.groups[:, 2]),
+        }
+
+    def changes_since(self, saved: Mapping[str, torch.Tensor] | None) -> list[str]:
+        """Differences from the data of a checkpoint, one line each. saved: its state_dict, or that of a
+        DataFingerprint; None: not saved. Raises ArgumentError if `saved` is neither.
+        """
+        if not saved:
+            return []
+        if isinstance(saved, Mapping) and "groups" not in saved:
+            old = _per_row(saved)
+            old = grouped(old.rows, old.facts, old.files)
+        else:
+            check_like(saved, {name: value.to("meta") for name, value in self.state_dict().items()}, "data")
+            old = GroupedFingerprint(saved["groups"].numpy(), saved["order"].numpy())
+        counts, rows, facts, files, unknown = (self.groups != old.groups).T
+        same = ~(counts | rows)
+        lines = []
+        if not same.all():
+            more = self.count - old.count
+            difference = (
+                f"{plural(abs(more), 'row')} {'more' if more > 0 else 'fewer'} than" if more else "as many rows as"
+            )
+            changed = _about((~same).sum(), GROUPS, at_least=abs(more))  # equal rows count in one group
+            lines.append(f"rows are new or removed, {changed}; {difference} before")
+        elif not np.array_equal(self.order, old.order):
+            lines.append("the order of the rows changed")
+        for changed, what in (
+            (same & facts, "rows have other numbers, split, label or text"),
+            (same & ~facts & files & ~unknown, "rows have files of another size or modification time"),
+        ):
+            if changed.any():
+                lines.append(f"{what}, {_about(changed.sum(), same.sum())}")
+        return lines
+
+
+def _about(changed: int, groups: int, at_least: int = 0) -> str:
+    """How many changes hit so many of the groups, if each hits any: most likely ln(1 - share) / ln(1 - 1 / groups)."""
+    if changed == groups:
+        return f"many (all {groups} groups of rows differ)"
+    likely = round(np.log1p(-changed / groups) / np.log1p(-1 / groups)) if groups > 1 else changed
+    return f"about {max(likely, at_least)} ({changed} of {groups} groups of rows differ)"
+
+
+def grouped(rows: np.ndarray, facts: np.ndarray, files: np.ndarray | None) -> GroupedFingerprint:
+    """rows, facts: [N] hashes of row_hashes and fact_hashes. files: [N, 2] size and time; -1: unknown; None: of all."""
+    parts = (slice(first, first + PER_ROW) for first in range(0, len(rows), PER_ROW))  # in bounded memory
+    groups, order = np.zeros((GROUPS, 5), np.int64), hashlib.sha256()
+    for part in parts:
+        row, fact = rows[part].astype(np.uint64), facts[part].astype(np.uint64)
+        order.update(np.ascontiguousarray(rows[part], np.int64).tobytes())
+        columns = [np.ones(len(row), np.uint64), _mixed(row), _mixed(row, fact)]
+        if files is not None:
+            size, time = files[part].T.astype(np.uint64)
+            known = files[part, 0] >= 0
+            columns += [np.where(known, _mixed(row, size, time), np.uint64(0)), known.astype(np.uint64)]
+        for column, values in enumerate(columns):
+            np.add.at(groups[:, column].view(np.uint64), (row % np.uint64(GROUPS)).astype(np.int64), values)
+    return GroupedFingerprint(groups, np.frombuffer(order.digest(), np.uint8).astype(np.int64))
+
+
+def _mixed(*hashes: np.ndarray) -> np.ndarray:
+    """One uint64 of several, so that sums of them tell sets of rows apart. The finaliser of SplitMix64."""
+    z = np.zeros(len(hashes[0]), np.uint64)
+    for part in hashes:
+        z = (z ^ part) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+        z = z ^ z >> np.uint64(31)
+    return z
+
+
+def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerprint | GroupedFingerprint:
+    """Fingerprint of a source's table. stat_files: include size and modification time of the files; never of more than
+    PER_ROW rows."""
+    rows, facts = row_hashes(table), fact_hashes(table)
+    if len(table) > PER_ROW:
+        return grouped(rows, facts, None)
     paths = table["path"].tolist()
     stamps = file_stamps(paths) if stat_files else {}
     files = np.array([(stamps.get(path) or [-1, -1])[:2] for path in paths], dtype=np.int64).reshape(-1, 2)
-    return DataFingerprint(np.array(rows, np.int64), np.array(facts, np.int64), files, table["name"].tolist())
+    return DataFingerprint(rows, facts, files, table["name"].tolist())
+
+
+def row_hashes(table: pd.DataFrame) -> np.ndarray:
+    """[rows] int64, hash of a row's identity: name, start and end."""
+    columns = [_values(table[name]) for name in SEGMENT]
+    return np.array([seed_of(*row) for row in zip(table["name"].tolist(), *columns, strict=True)], np.int64)
+
+
+def fact_hashes(table: pd.DataFrame) -> np.ndarray:
+    """[rows] int64, hash of the columns of FACTS."""
+    known: dict[tuple, int] = {}  # many rows have the same
+    hashes = np.empty(len(table), np.int64)
+    for place, row in enumerate(zip(*(_values(table[name]) for name in FACTS), strict=True)):
+        if (value := known.get(row)) is None:
+            value = known[row] = seed_of(*row)
+        hashes[place] = value
+    return hashes
+
+
+def _values(column: pd.Series) -> list[Any]:
+    """The values of a column as Python objects: numbers as floats, None for missing ones."""
+    missing = column.isna()
+    if missing.all():
+        return [None] * len(column)
+    values = column.tolist() if column.dtype == float else list(map(_as_float, column.tolist()))
+    if not missing.any():
+        return values
+    return [None if no else value for value, no in zip(values, missing.tolist(), strict=True)]
 
 
 def fingerprint_of_cache(index: pd.DataFrame, digest: str) -> DataFingerprint:

@@ -12,68 +12,103 @@ import torch
 
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex
 from vae3d.data.clips import ClipDataset, ClipSettings, Unreadable, collate, open_frames, read_clip, to_sample
-from vae3d.data.fingerprint import DataFingerprint
+from vae3d.data.file_table import FileTable, as_file_table
+from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, fingerprint_of
+from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError, MediaError
-from vae3d.data.probe import fill_metadata, probe
+from vae3d.data.prepared import is_large, prepare, select
+from vae3d.data.probe import ProbeResults, Ranks, fill_metadata, probe, results_for_table
 from vae3d.data.readers import is_image
 from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
-from vae3d.data.segments import Bounds, bounds_of, count_frames
-from vae3d.data.sources import Source
+from vae3d.data.segments import Bounds, count_frames
+from vae3d.data.selection import (
+    PROBED_IMAGES,
+    SHOWN,
+    SIZE,
+    check_broken_share,
+    evenly_spaced,
+    held_out,
+    skipped_note,
+    too_small,
+    upscaled_notes,
+    why_too_small,
+)
+from vae3d.data.sources import Source, Table
+from vae3d.data.webdataset import WebDataset
 from vae3d.data.workers import load
 from vae3d.text import plural
 from vae3d.types import ClipBatch
-
-SHOWN = 10  # files in a message
-SIZE = ["height", "width"]
-PROBED_IMAGES = 2000  # evenly spaced, to estimate how many are too small
 
 
 @dataclass(frozen=True)
 class Tables:
     """Readable files for training and validation.
 
-    errors: (path, reason) of files that do not open. skipped_files: (path, reason) of files that are too small. notes:
-    lines for the log.
+    errors: (path, reason) of files that do not open. skipped_files: (path, reason) of files that are too small; of a
+    large table the first ones. notes: lines for the log. fingerprint: of all these files, training first.
     """
 
-    train: pd.DataFrame
-    val: pd.DataFrame
+    train: FileTable
+    val: FileTable
     errors: list[tuple[str, str]]
     skipped_files: list[tuple[str, str]]
     notes: list[str]
+    fingerprint: DataFingerprint | GroupedFingerprint
 
 
-def read_tables(source: Source, settings: ClipSettings, num_val_files: int, max_broken: float) -> Tables:
+def read_tables(
+    source: Source,
+    settings: ClipSettings,
+    num_val_files: int,
+    max_broken: float,
+    rank: int = 0,
+    world_size: int = 1,
+    stat_files: bool = False,
+) -> Tables:
     """List a source's files and hold some out for validation.
 
     With a `split` column: its `val` rows. Without: the `num_val_files` files whose names have the lowest hashes, at
     most a tenth (and at least one), with all their parts; so the choice stays when the table grows or moves.
     num_frames of a row with start or end becomes that of the part. Files below settings.min_side are skipped, and are
-    no errors.
+    no errors. A table file of more than prepared.LARGE rows is prepared once, and then only mapped into memory.
+    rank, world_size: ranks that call this at the same time share the files that must be opened. stat_files: the
+    fingerprint has size and time of the files; of a large table, always as they were when they were probed.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
-    rows = source.table()
     needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (settings.min_side is not None)
-    table, errors = fill_metadata(rows, needed)
+    ranks = Ranks(rank, world_size)
+    if isinstance(source, Table | WebDataset) and is_large(source):
+        table = prepare(source)
+        chosen = select(source, table, settings, needed, num_val_files, max_broken, ranks)
+        notes = [*getattr(source, "notes", ()), *chosen.notes]
+        return Tables(chosen.train, chosen.val, chosen.errors, chosen.skipped, notes, chosen.fingerprint)
+    rows = source.table()
+    results = results_of(source)
+    table, errors = fill_metadata(rows, needed, results, ranks=ranks)
     table, segment_errors = count_frames(table)
     errors += segment_errors
-    _check_broken_share(errors, len(rows), max_broken)
+    check_broken_share(errors, len(errors), len(rows), max_broken)
     table, skipped_files = skip_small(table, settings.min_side)
-    notes = [*getattr(source, "notes", ()), *warn_upscaled(table, settings)]
+    notes = [*getattr(source, "notes", ()), *warn_upscaled(table, settings, results)]
     if skipped_files:
-        notes.append(f"skipped: {plural(len(skipped_files), 'file')} smaller than data.min_side={settings.min_side}")
+        notes.append(skipped_note(len(skipped_files), settings.min_side))
     if table["split"].notna().any():
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
     else:
-        hashes = file_hashes(table)
-        files = np.unique(hashes)
-        is_val = np.isin(hashes, files[: min(num_val_files, max(1, len(files) // 10))]) & (len(files) > 1)
+        is_val = held_out(file_hashes(table), num_val_files)
         is_train = ~is_val
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
     train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
-    return Tables(train, val, errors, skipped_files, notes)
+    fingerprint = fingerprint_of(pd.concat([train, val], ignore_index=True), stat_files)
+    return Tables(as_file_table(train), as_file_table(val), errors, skipped_files, notes, fingerprint)
+
+
+def results_of(source: Source) -> ProbeResults | None:
+    """Where the probe's results of a source are kept: beside its file; None: in the cache folder."""
+    file = getattr(source, "path", None)
+    return results_for_table(file) if isinstance(source, Table | JsonClips) else None
 
 
 def skip_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
@@ -82,22 +117,15 @@ def skip_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataFrame,
     The table needs all heights and widths, unless `min_side` is None, which keeps every file.
     Raises DataError if no file is left.
     """
-    if min_side is None or table.empty:
-        return table, []
-    shorter = table[SIZE].min(axis=1)
-    small = shorter < min_side
-    if small.all():
-        raise DataError(
-            f"no file has a shorter side of data.min_side={min_side} pixels; the largest has {shorter.max():.0f}"
-        )
+    small = too_small(*table[SIZE].to_numpy(dtype=float).T, min_side)
     reasons = [
-        (path, f"is {height:.0f}x{width:.0f}: skipped, because data.min_side={min_side}")
+        (path, why_too_small(height, width, min_side))
         for path, height, width in table.loc[small, ["path", *SIZE]].values
     ]
     return table[~small].reset_index(drop=True), reasons
 
 
-def warn_upscaled(table: pd.DataFrame, settings: ClipSettings) -> list[str]:
+def warn_upscaled(table: pd.DataFrame, settings: ClipSettings, results: ProbeResults | None = None) -> list[str]:
     """A line with the number of files that must be enlarged to fill a clip; none if there are none.
 
     Sizes come from the table. Videos without one are not opened for this; of images without, the headers of
@@ -105,20 +133,10 @@ def warn_upscaled(table: pd.DataFrame, settings: ClipSettings) -> list[str]:
     """
     known = table[SIZE].notna().all(axis=1)
     images = table.loc[~known & table["path"].map(is_image).astype(bool), "path"]  # without rows, map returns objects
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(PROBED_IMAGES, len(images))).astype(int))
-    metadata = probe(images.iloc[chosen].tolist()) if len(images) else {}
+    chosen = images.iloc[evenly_spaced(len(images), PROBED_IMAGES)].tolist()
+    metadata = probe(chosen, results) if chosen else {}
     probed = [[m["height"], m["width"]] for m in metadata.values() if "error" not in m]
-    sizes = np.concatenate([table.loc[known, SIZE].to_numpy(float), np.array(probed, dtype=float).reshape(-1, 2)])
-    if settings.short_side is not None:
-        small = int((sizes.min(axis=1) < settings.short_side).sum())
-        needed = f"data.short_side={settings.short_side}"
-    else:
-        small = int((sizes < [settings.height, settings.width]).any(axis=1).sum())
-        needed = f"{settings.height}x{settings.width}"
-    if not small:
-        return []
-    total = f"{len(sizes)} files" if len(sizes) == len(table) else f"{len(sizes)} files (of {len(table)})"
-    return [f"{small} of {total} are smaller than {needed} and are enlarged; data.min_side skips such files"]
+    return upscaled_notes(*table[SIZE].to_numpy(dtype=float).T, probed, settings)
 
 
 def check_files_exist(source: Source, max_broken: float) -> list[str]:
@@ -130,7 +148,7 @@ def check_files_exist(source: Source, max_broken: float) -> list[str]:
     valid = table["error"].isna()
     mark_missing_files(table)
     errors = invalid_rows(table)
-    _check_broken_share(errors, len(table), max_broken)
+    check_broken_share(errors, len(errors), len(table), max_broken)
     files = table[valid].drop_duplicates("path")["error"]
     lines = [f"data: {plural(len(table), 'row')}, {files.isna().sum()} of {len(files)} files exist"]
     if not valid.all():
@@ -139,25 +157,18 @@ def check_files_exist(source: Source, max_broken: float) -> list[str]:
     return lines + [f"  {note}" for note in getattr(source, "notes", ())]
 
 
-def _check_broken_share(errors: list[tuple[str, str]], rows: int, max_broken: float) -> None:
-    if len(errors) > max_broken * rows:
-        shown = "\n".join(f"  {path}: {reason}" for path, reason in errors[:SHOWN])
-        raise DataError(
-            f"{len(errors)} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
-            f"{shown}\n  python -m vae3d.data.check FILE lists them all"
-        )
-
-
-def clip_lengths(table: pd.DataFrame, settings: ClipSettings) -> np.ndarray:
+def clip_lengths(table: pd.DataFrame | FileTable, settings: ClipSettings) -> np.ndarray:
     """[rows] frames of the longest clip of each row."""
-    return settings.length(table["num_frames"].to_numpy(), table["fps"].to_numpy())
+    table = as_file_table(table)
+    stored = table.stored("length", settings)
+    return settings.length(table.numbers("num_frames"), table.numbers("fps")) if stored is None else stored
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """The data of a training run: clips of any range of steps, and this rank's held-out clips."""
 
-    table: pd.DataFrame
+    table: FileTable
     schedule: BatchSchedule
     settings: ClipSettings
     workers: int
@@ -167,7 +178,7 @@ class TrainingData:
     notes: list[str] = field(default_factory=list)  # lines for the log
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are too small
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
-    fingerprint: DataFingerprint | None = None  # saved with checkpoints
+    fingerprint: DataFingerprint | GroupedFingerprint | None = None  # saved with checkpoints
 
     @property
     def item_bytes(self) -> int:
@@ -198,22 +209,28 @@ class TrainingData:
 
 
 def validation_clips(
-    table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, rank: int = 0, world_size: int = 1
+    table: pd.DataFrame | FileTable,
+    settings: ClipSettings,
+    frames: int,
+    count: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
     """This rank's share of one clip from each of the first `count` held-out videos with at least `frames` frames, and
     (path, reason) of files that failed. Raises DataError if no video is long enough.
     """
-    long_enough = table[clip_lengths(table, settings) >= frames]
-    if long_enough.empty:
+    table = as_file_table(table)
+    long_enough = np.flatnonzero(clip_lengths(table, settings) >= frames)
+    if not len(long_enough):
         raise DataError(
             f"no held-out video has {plural(frames, 'frame')} for validation ({len(table)} are held out); "
             "lower validation.frames, give the table a `split` column, or set validation.every=0"
         )
-    clips, errors, bounds = [], [], bounds_of(long_enough)
+    clips, errors = [], []
     for row in range(rank, min(count, len(long_enough)), world_size):
-        path = long_enough["path"].iloc[row]
+        place = int(long_enough[row])
         try:
-            clips.append(validation_clip(path, bounds[row], row, settings, frames))
+            clips.append(validation_clip(table.path(place), table.bounds(place), row, settings, frames))
         except MediaError as error:
             errors.append((error.path, error.reason))
     return clips, errors

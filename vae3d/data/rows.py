@@ -32,6 +32,7 @@ from vae3d.seeding import seed_of
 
 T = TypeVar("T")
 NUMBERS = ("num_frames", "height", "width", "fps")
+TEXTS = ("text", "label", "split", "error")
 SPLITS = ("train", "val", "test")
 THREADS = 16
 PATHS_PER_TASK = 200  # of a thread
@@ -48,7 +49,7 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
     names = raw["path"].fillna("").astype(str).str.strip()
     table = pd.DataFrame({"path": absolute_paths(root, names.tolist()), "name": names})
     table["row"] = raw.index + 1
-    for column in ("text", "label", "split", "error"):
+    for column in TEXTS:
         table[column] = raw[column] if column in raw.columns else None
 
     def mark(bad: pd.Series, reason: str) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from glob import escape, glob
 from pathlib import Path
 from typing import Protocol
@@ -81,12 +82,17 @@ class Table:
 
     def table(self) -> pd.DataFrame:
         raw = read_table(self.path)
-        if "path" not in raw.columns:
-            names = ", ".join(str(name) for name in raw.columns if name != "error")  # which read_table adds
-            raise DataError(f"{self.path} has no column `path`; its first line names the columns {names}")
-        if raw.empty:
-            raise DataError(f"{self.path} has no rows")
+        self.check_columns([name for name in raw.columns if name != "error"], len(raw))  # which read_table adds
         return normalise_rows(raw, self.root)
+
+    def check_columns(self, names: Sequence[str], rows: int) -> None:
+        """Raises DataError if there is no column `path`, or no row."""
+        if "path" not in names:
+            raise DataError(
+                f"{self.path} has no column `path`; its first line names the columns {', '.join(map(str, names))}"
+            )
+        if not rows:
+            raise DataError(f"{self.path} has no rows")
 
 
 class Folder:

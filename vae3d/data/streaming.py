@@ -20,7 +20,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -38,6 +37,7 @@ from vae3d.data.clips import (
     read_clip,
     to_sample,
 )
+from vae3d.data.file_table import as_file_table
 from vae3d.data.images import ImageReader
 from vae3d.data.media import DataError, MediaError, Reader, StreamItem
 from vae3d.data.memory_file import memory_file
@@ -307,7 +307,7 @@ class StreamingData:
     timeout: float = 0.0
 
     def __post_init__(self) -> None:
-        self.table: pd.DataFrame = rows_from_paths([], [])
+        self.table = as_file_table(rows_from_paths([], []))
         self.positions = [Position()] * max(1, self.workers)
         # (micro-batch, the reader's position behind it), as far back as a checkpoint may need them
         self._passed: list[deque[tuple[int, Position]]] = [deque() for _ in self.positions]

@@ -174,33 +174,61 @@ class VideoIndex:
     times: np.ndarray | None = None
 
 
-def open_index(path: str | Path | FileRange) -> VideoIndex:
-    """The index of a video: from the cache, or built if the size or time of the file, tar or object changed.
+look_in: dict[Path, Callable[[Sequence], bytes | None]] = {}  # beside tables: key of a video -> a file of the cache
 
-    Raises MediaError.
+
+def open_index(path: str | Path | FileRange) -> VideoIndex:
+    """The index of a video: from the cache, from beside a table of this process, or built if the size or time of the
+    file, tar or object changed. Raises MediaError.
     """
-    file = as_range(path)
-    key = [os.path.abspath(file.file) if file.is_plain else file.name, *file.version]
-    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
-    cached = cache_folder() / "index" / name[:2] / name[2:]
-    index = _load(cached, key)
+    video = as_range(path)
+    key = _key(video)
+    file = _cache_file(key)
+    index = _load(file, key)
     if index is None:
-        index = build(file)
-        _store(cached, key, index)
+        found = (content for find in look_in.values() if (content := find(key)) is not None)
+        index = next((index for content in found if (index := _parse(content, key))), None)
+    if index is None:
+        index = build(video)
+        _store(file, key, index)
     return index
 
 
-def _load(cached: Path, key: list) -> VideoIndex | None:
+def cached(path: str) -> tuple[list, bytes] | None:
+    """Key and content of the cache's file of a video; None: there is none, or it is outdated."""
+    try:
+        key = _key(as_range(path))
+        content = _cache_file(key).read_bytes()
+    except (OSError, MediaError):
+        return None
+    return (key, content) if _parse(content, key) is not None else None
+
+
+def _key(video: FileRange) -> list:
+    return [os.path.abspath(video.file) if video.is_plain else video.name, *video.version]
+
+
+def _cache_file(key: list) -> Path:
+    name = hashlib.blake2b(os.fsencode(key[0]), digest_size=12).hexdigest()
+    return cache_folder() / "index" / name[:2] / name[2:]
+
+
+def _load(file: Path, key: list) -> VideoIndex | None:
     """The cached index; None if there is none, or it is damaged or outdated."""
     try:
-        content = cached.read_bytes()
+        content = file.read_bytes()
     except OSError:
         return None
+    return _parse(content, key)
+
+
+def _parse(content: bytes, key: list) -> VideoIndex | None:
+    """The index in a file of the cache; None if it is damaged, or of another size or time of the video."""
     head, _, rows = content[CRC_BYTES:].partition(b"\n")
     if content[:CRC_BYTES] != _crc(head, rows):
         return None
     value = json.loads(head)
-    if value["key"] != key:
+    if value["key"][1:] != key[1:]:
         return None
     arrays, offset = {}, 0
     for name, count in value["counts"].items():

@@ -214,16 +214,16 @@ def clip_and_latent_size(cache: LatentCache) -> tuple[tuple[int, int, int], tupl
     return (int(frames), int(height), int(width)), tuple(int(side) for side in latent.split("x"))
 
 
-def require_labels(labels: Sequence[int], names: Sequence[str], what: str) -> None:
-    """Raises DataError if a label is missing, or all are the same. what: noun for `names` in the message."""
-    missing = [name for name, label in zip(names, labels, strict=True) if label == NO_LABEL]
-    if missing:
+def require_labels(labels: np.ndarray, missing: str, what: str) -> None:
+    """Raises DataError if a label is missing, or all are the same. missing: name of the first without one, if there is
+    one. what: noun for the names."""
+    if count := int((labels == NO_LABEL).sum()):
         raise DataError(
-            f"{len(missing)} of {len(names)} {what} have no label, such as {missing[0]}; a denoiser with classes needs "
+            f"{count} of {len(labels)} {what} have no label, such as {missing}; a denoiser with classes needs "
             "one for each: add a column `label`, or a folder per class; labels=none trains without classes"
         )
-    if len(set(labels)) < 2:
+    if len(np.unique(labels)) < 2:
         raise DataError(
-            f"all {len(names)} {what} have the same label (that of their folder, without a column `label`); use "
+            f"all {len(labels)} {what} have the same label (that of their folder, without a column `label`); use "
             "labels=none"
         )

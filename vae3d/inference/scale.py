@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings
+from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.loader import TrainingData, clip_lengths, validation_clip
 from vae3d.data.media import MediaError
-from vae3d.data.segments import bounds_of
 from vae3d.data.streaming import StreamingData, first_clips
 from vae3d.errors import UserError
 from vae3d.models.diffusers_vae import DiffusersVAE
@@ -144,19 +144,19 @@ def pixel_effect(decode: Callable[[Tensor], Tensor], z: Tensor, generator: torch
 
 
 def spread_clips(
-    table: pd.DataFrame, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
+    table: pd.DataFrame | FileTable, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
 ) -> Iterator[ClipBatch]:
     """Yield one clip of `frames` frames from each of `count` files, the same every time (data.loader.validation_clip).
 
     The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.
     (path, reason) of files that fail is appended to `errors`.
     """
-    bounds = bounds_of(table)
+    table = as_file_table(table)
     rows = np.flatnonzero(clip_lengths(table, settings) >= frames)
     chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     for row in rows[chosen]:
         try:
-            yield validation_clip(table["path"].iloc[row], bounds[row], int(row), settings, frames)
+            yield validation_clip(table.path(row), table.bounds(row), int(row), settings, frames)
         except MediaError as error:
             errors.append((error.path, error.reason))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
+from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.probe import fill_metadata
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
@@ -131,18 +132,36 @@ def items_of(
 
 def labels_of(table: pd.DataFrame, labels: str) -> list[str]:
     """The label of every row; empty if it has none."""
-    given = [_text(label) for label in table["label"]]
+    names, rows = distinct_labels([as_file_table(table)], labels)
+    return [names[row] for row in rows]
+
+
+def distinct_labels(tables: Sequence[FileTable], labels: str) -> tuple[list[str], np.ndarray]:
+    """The labels that occur, and [rows] int32 which of them each row of the tables has. Empty text: none."""
+    if labels == "none":
+        return [""], np.broadcast_to(np.int32(0), sum(map(len, tables)))
+    given, rows = _distinct(tables, "label", _text)
     if all(re.fullmatch(r"(\d+\.0)?", label) for label in given):  # pandas reads 3 as 3.0 in a column with empty cells
         given = [label.removesuffix(".0") for label in given]
     if labels == "column" and not any(given):
         raise DataError("labels=column, but the source has no column `label`; use labels=folder, or none")
     if labels == "column" or (labels == "auto" and any(given)):
-        return given
-    folders = [Path(name).parent.name for name in table["name"]]
-    found = ["" if labels == "none" or folder.lower() in SPLIT_FOLDERS else folder for folder in folders]
+        return given, rows
+    folders, rows = _distinct(tables, "name", lambda name: Path(name).parent.name)
+    found = ["" if folder.lower() in SPLIT_FOLDERS else folder for folder in folders]
     if labels == "folder" and not any(found):
         raise DataError("labels=folder, but no file of the source is in a class folder; use labels=column, or none")
-    return found
+    return found, rows
+
+
+def _distinct(tables: Sequence[FileTable], column: str, text: Callable[[Any], str]) -> tuple[list[str], np.ndarray]:
+    """Distinct texts of the values of a column, and [rows] int32 which of them each row has."""
+    numbers: dict[str, int] = {}
+    pieces = [np.empty(0, np.int32)]
+    for table in tables:
+        for values in table.column_chunks(column):
+            pieces.append(np.array([numbers.setdefault(text(v), len(numbers)) for v in values], dtype=np.int32))
+    return list(numbers), np.concatenate(pieces)
 
 
 def _key(name: str, bounds: Bounds) -> str:

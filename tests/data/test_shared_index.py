@@ -1,0 +1,106 @@
+"""Indices of videos beside a table, for machines that have not read the videos."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pandas as pd
+import pytest
+
+from tests import tiny
+from vae3d.data import probe, shared_index, video_index
+from vae3d.data.clips import ClipSettings
+from vae3d.data.loader import read_tables
+from vae3d.data.parts import parts_of
+from vae3d.data.readers import open_media
+from vae3d.data.sources import Table
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A table of five videos, probed on a machine whose cache is gone."""
+    monkeypatch.setattr(video_index, "look_in", {})
+    monkeypatch.setattr(probe, "look_in", video_index.look_in)
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    for i in range(5):
+        tiny.write_video(tmp_path / f"set/{i}.mp4", tiny.frames(5 + i))
+    pd.DataFrame({"path": [f"{i}.mp4" for i in range(5)]}).to_csv(tmp_path / "set/t.csv", index=False)
+    read(tmp_path / "set")
+    shutil.rmtree(tmp_path / "cache")
+    video_index.look_in.clear()
+    return tmp_path / "set"
+
+
+def read(folder):
+    return read_tables(Table(folder / "t.csv"), ClipSettings(16, 16), num_val_files=0, max_broken=0)
+
+
+def built(monkeypatch) -> list[str]:
+    names, original = [], video_index.build
+    monkeypatch.setattr(video_index, "build", lambda file: names.append(os.path.basename(file.name)) or original(file))
+    return names
+
+
+def frames_of(folder, name: str):
+    reader = open_media(str(folder / name))
+    return reader.read([0, 3]).tolist()
+
+
+def test_a_machine_that_never_read_the_videos_finds_their_indices(folder, monkeypatch, tmp_path):
+    names = built(monkeypatch)
+    expected = frames_of(folder, "0.mp4")
+    assert names == ["0.mp4"]  # without the table, nobody knows
+    shutil.rmtree(tmp_path / "cache")
+    folder.rename(tmp_path / "mounted elsewhere")
+    folder = tmp_path / "mounted elsewhere"
+    read(folder)
+    assert frames_of(folder, "0.mp4") == expected
+    assert len(frames_of(folder, "4.mp4")) == 2
+    assert names == ["0.mp4"]
+
+
+def test_a_changed_video_is_indexed_anew(folder, monkeypatch):
+    names = built(monkeypatch)
+    tiny.write_video(folder / "2.mp4", tiny.frames(9))
+    read(folder)
+    assert open_media(str(folder / "2.mp4")).info.num_frames == 9
+    assert names == ["2.mp4"]
+
+
+@pytest.mark.parametrize("damage", ["deleted", "junk", "cut off", "entry"])
+def test_damaged_parts_are_not_used(folder, monkeypatch, damage):
+    names = built(monkeypatch)
+    (part,) = parts_of(folder / "t.csv.probe", "index")
+    content = part.read_bytes()
+    flipped = bytearray(content)
+    for place in range(len(content) // 4, len(content) // 2, 50):
+        flipped[place] ^= 1
+    wrong = {"junk": b"junk" * 9, "cut off": content[:-9], "entry": bytes(flipped)}
+    if damage == "deleted":
+        part.unlink()
+    else:
+        part.write_bytes(wrong[damage])
+    read(folder)
+    for i in range(5):
+        assert open_media(str(folder / f"{i}.mp4")).info.num_frames == 5 + i
+    assert names
+
+
+def test_merged_parts_are_found(folder, monkeypatch):
+    names = built(monkeypatch)
+    for name in ("MANY", "BATCH"):
+        monkeypatch.setattr(shared_index, name, 2)
+    for i in range(3):
+        pd.DataFrame({"path": [f"new{i}.mp4"]}).to_csv(folder / "t.csv", mode="a", header=False, index=False)
+        tiny.write_video(folder / f"new{i}.mp4", tiny.frames(4))
+        read(folder)
+    assert len(parts_of(folder / "t.csv.probe", "index")) <= 2
+    shutil.rmtree(folder.parent / "cache")
+    names.clear()
+    results = probe.results_for_table(folder / "t.csv")
+    for name in [*(f"{i}.mp4" for i in range(5)), *(f"new{i}.mp4" for i in range(3))]:
+        assert results.indices.find(video_index._key(video_index.as_range(str(folder / name)))) is not None
+        assert open_media(str(folder / name)).info.num_frames
+    assert names == []

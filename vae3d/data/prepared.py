@@ -1,0 +1,540 @@
+"""Large tables, prepared once: read, checked and hashed into $VAE3D_CACHE/tables/KEY, then mapped into memory.
+
+    KEY/table.arrow             every row of the table file, with hashes; KEY: of its path, size and time, and its root
+    KEY/selection-SETTINGS/     rows to train on and rows held out, for settings that choose them
+        train.arrow, val.arrow  columns row (in table.arrow), num_frames, height, width, fps, length (frames of the
+                                longest clip) and by_length (rows in a stable order of their lengths)
+        errors.arrow, skipped.arrow, fingerprint.npz, about.json
+
+A run starts by opening these files, which takes no longer for more rows. The first process to need one makes it; others
+wait. Folders that no run has opened for KEPT_DAYS days are deleted when another table is prepared, and those opened
+longest ago if all together have more than KEPT_BYTES.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from vae3d.data.file_table import CHUNK, NAMES, TEXT, ArrowFile, FileTable, clip_rule, compact, text_array, write_arrow
+from vae3d.data.fingerprint import GroupedFingerprint, fact_hashes, grouped, row_hashes
+from vae3d.data.media import DataError
+from vae3d.data.parts import path_hash
+from vae3d.data.probe import (
+    PART,
+    Metadata,
+    ProbeResults,
+    Ranks,
+    fill_metadata,
+    probe,
+    read_files,
+    read_metadata,
+    results_for_table,
+)
+from vae3d.data.readers import is_image
+from vae3d.data.rows import NUMBERS, SPLITS, TEXTS, in_threads, invalid_rows, normalise_rows
+from vae3d.data.segments import SEGMENT, count_frames
+from vae3d.data.selection import (
+    PROBED_IMAGES,
+    SHOWN,
+    check_broken_share,
+    evenly_spaced,
+    held_out,
+    skipped_note,
+    too_small,
+    upscaled_notes,
+    why_too_small,
+)
+from vae3d.data.storage import is_stored, is_url, size_and_version
+from vae3d.data.tables import count_rows, of_copy, table_pieces
+from vae3d.data.video_index import cache_folder
+from vae3d.data.webdataset import WebDataset
+from vae3d.hashing import json_hash
+from vae3d.io import atomic_dir, naming, remove, remove_unfinished, write_json
+from vae3d.progress import progress
+from vae3d.seeding import seed_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from vae3d.data.clips import ClipSettings
+    from vae3d.data.sources import Table
+
+LARGE = 100_000  # rows; a smaller table is read anew by every process
+SMALL_FILE = 2**20  # bytes; a smaller file is not worth counting its rows
+KEPT_DAYS = 30
+KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
+VERSION = 1
+WORKERS = 8
+LISTED = 1000  # files that a run names one by one
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows chosen from a prepared table. errors: (path, reason) of the first LISTED that cannot be used. skipped:
+    likewise of files that are too small. notes: lines for the log."""
+
+    train: FileTable
+    val: FileTable
+    fingerprint: GroupedFingerprint
+    errors: list[tuple[str, str]]
+    skipped: list[tuple[str, str]]
+    notes: list[str]
+
+
+def is_large(table: Table | WebDataset) -> bool:
+    """Whether a table file or an index of shards has more than LARGE rows, or has been prepared before. Raises
+    DataError."""
+    if isinstance(table, WebDataset):
+        rows = sum(len(opened.table) for opened in table.indices())
+        return rows > LARGE or (folder_of(table) / "table.arrow").is_file()
+    file = _file(table)
+    if not file.is_file() or file.stat().st_size < SMALL_FILE:
+        return False
+    return (folder_of(table) / "table.arrow").is_file() or count_rows(file) > LARGE
+
+
+def _file(table: Table) -> Path:
+    """The table's file; of one in a store, its copy in the cache."""
+    return of_copy(Path, table.path) if is_stored(table.path) else Path(table.path)
+
+
+def _root(table: Table) -> str:
+    return str(table.root) if is_url(table.root) else os.path.abspath(table.root)
+
+
+def folder_of(table: Table | WebDataset) -> Path:
+    if isinstance(table, WebDataset):
+        files = [[opened.file, size_and_version(opened.file), opened.split] for opened in table.indices()]
+        return cache_folder() / "tables" / json_hash([table.paths, table.val_paths, files, VERSION])
+    file = _file(table)
+    stat = file.stat()
+    version = str(file) if is_stored(table.path) else stat.st_mtime_ns  # a copy is named by the version of the object
+    path = str(table.path) if is_stored(table.path) else os.path.abspath(table.path)
+    return cache_folder() / "tables" / json_hash([path, _root(table), stat.st_size, version, VERSION])
+
+
+# --- the table
+
+
+def prepare(table: Table | WebDataset) -> FileTable:
+    """The rows of a table file or an index of shards, mapped into memory; prepared now if they are not yet. Raises
+    DataError as `table` of the source does, and FileError if the cache folder cannot be written."""
+    folder = folder_of(table)
+    if not (folder / "table.arrow").is_file():
+        with _alone(folder):
+            if not (folder / "table.arrow").is_file():
+                delete_unused(folder.parent)
+                with naming(folder), atomic_dir(folder) as tmp:
+                    (_convert_index if isinstance(table, WebDataset) else _convert)(table, tmp)
+    os.utime(folder)  # when it was last used
+    return FileTable(ArrowFile(folder / "table.arrow"))
+
+
+def delete_unused(folder: Path) -> None:
+    """Delete prepared tables that no run has opened for KEPT_DAYS days, those opened longest ago if they have more than
+    KEPT_BYTES together, and what killed processes left."""
+    remove_unfinished(folder)
+    tables = sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda path: -path.stat().st_mtime)
+    total = 0
+    for table in tables:  # the last opened first
+        total += sum(file.stat().st_size for file in table.rglob("*"))
+        if total > KEPT_BYTES or time.time() - table.stat().st_mtime > KEPT_DAYS * 86400:
+            remove(table)
+            table.with_name(f"{table.name}.lock").unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process of all is inside; the others wait."""
+    with naming(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _convert(table: Table, folder: Path) -> None:
+    """Write table.arrow and about.json."""
+    file, root = _file(table), _root(table)
+    pieces = table_pieces(file)
+    first = next(pieces)
+    table.check_columns(first.column_names, len(first))
+    schema = _schema(first.column_names, root)
+    styles: set[str] = set()
+    rows = 0
+    with (
+        pa.OSFile(str(folder / "table.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+        progress(total=count_rows(file), desc=f"preparing {Path(table.path).name}", unit="row", unit_scale=True) as bar,
+    ):
+        for batch, style in _in_processes(chain([first], pieces), root, schema):
+            writer.write_batch(batch)
+            styles |= style
+            rows += batch.num_rows
+            bar.update(batch.num_rows)
+    write_json(folder / "about.json", {"table": str(table.path), "rows": rows, "one_name_per_file": len(styles) <= 1})
+
+
+def _convert_index(source: WebDataset, folder: Path) -> None:
+    """Write table.arrow and about.json of an index of shards."""
+    given = [name for opened in source.indices() for name in opened.table.column_names]
+    given += ["split"] * any(opened.split is not None for opened in source.indices())
+    schema = _schema(given, "").insert(0, pa.field("path", NAMES))
+    count = sum(len(opened.table) for opened in source.indices())
+    with (
+        pa.OSFile(str(folder / "table.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+        progress(total=count, desc="preparing the index", unit="row", unit_scale=True) as bar,
+    ):
+        for piece in source.pieces(CHUNK):
+            paths = pa.array(list(map(os.fsencode, piece["path"])), NAMES)
+            batch, _ = _arrays(piece, "", pa.schema(list(schema)[1:]))
+            writer.write_batch(pa.record_batch([paths, *batch.columns], schema=schema))
+            bar.update(len(piece))
+    about = {"table": [opened.file for opened in source.indices()], "rows": count, "one_name_per_file": True}
+    write_json(folder / "about.json", about)
+
+
+def _schema(given: Sequence[str], root: str) -> pa.Schema:
+    texts = [name for name in TEXTS if name in given or name == "error"]
+    fields = [("name", NAMES), *((name, TEXT) for name in texts)]
+    fields += [(name, pa.float64()) for name in (*NUMBERS, *SEGMENT) if name in given]
+    fields += [("identity", pa.int64()), ("facts", pa.int64())]  # hashes
+    fields += [] if "split" in given else [("file", pa.int64())]
+    return pa.schema(fields, {b"root": os.fsencode(root)})
+
+
+def _in_processes(
+    pieces: Iterable[pa.Table], root: str, schema: pa.Schema
+) -> Iterator[tuple[pa.RecordBatch, set[str]]]:
+    """_converted of every piece, in order; of a few at a time, in processes."""
+    workers = min(WORKERS, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+    if workers == 1:
+        yield from (_converted(_known(piece), root, schema) for piece in pieces)
+        return
+    waiting: deque[Future] = deque()
+    with ProcessPoolExecutor(workers, get_context("fork")) as pool:  # as the workers of a DataLoader
+        for piece in pieces:
+            waiting.append(pool.submit(_converted, _known(piece), root, schema))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _known(piece: pa.Table) -> pa.Table:
+    """The columns that a table of files may have."""
+    return piece.select([name for name in piece.column_names if name in ("path", *TEXTS, *NUMBERS, *SEGMENT)])
+
+
+def _converted(raw: pa.Table, root: str, schema: pa.Schema) -> tuple[pa.RecordBatch, set[str]]:
+    """The rows of table.arrow of a piece of the file, and how its names are given: relative, absolute, other."""
+    return _arrays(normalise_rows(raw.to_pandas(use_threads=False, integer_object_nulls=True), root), root, schema)
+
+
+def _arrays(table: pd.DataFrame, root: str, schema: pa.Schema) -> tuple[pa.RecordBatch, set[str]]:
+    """_converted of rows as normalise_rows gives them."""
+    arrays: dict[str, pa.Array] = {"name": pa.array([os.fsencode(name) for name in table["name"]], NAMES)}
+    for name in schema.names:
+        if name in TEXTS:
+            given = table[name].where(table[name].isin(SPLITS), None) if name == "split" else table[name]
+            arrays[name] = text_array(given)
+        elif name in (*NUMBERS, *SEGMENT):
+            arrays[name] = pa.array(table[name].to_numpy(dtype=float))
+    arrays["identity"], arrays["facts"] = pa.array(row_hashes(table)), pa.array(fact_hashes(table))
+    if "file" in schema.names:
+        arrays["file"] = pa.array([seed_of(name) for name in table["name"]], pa.int64())
+    sound = table[table["error"].isna()]
+    names, paths = sound["name"].to_numpy(), sound["path"].to_numpy()
+    prefix = os.path.join(root, "")
+    relative, absolute = paths == np.array([prefix + name for name in names], object), paths == names
+    style = {"relative"} if relative.all() else {"absolute"} if absolute.all() else {"relative", "other"}
+    return pa.record_batch([arrays[name] for name in schema.names], schema=schema), style if len(sound) else set()
+
+
+# --- a selection of its rows
+
+
+def select(
+    source: Table | WebDataset,
+    table: FileTable,
+    settings: ClipSettings,
+    needed: Sequence[str],
+    num_val_files: int,
+    max_broken: float,
+    ranks: Ranks,
+) -> Selection:
+    """Rows to train on and rows held out, as loader.read_tables chooses them from a small table. needed: columns that
+    every row must have. Files that did not open when the selection was made are tried again.
+
+    All ranks must call it at the same time. Raises DataError if more than the share `max_broken` cannot be used, or if
+    nothing is left to train on.
+    """
+    chosen_by = [needed, num_val_files, settings.stride, settings.fps, settings.min_side]
+    sizes = [settings.height, settings.width, settings.short_side]  # of which a note depends
+    folder = folder_of(source) / f"selection-{json_hash([chosen_by, sizes])}"
+    made = _time_of(folder)
+    if not ranks.all(made is not None and not _opens_now(folder, ranks)):
+        results = results_for_table(source.indices()[0].file if isinstance(source, WebDataset) else source.path)
+        probe_unknown(table, needed, results, ranks)
+        with _alone(folder.parent):
+            if _time_of(folder) == made:  # else another process has just made it anew
+                with naming(folder), atomic_dir(folder) as tmp:
+                    _choose(tmp, folder, table, settings, needed, num_val_files, max_broken, results)
+    about = json.loads((folder / "about.json").read_text())
+    errors, skipped = (ArrowFile(folder / f"{name}.arrow").table for name in ("errors", "skipped"))
+    check_broken_share(_pairs(errors, SHOWN), len(errors), about["rows"], max_broken)
+    train, val = (FileTable(table.base, ArrowFile(folder / f"{name}.arrow")) for name in ("train", "val"))
+    with np.load(folder / "fingerprint.npz") as arrays:
+        fingerprint = GroupedFingerprint(arrays["groups"], arrays["order"])
+    notes = list(about["notes"])
+    for name, listed, what in (("errors", errors, "cannot be used"), ("skipped", skipped, "are too small")):
+        if len(listed) > LISTED:
+            notes.append(f"{folder / name}.arrow lists all {len(listed)} files that {what}")
+    return Selection(train, val, fingerprint, _pairs(errors, LISTED), _pairs(skipped, LISTED), notes)
+
+
+def _time_of(folder: Path) -> int | None:
+    """When a selection was made; None: it is not there."""
+    try:
+        return (folder / "about.json").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _opens_now(folder: Path, ranks: Ranks) -> bool:
+    """Whether a file opens that did not when the selection was made, of this rank's share of such files."""
+    errors = ArrowFile(folder / "errors.arrow").table
+    paths = errors.filter(errors["opened"])["path"].to_pylist()[ranks.rank :: ranks.world_size]
+    return any("error" not in metadata for metadata in in_threads(read_metadata, map(os.fsdecode, paths)).values())
+
+
+def _pairs(errors: pa.Table, count: int) -> list[tuple[str, str]]:
+    return [(os.fsdecode(row["path"]), row["reason"]) for row in errors.slice(0, count).to_pylist()]
+
+
+def probe_unknown(table: FileTable, needed: Sequence[str], results: ProbeResults, ranks: Ranks) -> None:
+    """Read this rank's share of the files that nothing is known of, and wait for the other ranks."""
+    rows = np.concatenate([np.empty(0, np.int64), *(piece[unknown] for piece, unknown in _pieces(table, needed))])
+    with progress(total=len(rows), desc="probing files", unit="row", hidden=ranks.rank > 0 or not len(rows)) as bar:
+        for first in range(0, len(rows), PART):
+            paths = list(dict.fromkeys(table.paths(rows[first : first + PART])))
+            known = results.knows(paths)
+            mine = [path for path, found in zip(paths, known, strict=True) if not found and ranks.has(path)]
+            read_files(mine, results, hidden=True)
+            bar.update(min(PART, len(rows) - first))
+    ranks.wait()
+    if len(rows):
+        results.merge()
+
+
+def _pieces(table: FileTable, needed: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pieces of the rows without an error, and which of them lack a number or are a part of their file."""
+    for first in range(0, len(table), CHUNK):
+        piece = np.arange(first, min(first + CHUNK, len(table)))
+        sound = piece[table.missing("error", piece)]
+        lacking = [np.isnan(table.numbers(name, sound)) for name in needed]
+        yield sound, np.logical_or.reduce([*lacking, *(~np.isnan(table.numbers(name, sound)) for name in SEGMENT)])
+        table.base.release()
+
+
+def _choose(
+    folder: Path,
+    final: Path,
+    table: FileTable,
+    settings: ClipSettings,
+    needed: Sequence[str],
+    num_val_files: int,
+    max_broken: float,
+    results: ProbeResults,
+) -> None:
+    """Write a selection, in memory of about 70 bytes per row. final: where its folder will be. Raises DataError."""
+    errors = _Errors(folder / "errors.arrow")
+    columns = _filled(table, needed, results, errors)
+    errors.close()
+    check_broken_share(errors.first, errors.count, len(table), max_broken)
+    smaller = too_small(columns["height"], columns["width"], settings.min_side)
+    _write_skipped(folder / "skipped.arrow", table, columns, smaller, settings.min_side)
+    if smaller.any():
+        columns = {name: values[~smaller] for name, values in columns.items()}
+    is_val, is_train = _splits(table, columns["row"], num_val_files, final.parent)
+    probed = [[m["height"], m["width"]] for m in _some_images(table, columns, results).values() if "error" not in m]
+    notes = upscaled_notes(columns["height"], columns["width"], probed, settings)
+    if smaller.any():
+        notes.append(skipped_note(int(smaller.sum()), settings.min_side))
+    if not is_train.any():
+        raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
+    order = [np.flatnonzero(is_train).astype(np.int32), np.flatnonzero(is_val).astype(np.int32)]
+    for name, rows in zip(("train", "val"), order, strict=True):
+        view = _view(columns, rows, settings)
+        write_arrow(folder / f"{name}.arrow", view.replace_schema_metadata(clip_rule(settings)))
+    del view
+    for name in NUMBERS:
+        del columns[name]
+    rows = np.concatenate(order)
+    files = columns["stamp"][rows] if "stamp" in columns else None
+    identities = table.numbers("identity", columns["row"][rows])
+    fingerprint = grouped(identities, columns["facts"][rows], files)
+    np.savez(folder / "fingerprint.npz", groups=fingerprint.groups, order=fingerprint.order)
+    write_json(folder / "about.json", {"rows": len(table), "notes": notes})
+
+
+def _view(columns: dict[str, np.ndarray], rows: np.ndarray, settings: ClipSettings) -> pa.Table:
+    """The columns of train.arrow or val.arrow."""
+    length = np.empty(len(rows), np.int32)
+    for first in range(0, len(rows), CHUNK):
+        part = rows[first : first + CHUNK]
+        length[first : first + CHUNK] = settings.length(columns["num_frames"][part], columns["fps"][part])
+    known = {name: columns[name][rows] for name in NUMBERS if not np.isnan(columns[name]).all()}
+    by_length = np.argsort(length, kind="stable").astype(np.int32)
+    return pa.table({"row": columns["row"][rows], **known, "length": length, "by_length": by_length})
+
+
+def _filled(table: FileTable, needed: Sequence[str], results: ProbeResults, errors: _Errors) -> dict[str, np.ndarray]:
+    """The usable rows: `row`, the columns of NUMBERS, `facts` (hash) and, if files were probed, `stamp` [rows, 2]."""
+    count, place = len(table), 0
+    columns: dict[str, np.ndarray] = {"row": np.empty(count, np.int32), "facts": np.empty(count, np.int64)}
+    columns |= {name: np.full(count, np.nan, np.float32) for name in NUMBERS}
+    errors.add_rows(table, np.concatenate([np.empty(0, np.int64), *_invalid(table)]))
+    for piece, unknown in _pieces(table, needed):
+        complete = piece[~unknown]
+        found = {"row": complete, "facts": table.numbers("facts", complete)}
+        found |= {name: table.numbers(name, complete) for name in NUMBERS}
+        if unknown.any():
+            probed, unread = fill_metadata(table.to_pandas(piece[unknown]), needed, results, trusted=True)
+            probed, outside = count_frames(probed)
+            errors.add(unread, opened=True)
+            errors.add(outside, opened=False)
+            if "stamp" not in columns:
+                columns["stamp"] = np.full((count, 2), -1, np.int64)
+            new = {"row": probed["row"].to_numpy() - 1, "facts": fact_hashes(probed)}
+            new |= {name: probed[name].to_numpy(dtype=float) for name in NUMBERS}
+            order = np.argsort(np.concatenate([complete, new["row"]]), kind="stable")
+            found = {name: np.concatenate([found[name], new[name]])[order] for name in found}
+            stamps = np.concatenate([np.full((len(complete), 2), -1), results.stamps(probed["path"].tolist())])[order]
+            columns["stamp"][place : place + len(stamps)] = stamps
+        for name, values in found.items():
+            if name in NUMBERS and compact(values).dtype == np.float64:
+                columns[name] = columns[name].astype(np.float64, copy=False)
+            columns[name][place : place + len(values)] = values
+        place += len(found["row"])
+    return {name: values[:place] for name, values in columns.items()}
+
+
+def _invalid(table: FileTable) -> Iterator[np.ndarray]:
+    for first in range(0, len(table), CHUNK):
+        piece = np.arange(first, min(first + CHUNK, len(table)))
+        yield piece[~table.missing("error", piece)]
+
+
+class _Errors:
+    """Writes errors.arrow: (path, reason) of rows that cannot be used, and whether the file was opened in vain."""
+
+    def __init__(self, path: Path) -> None:
+        self.count, self.first = 0, []
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, ERRORS)
+
+    def add(self, errors: list[tuple[str, str]], opened: bool) -> None:
+        self.count += len(errors)
+        self.first += errors[: SHOWN - len(self.first)]
+        self._writer.write_table(_errors_table(errors, opened))
+
+    def add_rows(self, table: FileTable, rows: np.ndarray) -> None:
+        """Add rows with an error of their own."""
+        for first in range(0, len(rows), CHUNK):
+            self.add(invalid_rows(table.to_pandas(rows[first : first + CHUNK])), opened=False)
+
+    def close(self) -> None:
+        self._writer.close()
+        self._sink.close()
+
+
+def _errors_table(errors: list[tuple[str, str]], opened: bool) -> pa.Table:
+    rows = [{"path": os.fsencode(path), "reason": reason, "opened": opened} for path, reason in errors]
+    return pa.Table.from_pylist(rows, ERRORS)
+
+
+ERRORS = pa.schema([("path", NAMES), ("reason", TEXT), ("opened", pa.bool_())])
+
+
+def _write_skipped(
+    path: Path, table: FileTable, columns: dict[str, np.ndarray], smaller: np.ndarray, min_side: int | None
+) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, ERRORS) as writer:
+        places = np.flatnonzero(smaller)
+        for first in range(0, len(places), CHUNK):
+            part = places[first : first + CHUNK]
+            paths = table.paths(columns["row"][part])
+            reasons = [
+                why_too_small(height, width, min_side)
+                for height, width in zip(columns["height"][part], columns["width"][part], strict=True)
+            ]
+            writer.write_table(_errors_table(list(zip(paths, reasons, strict=True)), opened=False))
+
+
+def _splits(table: FileTable, rows: np.ndarray, num_val_files: int, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows are held out, and which are trained on."""
+    if "file" not in table.base.table.column_names:
+        if not table.missing("split", rows).all():
+            return table.equals("split", "val", rows), table.equals("split", "train", rows)
+        hashes = _hashes_of_names(table, rows)
+    else:
+        hashes = table.numbers("file", rows)
+    if not json.loads((folder / "about.json").read_text())["one_name_per_file"]:
+        hashes = _equal_in_a_file(table, rows, hashes)
+    is_val = held_out(hashes, num_val_files)
+    return is_val, ~is_val
+
+
+def _hashes_of_names(table: FileTable, rows: np.ndarray) -> np.ndarray:
+    parts = (table.names(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK))
+    return np.concatenate([np.array([seed_of(name) for name in part], np.int64) for part in parts])
+
+
+def _equal_in_a_file(table: FileTable, rows: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Hashes of names such that rows of one file have the same, though they name it differently: as file_hashes."""
+    parts = (table.paths(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK))
+    paths = np.concatenate([np.array([path_hash(os.fsencode(path)) for path in part], np.int64) for part in parts])
+    _, file = np.unique(paths, return_inverse=True)
+    lowest, highest = np.full(len(rows), np.iinfo(np.int64).max), np.full(len(rows), -1)
+    np.minimum.at(lowest, file, hashes)
+    np.maximum.at(highest, file, hashes)
+    several = np.flatnonzero((lowest != highest)[file])
+    names: dict[int, str] = {}
+    for name, number in zip(table.names(rows[several]), file[several].tolist(), strict=True):
+        names[number] = min(name, names.get(number, name))
+    hashes = hashes.copy()
+    hashes[several] = [seed_of(names[number]) for number in file[several].tolist()]
+    return hashes
+
+
+def _some_images(table: FileTable, columns: dict[str, np.ndarray], results: ProbeResults) -> dict[str, Metadata]:
+    """Metadata of up to PROBED_IMAGES images without a size, evenly spaced."""
+    unknown = columns["row"][np.isnan(columns["height"]) | np.isnan(columns["width"])]
+    images = [
+        part[np.fromiter(map(is_image, table.names(part)), bool, len(part))]
+        for part in (unknown[first : first + CHUNK] for first in range(0, len(unknown), CHUNK))
+    ]
+    rows = np.concatenate([np.empty(0, np.int32), *images])
+    chosen = table.paths(rows[evenly_spaced(len(rows), PROBED_IMAGES)])
+    return probe(chosen, results, trusted=True) if chosen else {}
