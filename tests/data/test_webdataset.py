@@ -138,7 +138,7 @@ def test_a_thousand_draws_over_http_with_a_tenth_of_the_requests_failing_are_tho
         again = WebDataset(f"{store.url}/{{000000..000002}}.tar")
         assert len(again.table()) == 12
         assert len(store.requests) - before < 12  # the index is in the cache
-    assert [file.suffix for file in (tmp_path / "shards").iterdir()] == [".arrow"]
+    assert len(list((tmp_path / "shards").glob("*.arrow"))) == 1
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
