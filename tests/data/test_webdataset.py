@@ -23,7 +23,7 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import storage, tar_index
+from vae3d.data import prepared, storage, tar_index
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
@@ -137,7 +137,7 @@ def test_a_thousand_draws_over_http_with_a_tenth_of_the_requests_failing_are_tho
         again = WebDataset(f"{store.url}/{{000000..000002}}.tar")
         assert len(again.table()) == 12
         assert len(store.requests) - before < 12  # the index is in the cache
-    assert [file.suffix for file in (tmp_path / "shards").iterdir()] == [".arrow"]
+    assert len(list((tmp_path / "shards").glob("*.arrow"))) == 1
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -150,6 +150,8 @@ def test_an_index_at_the_url_of_a_folder_is_used(shards, table):
         source = open_source(f"{store.url}/{INDEX}")
         assert source.table()["path"][0].startswith(f"{store.url}/000000.tar@")
         assert len(WebDataset(f"{store.url}/").table()) == len(pd.read_csv(table))
+        with pytest.raises(DataError, match=r"give a pattern, such as \{000\.\.999\}\.tar"):
+            open_source(store.url).table()
 
 
 def test_a_run_killed_in_the_middle_goes_on_bit_for_bit_as_from_files(table, shards, tmp_path):
@@ -583,3 +585,21 @@ def test_shards_in_s3_are_listed_indexed_and_read(bucket, plain, tmp_path, monke
     assert str(index) in capsys.readouterr().out
     with pytest.raises(DataError, match="s3://none"):
         WebDataset("s3://none/0.tar").table()
+
+
+@pytest.mark.parametrize("val", [False, True])
+def test_large_indices_are_prepared_once_and_give_the_same_clips(shards, plain, tmp_path, monkeypatch, val):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
+    path = f"{plain}/{{000001..000003}}.tar" if val else str(shards)
+    arguments = {"val_path": f"{plain}/000000.tar"} if val else {}
+    small = read_tables(WebDataset(path, **arguments), SETTINGS, 1, 0.0)
+    monkeypatch.setattr(prepared, "LARGE", 5)
+    for _ in range(2):
+        source = WebDataset(path, **arguments)
+        large = read_tables(source, SETTINGS, 1, 0.0)
+        for ours, theirs in ((large.train, small.train), (large.val, small.val)):
+            assert ours.to_pandas()[["path", "name"]].equals(theirs.to_pandas()[["path", "name"]])
+            assert ours.numbers("num_frames").tolist() == theirs.numbers("num_frames").tolist()
+        assert large.notes == small.notes
+        assert len(list((tmp_path / "tables").glob("*/table.arrow"))) == 1
+        monkeypatch.setattr(prepared, "_convert_index", None)

@@ -459,7 +459,8 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
     config, run = trainer.config, shown(trainer.folder)
     found = [longer("train", trainer)]
     held_out = [path for clip in trainer.data.held_out for path in clip.paths]
-    files = held_out or [trainer.data.streams[0].table.path(0)]
+    table = trainer.data.streams[0].table
+    files = held_out or [table.path(row) for row in range(min(1, len(table)))]
     if any((trainer.folder / "exports").glob("step-*")) and config.data.depth.mapping is None:
         if files and is_file(files[0]):
             found.append(

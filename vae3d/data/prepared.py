@@ -60,15 +60,18 @@ from vae3d.data.selection import (
     upscaled_notes,
     why_too_small,
 )
-from vae3d.data.storage import is_stored, is_url
+from vae3d.data.storage import is_stored, is_url, size_and_version
 from vae3d.data.tables import count_rows, of_copy, table_pieces
 from vae3d.data.video_index import cache_folder
+from vae3d.data.webdataset import WebDataset
 from vae3d.hashing import json_hash
 from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json
 from vae3d.progress import progress
 from vae3d.seeding import seed_of
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from vae3d.data.clips import ClipSettings
     from vae3d.data.sources import Table
 
@@ -94,8 +97,12 @@ class Selection:
     notes: list[str]
 
 
-def is_large(table: Table) -> bool:
-    """Whether a table file has more than LARGE rows, or has been prepared before. Raises DataError."""
+def is_large(table: Table | WebDataset) -> bool:
+    """Whether a table file or an index of shards has more than LARGE rows, or has been prepared before. Raises
+    DataError."""
+    if isinstance(table, WebDataset):
+        rows = sum(len(opened.table) for opened in table.indices())
+        return rows > LARGE or (folder_of(table) / "table.arrow").is_file()
     file = _file(table)
     if not file.is_file() or file.stat().st_size < SMALL_FILE:
         return False
@@ -111,7 +118,10 @@ def _root(table: Table) -> str:
     return str(table.root) if is_url(table.root) else os.path.abspath(table.root)
 
 
-def folder_of(table: Table) -> Path:
+def folder_of(table: Table | WebDataset) -> Path:
+    if isinstance(table, WebDataset):
+        files = [[opened.file, size_and_version(opened.file), opened.split] for opened in table.indices()]
+        return cache_folder() / "tables" / json_hash([table.paths, table.val_paths, files, VERSION])
     file = _file(table)
     stat = file.stat()
     version = str(file) if is_stored(table.path) else stat.st_mtime_ns  # a copy is named by the version of the object
@@ -122,16 +132,16 @@ def folder_of(table: Table) -> Path:
 # --- the table
 
 
-def prepare(table: Table) -> FileTable:
-    """The rows of a table file, mapped into memory; prepared now if they are not yet. Raises DataError as
-    Table.table does, and FileError if the cache folder cannot be written."""
+def prepare(table: Table | WebDataset) -> FileTable:
+    """The rows of a table file or an index of shards, mapped into memory; prepared now if they are not yet. Raises
+    DataError as `table` of the source does, and FileError if the cache folder cannot be written."""
     folder = folder_of(table)
     if not (folder / "table.arrow").is_file():
         with _alone(folder):
             if not (folder / "table.arrow").is_file():
                 delete_unused(folder.parent)
                 with naming(folder), atomic_dir(folder) as tmp:
-                    _convert(table, tmp)
+                    (_convert_index if isinstance(table, WebDataset) else _convert)(table, tmp)
     with suppress(OSError):  # of a folder that others wrote
         os.utime(folder)  # when it was last used
     return FileTable(ArrowFile(folder / "table.arrow"))
@@ -194,6 +204,26 @@ def _convert(table: Table, folder: Path) -> None:
     write_json(folder / "about.json", {"table": str(table.path), "rows": rows, "one_name_per_file": len(styles) <= 1})
 
 
+def _convert_index(source: WebDataset, folder: Path) -> None:
+    """Write table.arrow and about.json of an index of shards."""
+    given = [name for opened in source.indices() for name in opened.table.column_names]
+    given += ["split"] * any(opened.split is not None for opened in source.indices())
+    schema = _schema(given, "").insert(0, pa.field("path", NAMES))
+    count = sum(len(opened.table) for opened in source.indices())
+    with (
+        pa.OSFile(str(folder / "table.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+        progress(total=count, desc="preparing the index", unit="row", unit_scale=True) as bar,
+    ):
+        for piece in source.pieces(CHUNK):
+            paths = pa.array(list(map(os.fsencode, piece["path"])), NAMES)
+            batch, _ = _arrays(piece, "", pa.schema(list(schema)[1:]))
+            writer.write_batch(pa.record_batch([paths, *batch.columns], schema=schema))
+            bar.update(len(piece))
+    about = {"table": [opened.file for opened in source.indices()], "rows": count, "one_name_per_file": True}
+    write_json(folder / "about.json", about)
+
+
 def _schema(given: Sequence[str], root: str) -> pa.Schema:
     texts = [name for name in TEXTS if name in given or name == "error"]
     fields = [("name", NAMES), *((name, TEXT) for name in texts)]
@@ -228,7 +258,11 @@ def _known(piece: pa.Table) -> pa.Table:
 
 def _converted(raw: pa.Table, root: str, schema: pa.Schema) -> tuple[pa.RecordBatch, set[str]]:
     """The rows of table.arrow of a piece of the file, and how its names are given: relative, absolute, other."""
-    table = normalise_rows(raw.to_pandas(use_threads=False, integer_object_nulls=True), root)
+    return _arrays(normalise_rows(raw.to_pandas(use_threads=False, integer_object_nulls=True), root), root, schema)
+
+
+def _arrays(table: pd.DataFrame, root: str, schema: pa.Schema) -> tuple[pa.RecordBatch, set[str]]:
+    """_converted of rows as normalise_rows gives them."""
     arrays: dict[str, pa.Array] = {"name": pa.array([os.fsencode(name) for name in table["name"]], NAMES)}
     for name in schema.names:
         if name in TEXTS:
@@ -251,7 +285,7 @@ def _converted(raw: pa.Table, root: str, schema: pa.Schema) -> tuple[pa.RecordBa
 
 
 def select(
-    source: Table,
+    source: Table | WebDataset,
     table: FileTable,
     settings: ClipSettings,
     needed: Sequence[str],
@@ -270,7 +304,7 @@ def select(
     folder = folder_of(source) / f"selection-{json_hash([chosen_by, sizes])}"
     made = _time_of(folder)
     if not ranks.all(made is not None and not _opens_now(folder, ranks)):
-        results = results_for_table(source.path)
+        results = results_for_table(source.indices()[0].file if isinstance(source, WebDataset) else source.path)
         probe_unknown(table, needed, results, ranks)
         with _alone(folder.parent):
             if _time_of(folder) == made:  # else another process has just made it again

@@ -31,7 +31,7 @@ from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
 from vae3d.data.storage import find_objects, folder_of, is_stored, list_urls, local_name, split_member, suffix_of
 from vae3d.data.tables import JSON, kind_of, read_table
-from vae3d.data.webdataset import TAR, WebDataset, is_shards
+from vae3d.data.webdataset import TAR, WebDataset, is_shards, is_tar
 
 ARCHIVES = (".zip", ".gz", ".7z", ".rar")
 
@@ -148,7 +148,8 @@ def objects_under(url: str) -> tuple[list[str], list[str]]:
     names = [path.removeprefix(f"{top}/") for path in found]
     chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not re.search(r"(^|/)\.", name)]
     if not chosen:
-        raise DataError(f"{url} lists no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
+        tars = "; of its tars give a pattern, such as {000..999}.tar" if any(map(is_tar, found)) else ""
+        raise DataError(f"{url} lists no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}){tars}")
     return [found[i] for i in chosen], [names[i] for i in chosen]
 
 

@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from glob import escape, glob
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock
 
 from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.readers import is_image
@@ -45,6 +47,7 @@ from vae3d.data.tar_index import (
 from vae3d.data.video_index import cache_folder
 from vae3d.data.workers import processor_count
 from vae3d.hashing import json_hash
+from vae3d.io import naming
 from vae3d.text import plural
 
 TAR = (".tar", *COMPRESSED_TAR)  # the compressed ones raise a clear error
@@ -83,6 +86,7 @@ class WebDataset:
         self.paths, self.val_paths = _patterns(path), None if val_path is None else _patterns(val_path)
         self.media, self.index, self.streaming, self.shuffle = media, index, streaming, shuffle
         self.notes: list[str] = []
+        self._indices: list[OpenIndex] | None = None
 
     def table(self) -> pd.DataFrame:
         """Raises DataError for shards that are missing, damaged, or changed since their index was made."""
@@ -91,27 +95,51 @@ class WebDataset:
                 "data.source.streaming=true is for training an autoencoder; what needs a table of all rows reads the "
                 "shards with data.source.streaming=false"
             )
-        self.notes = []
-        table = self._rows(self.paths, self.index)
-        if self.val_paths is not None:
-            held_out = self._rows(self.val_paths, None)
-            table = pd.concat([table.assign(split="train"), held_out.assign(split="val")], ignore_index=True)
-            table["row"] = np.arange(1, len(table) + 1)
+        table = pd.concat(list(self.pieces()), ignore_index=True)
+        table["row"] = np.arange(1, len(table) + 1)
         return table
+
+    def indices(self) -> list[OpenIndex]:
+        """The indices of the shards: one, or with val_path two. Opened, or made, once. Raises DataError."""
+        if self._indices is None:
+            given = [(self.paths, self.index, None if self.val_paths is None else "train")]
+            given += [] if self.val_paths is None else [(self.val_paths, None, "val")]
+            self._indices = [
+                OpenIndex(*open_index(patterns, Settings("media", self.media), index), split)
+                for patterns, index, split in given
+            ]
+            self.notes = [note for opened in self._indices for note in opened.notes()]
+        return self._indices
+
+    def pieces(self, size: int | None = None) -> Iterator[pd.DataFrame]:
+        """The table in pieces of at most `size` rows; None: one piece per index. Raises DataError."""
+        for opened in self.indices():
+            for first in range(0, len(opened.table), size or len(opened.table)):
+                piece = rows_of(opened.table.slice(first, size), opened.shards)
+                yield piece if opened.split is None else piece.assign(split=opened.split)
 
     def stream(self, role: str) -> TarStream | None:
         """The shards for training (`train`) or validation (`val`); None if there are none. Raises DataError."""
         patterns = self.paths if role == "train" else self.val_paths
         return None if patterns is None else TarStream(patterns, self.media, role)
 
-    def _rows(self, patterns: Sequence[str], index: str | None) -> pd.DataFrame:
-        opened, shards, where = open_index(patterns, Settings("media", self.media), index)
-        used = plural(len(pc.unique(opened["shard"])), "shard")
-        self.notes.append(f"{plural(len(opened), 'sample')} in {used}, by {where}")
-        table = rows_of(opened, shards)
-        if missing := int(table["num_frames"].isna().sum()):
-            self.notes.append(f"{missing} of them without num_frames: `vae3d index --probe` stores it in the index")
-        return table
+
+class OpenIndex(NamedTuple):
+    """table: rows of an index. shards: paths by number. file: where it is. split: of all rows; None: their own."""
+
+    table: pa.Table
+    shards: list[str]
+    file: str
+    split: str | None
+
+    def notes(self) -> list[str]:
+        """Lines for the log."""
+        count, used = plural(len(self.table), "sample"), plural(len(pc.unique(self.table["shard"])), "shard")
+        lines = [f"{count} in {used}, by {self.file}"]
+        given = "num_frames" in self.table.column_names
+        if missing := self.table["num_frames"].null_count if given else len(self.table):
+            lines.append(f"{missing} of them without num_frames: `vae3d index --probe` stores it in the index")
+        return lines
 
 
 def _patterns(path: str | Path | Sequence[str]) -> list[str]:
@@ -226,24 +254,30 @@ def open_index(
             return _checked_index(beside, settings, None)
     paths = [path for pattern in patterns for path in list_shards(pattern)]
     beside = index or index_of(patterns, paths)
+    if _indexes(beside, paths, settings):
+        return _checked_index(beside, settings, paths)
     if _exists(beside):
-        header = read_index(beside)[1]
-        has_all = set(paths) <= set(shard_paths(header, beside))
-        if has_all and header["settings"] == asdict(settings):
-            return _checked_index(beside, settings, paths)
-        log.info(
-            "%s %s; another index is made", beside, "has other settings" if has_all else "lacks some of the shards"
-        )
+        log.info("%s lacks some of the shards, or has other settings; another index is made", beside)
     shards = find_shards(patterns)
     cached = cached_index(shards, settings)
-    if not cached.is_file():
+    with naming(cached.parent):
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cached.with_suffix(".lock")):  # other processes of this machine wait
         is_free = not is_url(beside) and not os.path.exists(beside)
         own = is_free and os.access(os.path.dirname(os.path.abspath(beside)), os.W_OK)
         out = Path(beside) if own else cached
-        log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
-        build_index(shards, out, settings, scan=scan, workers=processor_count())
-        return _checked_index(str(out), settings, paths)
-    return _checked_index(str(cached), settings, paths)
+        if not cached.is_file() and (own or not _indexes(beside, paths, settings)):
+            log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
+            build_index(shards, out, settings, scan=scan, workers=processor_count())
+    return _checked_index(str(cached if cached.is_file() else beside), settings, paths)
+
+
+def _indexes(index: str, paths: Sequence[str], settings: Settings) -> bool:
+    """Whether there is an index that has all of these shards. Raises DataError if there is another file."""
+    if not _exists(index):
+        return False
+    header = read_index(index)[1]
+    return set(paths) <= set(shard_paths(header, index)) and header["settings"] == asdict(settings)
 
 
 def cached_index(shards: Sequence[Shard], settings: Settings) -> Path:
