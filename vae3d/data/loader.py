@@ -46,6 +46,7 @@ from vae3d.data.selection import (
 from vae3d.data.sources import Source, Table
 from vae3d.data.webdataset import WebDataset
 from vae3d.data.workers import load
+from vae3d.distributed import is_distributed
 from vae3d.text import plural
 from vae3d.types import ClipBatch
 
@@ -88,7 +89,7 @@ def read_tables(
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
     needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (sizes or settings.min_side is not None)
-    ranks = Ranks(rank, world_size)
+    ranks = Ranks(rank, world_size) if is_distributed() else Ranks()
     if isinstance(source, Table | WebDataset) and is_large(source):
         table = prepare(source)
         chosen = select(source, table, settings, needed, num_val_files, max_broken, ranks)

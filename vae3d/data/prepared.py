@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from vae3d.data.clips import ClipSettings
     from vae3d.data.sources import Table
 
-LARGE = 100_000  # rows; a smaller table is read anew by every process
+LARGE = 100_000  # rows; every process reads a smaller table itself
 SMALL_FILE = 2**20  # bytes; a smaller file is not worth counting its rows
 KEPT_DAYS = 30
 KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
@@ -394,12 +394,11 @@ def _choose(
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
     order = [np.flatnonzero(is_train).astype(np.int32), np.flatnonzero(is_val).astype(np.int32)]
-    for name, rows in zip(("train", "val"), order, strict=True):
-        view = _view(columns, rows, settings)
+    pa.default_memory_pool().release_unused()
+    for name, rows in (("val", order[1]), ("train", order[0])):
+        view = _view(columns, rows, settings, last=name == "train")
         write_arrow(folder / f"{name}.arrow", view.replace_schema_metadata(clip_rule(settings)))
     del view
-    for name in NUMBERS:
-        del columns[name]
     rows = np.concatenate(order)
     files = columns["stamp"][rows] if "stamp" in columns else None
     identities = table.numbers("identity", columns["row"][rows])
@@ -408,13 +407,18 @@ def _choose(
     write_json(folder / "about.json", {"rows": len(table), "notes": notes})
 
 
-def _view(columns: dict[str, np.ndarray], rows: np.ndarray, settings: ClipSettings) -> pa.Table:
-    """The columns of train.arrow or val.arrow."""
+def _view(columns: dict[str, np.ndarray], rows: np.ndarray, settings: ClipSettings, last: bool) -> pa.Table:
+    """The columns of train.arrow or val.arrow. last: the columns of NUMBERS are dropped from `columns`."""
     length = np.empty(len(rows), np.int32)
     for first in range(0, len(rows), CHUNK):
         part = rows[first : first + CHUNK]
         length[first : first + CHUNK] = settings.length(columns["num_frames"][part], columns["fps"][part])
-    known = {name: columns[name][rows] for name in NUMBERS if not np.isnan(columns[name]).all()}
+    known = {}
+    for name in NUMBERS:
+        values = columns.pop(name) if last else columns[name]
+        if not np.isnan(values).all():
+            known[name] = values[rows]
+    del values
     by_length = np.argsort(length, kind="stable").astype(np.int32)
     return pa.table({"row": columns["row"][rows], **known, "length": length, "by_length": by_length})
 
