@@ -161,10 +161,10 @@ def test_streams_of_a_mixture_have_clips_per_file_of_their_own(table):
 
 def test_a_batch_that_cuts_through_the_clips_of_a_file_is_noted(table):
     settings = ClipSettings(16, 16)
-    assert schedule_notes([schedule(table, settings, clips_per_file=1)]) == []
-    (note,) = schedule_notes([schedule(table, settings, clips_per_file=4, batch_size=8)])
+    assert schedule_notes(schedule(table, settings, clips_per_file=1)) == []
+    (note,) = schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8))
     assert "data.clips_per_file=4" in note
-    (*_, note) = schedule_notes([schedule(table, settings, clips_per_file=4, batch_size=8, world_size=4)])
+    (*_, note) = schedule_notes(schedule(table, settings, clips_per_file=4, batch_size=8, world_size=4))
     assert "2 clips" in note
 
 
