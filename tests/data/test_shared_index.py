@@ -6,6 +6,7 @@ import os
 import shutil
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from tests import tiny
@@ -69,7 +70,7 @@ def test_a_changed_video_is_indexed_anew(folder, monkeypatch):
     assert names == ["2.mp4"]
 
 
-@pytest.mark.parametrize("damage", ["deleted", "junk", "cut off", "entry"])
+@pytest.mark.parametrize("damage", ["deleted", "junk", "cut off", "entry", "offsets"])
 def test_damaged_parts_are_not_used(folder, monkeypatch, damage):
     names = built(monkeypatch)
     (part,) = parts_of(folder / "t.csv.probe", "index")
@@ -77,7 +78,10 @@ def test_damaged_parts_are_not_used(folder, monkeypatch, damage):
     flipped = bytearray(content)
     for place in range(len(content) // 4, len(content) // 2, 50):
         flipped[place] ^= 1
-    wrong = {"junk": b"junk" * 9, "cut off": content[:-9], "entry": bytes(flipped)}
+    _, places, _ = pa.ipc.open_file(content).read_all()["index"].chunk(0).buffers()
+    outside = content.replace(places.to_pybytes()[8:], b"\x40" * (places.size - 8))  # would be read far behind the file
+    assert outside != content
+    wrong = {"junk": b"junk" * 9, "cut off": content[:-9], "entry": bytes(flipped), "offsets": outside}
     if damage == "deleted":
         part.unlink()
     else:

@@ -71,6 +71,7 @@ def read_part(part: Path, schema: pa.Schema) -> pa.Table | None:
             return None
         mapped = part.stat().st_size >= MAPPED
         table = ArrowFile(part).table if mapped else pa.ipc.open_file(part.read_bytes()).read_all()
+        table.validate(full=True)  # wrong offsets would end the process
     except (OSError, pa.ArrowInvalid):
         return None
     complete = table.schema.equals(schema) and not any(column.null_count for column in table.columns)

@@ -80,9 +80,10 @@ class SharedIndices:
 
 
 def _opened(part: Path) -> tuple[list[int], pa.Table]:
-    """A part that vanished or is none has no rows. Its entries have checksums."""
+    """A part that vanished or is damaged has no rows. Its entries have checksums."""
     try:
         table = ArrowFile(part).table
+        table.validate(full=True)  # wrong offsets would end the process
     except (OSError, ValueError, pa.ArrowInvalid):
         table = SCHEMA.empty_table()
     if not table.schema.equals(SCHEMA):

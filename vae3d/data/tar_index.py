@@ -452,6 +452,7 @@ def _index_shard(shard: Shard, folder: Path, settings: Settings, probe: bool, sc
     file, made = folder / f"{name}.arrow", {"version": VERSION, "probe": probe, **asdict(settings), **asdict(shard)}
     with suppress(OSError, pa.ArrowException, KeyError, ValueError):  # of no file, or a damaged one
         table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
+        table.validate(full=True)
         if json.loads(table.schema.metadata[KEY])["made"] == made:
             return table
     table = scan(shard)
@@ -576,6 +577,7 @@ def read_index(file: str | Path) -> tuple[pa.Table, dict[str, Any]]:
         else:
             source = pa.memory_map(str(file))
         table = pa.ipc.open_file(source).read_all()
+        table.validate(full=True)  # wrong offsets would end the process
         header = json.loads(table.schema.metadata[KEY])
         version = header["version"]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, MediaError) as error:
