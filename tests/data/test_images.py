@@ -137,7 +137,8 @@ def test_a_sequence_is_probed_from_a_header_and_again_when_it_changes(tmp_path, 
     assert facts()["num_frames"] == 6
     write(tmp_path / "a", [0], 32, 64)
     assert facts()["height"] == 32
-    assert parts_of(tmp_path / "t.csv.probe", "part")
+    (cache,) = (tmp_path / "cache/probe").iterdir()
+    assert parts_of(cache, "part")
 
 
 def test_check_reads_sequences_and_names_their_bad_files(tmp_path, capsys):
