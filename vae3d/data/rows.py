@@ -58,9 +58,7 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
     mark(names == "", "has no `path`")
     mark(names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
     too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
-    too_long[too_long] = names[too_long].map(
-        lambda name: max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME and not is_stored(name)
-    )
+    too_long[too_long] = [_is_too_long(name) for name in names[too_long]]
     mark(too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan
@@ -76,6 +74,10 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
     if "split" in raw.columns:
         mark(~raw["split"].isin(SPLITS), f"`split` is none of {', '.join(SPLITS)}")
     return table
+
+
+def _is_too_long(name: str) -> bool:
+    return max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME and not is_stored(name)
 
 
 def absolute_paths(root: str | Path, names: Iterable[str]) -> list[str]:
