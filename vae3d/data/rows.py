@@ -58,7 +58,7 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
     mark(names == "", "has no `path`")
     mark(names.str.contains("\0", regex=False), "`path` has the character NUL, which no file name has")
     too_long = names.str.len() > MAX_NAME // 4  # characters have up to four bytes
-    too_long[too_long] = [_is_too_long(name) for name in names[too_long]]
+    too_long[too_long] = np.array([_is_too_long(name) for name in names[too_long]], dtype=bool)
     mark(too_long, f"`path` has a name of more than {MAX_NAME} bytes; is it the right column?")
     for column in (*SEGMENT, *NUMBERS):
         table[column] = np.nan
