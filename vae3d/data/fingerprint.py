@@ -27,7 +27,6 @@ SIZES = {"rows": (), "facts": (), "files": (2,)}  # tensor -> its size per row
 SHOWN = 3  # names in a message
 PER_ROW = 100_000  # rows
 GROUPS = 4096
-ORDER_BYTES = 32
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from vae3d.data import storage
 from vae3d.data.media import MediaError
 
-WRITABLE = ("s3", "gs")  # protocols of stores that replace an object at once
 SMALL = 2**25  # bytes of an object that is sent in one request
 
 

@@ -60,9 +60,8 @@ from vae3d.data.selection import (
     upscaled_notes,
     why_too_small,
 )
-from vae3d.data.storage import is_stored, is_url, size_and_version
+from vae3d.data.storage import cache_folder, is_stored, is_url, size_and_version
 from vae3d.data.tables import count_rows, of_copy, table_pieces
-from vae3d.data.video_index import cache_folder
 from vae3d.data.webdataset import WebDataset
 from vae3d.hashing import json_hash
 from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json

@@ -343,6 +343,17 @@ def size_and_version(path: str | Path) -> tuple[int, int | str]:
     return (total if size is None else size), version
 
 
+def exists(path: str | Path) -> bool:
+    """Whether a local file or an object is there, and may be read. Raises StorageError if its store does not answer."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    try:
+        size_and_version(path)
+    except MediaError:
+        return False
+    return True
+
+
 @contextmanager
 def local_copy(path: str | Path) -> Iterator[Path]:
     """A local file with the content and suffix of a stored path, for libraries that open files by name. Errors in the

@@ -259,7 +259,7 @@ def media_rows(shard: Shard, media: str | None = None, probe: bool = False) -> p
     for sample in samples_of(shard):
         member = media_member(shard.path, sample, media)
         extension = member.name[len(sample.key) + 1 :]
-        values, error = values_of(shard.path, sample)
+        values, error = values_of(sample)
         kinds |= {type(values["label"])} if "label" in values else set()
         row = {"offset": member.offset, "size": member.size, "key": sample.key, "extension": extension}
         row |= values | {"error": error}
@@ -298,7 +298,7 @@ def is_media(extension: str) -> bool:
     return os.path.splitext(f"x.{extension}")[1] in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
-def values_of(path: str, sample: Sample) -> tuple[dict[str, Any], str | None]:
+def values_of(sample: Sample) -> tuple[dict[str, Any], str | None]:
     """Columns of the .json, .txt and .cls members, and what is wrong with them, if anything."""
     texts = {}
     for extension in SIDECARS:

@@ -21,8 +21,7 @@ from vae3d.data.batch_schedule import ClipIndex, Schedule
 from vae3d.data.clips import Sample, StreamedClips, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
 from vae3d.data.loader import HeldOut, validation_clip
-from vae3d.data.media import MediaError
-from vae3d.data.sources import DataError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError
 from vae3d.latents.cache import NO_LABEL, LatentCache

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vae3d.data import objects
 from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.storage import is_url, local_range, member_path, size_and_version
+from vae3d.data.storage import exists, is_url, local_range, member_path
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
 from vae3d.data.webdataset import is_shards, open_index
 from vae3d.latents.cache import TEXT_COLUMNS, LatentCache, read_meta_file
@@ -172,17 +172,9 @@ def open_cache(path: str | Path, codec: LatentCodec | None = None, **settings: A
 
 def _is_folder_cache(url: str) -> bool:
     """Whether a URL is a cache with an index, complete or not; a folder of tars may have meta.json too."""
-    if _is_there(f"{url}/{COMPLETE}"):
+    if exists(f"{url}/{COMPLETE}"):
         return True
     try:
-        return _is_there(f"{url}/{META}") and any(name.startswith("shards/") for name in objects.listing(url))
+        return exists(f"{url}/{META}") and any(name.startswith("shards/") for name in objects.listing(url))
     except MediaError:  # a server that lists nothing
         return False
-
-
-def _is_there(url: str) -> bool:
-    try:
-        size_and_version(url)
-    except MediaError:
-        return False
-    return True
