@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.bucket_streams import SourceStreams, bucket_rows, bucket_streams, pixels_kept
 from vae3d.data.buckets import (
     Bucket,
     buckets_of,
@@ -23,8 +24,8 @@ from vae3d.data.buckets import (
     with_weights,
 )
 from vae3d.data.clips import ClipSettings
+from vae3d.data.held_out import held_out_of
 from vae3d.data.sources import DataError
-from vae3d.data.streams import SourceStreams, bucket_rows, bucket_streams, held_out_of, pixels_kept
 
 WIDE, OLD, TALL = (1080, 1920), (480, 640), (1280, 720)  # 16:9, 4:3, 9:16
 

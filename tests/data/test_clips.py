@@ -16,12 +16,14 @@ from vae3d.data.clips import (
     ClipSettings,
     Stream,
     Unreadable,
+    clip_lengths,
     collate,
     read_clip,
     resize_crop_params,
 )
+from vae3d.data.held_out import validation_clips
 from vae3d.data.images import resize_circular
-from vae3d.data.loader import TrainingData, clip_lengths, validation_clips
+from vae3d.data.loader import TrainingData
 from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError, Folder, Table

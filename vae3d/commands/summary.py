@@ -12,12 +12,12 @@ from torch import nn
 
 from vae3d.config.sources import sources_of
 from vae3d.data.batch_schedule import FrameCounts
+from vae3d.data.bucket_streams import bucket_rows, pixels_kept
 from vae3d.data.buckets import buckets_of
 from vae3d.data.clips import Stream
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
 from vae3d.data.streaming import StreamingData
-from vae3d.data.streams import bucket_rows, pixels_kept
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.report import text_table
 from vae3d.text import plural

@@ -22,21 +22,14 @@ from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, frame_counts, summary
 from vae3d.config.sources import sources_of
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
+from vae3d.data.bucket_streams import SourceStreams, bucket_streams
 from vae3d.data.buckets import Bucket, buckets_of
-from vae3d.data.clips import ClipSettings, Stream
+from vae3d.data.clips import ClipSettings, Stream, clip_lengths
 from vae3d.data.depth import DepthSettings
-from vae3d.data.file_table import FileTable
+from vae3d.data.file_table import FileTable, sizes_of
 from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, SourceFingerprints
-from vae3d.data.loader import (
-    HeldOut,
-    Tables,
-    TrainingData,
-    clip_lengths,
-    read_held_out,
-    read_tables,
-    require_held_out,
-    schedule_notes,
-)
+from vae3d.data.held_out import HeldOut, held_out_of, in_turn, read_held_out, require_held_out
+from vae3d.data.loader import Tables, TrainingData, read_tables, schedule_notes
 from vae3d.data.media import DataError
 from vae3d.data.readers import check_reader
 from vae3d.data.sources import Table
@@ -48,7 +41,6 @@ from vae3d.data.streaming import (
     is_streaming,
     stream_notes,
 )
-from vae3d.data.streams import SourceStreams, bucket_streams, held_out_of, in_turn, sizes_of
 from vae3d.data.workers import usable_workers
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError

@@ -266,6 +266,12 @@ def as_file_table(table: pd.DataFrame | FileTable) -> FileTable:
     return FileTable(ArrowMemory(arrow_of(table, paths=True)))
 
 
+def sizes_of(table: pd.DataFrame | FileTable) -> tuple[np.ndarray, np.ndarray]:
+    """[rows] heights and widths."""
+    table = as_file_table(table)
+    return table.numbers("height"), table.numbers("width")
+
+
 def arrow_of(table: pd.DataFrame, paths: bool = False) -> pa.Table:
     """The columns of a table in Arrow. Those without a value are left out. paths: with the column `path`, and with
     `number`, the row's number in the source from 0."""

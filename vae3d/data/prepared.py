@@ -54,7 +54,7 @@ from vae3d.data.selection import (
     SHOWN,
     check_broken_share,
     evenly_spaced,
-    held_out,
+    is_held_out,
     skipped_note,
     too_small,
     upscaled_notes,
@@ -515,7 +515,7 @@ def _splits(table: FileTable, rows: np.ndarray, num_val_files: int, folder: Path
         hashes = table.numbers("file", rows)
     if not json.loads((folder / "about.json").read_text())["one_name_per_file"]:
         hashes = _equal_in_a_file(table, rows, hashes)
-    is_val = held_out(hashes, num_val_files)
+    is_val = is_held_out(hashes, num_val_files)
     return is_val, ~is_val
 
 

@@ -83,7 +83,7 @@ def evenly_spaced(count: int, chosen: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(chosen, count)).astype(int))
 
 
-def held_out(hashes: np.ndarray, num_val_files: int) -> np.ndarray:
+def is_held_out(hashes: np.ndarray, num_val_files: int) -> np.ndarray:
     """[rows] whether a row is held out: of the files with the lowest hashes, at most a tenth of all, and at least one
     if there are two. hashes: of file_hashes."""
     files = np.unique(hashes)

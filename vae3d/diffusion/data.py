@@ -20,7 +20,7 @@ from vae3d.config.issues import ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, Schedule
 from vae3d.data.clips import Sample, StreamedClips, Unreadable, collate
 from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
-from vae3d.data.loader import HeldOut, validation_clip
+from vae3d.data.held_out import HeldOut, validation_clip
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError

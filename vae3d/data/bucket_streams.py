@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
 
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, relative_costs, rows_of, share_kept, uneven, with_batches, with_weights
-from vae3d.data.clips import ClipSettings, Stream
-from vae3d.data.file_table import FileTable, as_file_table
-from vae3d.data.loader import HeldOut, clip_lengths, long_enough
+from vae3d.data.clips import ClipSettings, Stream, clip_lengths
+from vae3d.data.file_table import FileTable, as_file_table, sizes_of
 from vae3d.data.media import DataError, Size
 from vae3d.text import plural
 
@@ -33,12 +31,6 @@ class SourceStreams:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     skipped_files: list[tuple[str, str]] = field(default_factory=list)
-
-
-def sizes_of(table: pd.DataFrame | FileTable) -> tuple[np.ndarray, np.ndarray]:
-    """[rows] heights and widths."""
-    table = as_file_table(table)
-    return table.numbers("height"), table.numbers("width")
 
 
 def bucket_streams(
@@ -134,36 +126,3 @@ def _kept(stream: Stream, size: Size) -> float:
     heights, widths = sizes_of(stream.table)
     rows = stream.schedule.rows
     return float(share_kept(widths[rows] / heights[rows], size).mean())
-
-
-def held_out_of(
-    table: pd.DataFrame | FileTable,
-    settings: ClipSettings,
-    frames: int,
-    count: int,
-    source: str = "",
-    buckets: Sequence[Bucket] | None = None,
-) -> list[HeldOut]:
-    """The first `count` held-out files of a source with at least `frames` frames, each at the size that its clips have
-    in training."""
-    named = (source,) if source else ()
-    if buckets is None:
-        return [replace(clip, groups=named) for clip in long_enough(table, settings, frames, count)]
-    same = [b.size for b in buckets if (b.frames == 1) == (frames == 1)] or [b.size for b in buckets]
-    sizes = sorted(dict.fromkeys(same), key=lambda size: -size[0] * size[1])  # the largest of those that fit
-    fitting = rows_of([Bucket(frames, *size) for size in sizes], *sizes_of(table), clip_lengths(table, settings))
-    size_of: dict[int, tuple[int, int]] = {}
-    for size, rows in zip(sizes, fitting, strict=True):
-        for row in rows.tolist():
-            size_of.setdefault(row, size)
-    clips, table = [], as_file_table(table)
-    for row in sorted(size_of)[:count]:
-        height, width = size_of[row]
-        groups = (*named, "_".join((*named, f"{height}x{width}")))
-        clips.append(HeldOut(table.path(row), table.bounds(row), replace(settings, height=height, width=width), groups))
-    return clips
-
-
-def in_turn(sources: Sequence[Sequence[HeldOut]], count: int) -> list[HeldOut]:
-    """`count` clips, one of each source after the other."""
-    return [clip for clips in zip_longest(*sources) for clip in clips if clip is not None][:count]
