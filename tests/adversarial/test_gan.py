@@ -149,7 +149,9 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     encoder.stage.train = {"encoder": 1.0}
     encoder.stage.init_from = "published weights"
     (error,) = meta_check.issues(encoder)
-    assert str(error).startswith("adversary: a clip of 2 frames fails: no layer that ends at the pixels trains")
+    assert str(error).startswith(
+        "adversary: a clip of 2 frames of 16x16 fails: no layer that ends at the pixels trains"
+    )
 
 
 def test_the_check_names_what_does_not_go_with_a_gan(config):
@@ -175,7 +177,10 @@ def test_the_check_names_what_does_not_go_with_a_gan(config):
             {"alternate": True, "every": 2},
             "trainer.ema.every=2: ",
         ),
-        ({"layers": 3}, "adversary: a clip of 2 frames fails: the clip is 16x16; this discriminator needs 24 pixels"),
+        (
+            {"layers": 3},
+            "adversary: a clip of 2 frames of 16x16 fails: the clip is 16x16; this discriminator needs 24 pixels",
+        ),
         ({"norm": "layer"}, "adversary: cannot be built: ArgumentError: adversary.norm is 'layer'; give one of"),
         ({"schedule": "sine"}, "adversary: cannot be built: ArgumentError: adversary.schedule is 'sine'"),
     ):

@@ -288,7 +288,7 @@ def test_pixels_that_no_trained_part_makes_are_refused():
     [
         ("adversary.wieght=2", "adversary.wieght: is not an argument of vae3d.adversarial.seraena.Seraena; did you mean adversary.weight?"),
         ("adversary.norm=layer", "adversary: cannot be built: ArgumentError: adversary.norm is 'layer'; give one of batch, group"),
-        ("adversary.context_channels=16", "adversary: a clip of 1 frame fails: the latents have 4 channels, adversary.context_channels is 16; set it to 4"),
+        ("adversary.context_channels=16", "adversary: a clip of 1 frame of 16x16 fails: the latents have 4 channels, adversary.context_channels is 16; set it to 4"),
     ],
 )  # fmt: skip
 def test_the_check_names_what_is_wrong_with_seraena(videos, override, message):

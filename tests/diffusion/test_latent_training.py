@@ -134,7 +134,7 @@ def test_a_file_in_place_of_a_broken_one_has_its_own_label(encoded, pictures, tm
     replaced = 0
     for batch in data.batches(0, 5):
         for position, label in zip(batch.positions, batch.labels.tolist(), strict=True):
-            broken = data.dataset.table.path(rows[position].row).endswith("cat/3.png")
+            broken = data.dataset.datasets[0].table.path(rows[position].row).endswith("cat/3.png")
             sample = data.dataset[rows[position]]
             assert label == int("dog" in sample.path)
             replaced += broken and "dog" in sample.path

@@ -9,7 +9,8 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from vae3d.config.latents import share_of
-from vae3d.data.buckets import AUTO, buckets_of, share_kept
+from vae3d.data.aspects import AUTO
+from vae3d.data.buckets import buckets_of, share_kept
 from vae3d.data.image_folder import open_images_or_source
 from vae3d.data.media import DataError
 from vae3d.data.probe import fill_metadata

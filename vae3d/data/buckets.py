@@ -15,10 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
+from vae3d.data.aspects import AUTO, MAX_ASPECT, parse_aspect
 from vae3d.data.media import Size
 
-AUTO = "auto"  # aspects: those of the data
-MAX_ASPECT = 8.0  # of a longer side over the shorter one
 MAX_SIZES = 12  # chosen for the data's aspect ratios
 ENOUGH = 0.95  # share of its pixels that every file should keep
 MIN_GAIN = 0.002  # of all pixels, for which one more size is worth it
@@ -92,18 +91,6 @@ def buckets_of(
         sizes = sizes_for(heights, widths, area, spec.multiple)
     counts = frames if spec.frames is None else spec.frames
     return [Bucket(count, *side) for side in dict.fromkeys(sizes) for count in dict.fromkeys(counts)]
-
-
-def parse_aspect(text: str) -> float:
-    """Width over height, from `16:9` or `1.78`. Raises ValueError."""
-    width, colon, height = text.partition(":")
-    try:
-        aspect = float(width) / (float(height) if colon else 1.0)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text} is no aspect ratio such as 16:9") from None
-    if not 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
-        raise ValueError(f"{text} is no aspect ratio from 1:8 to 8:1; in YAML put ratios in quotes: ['16:9', '4:3']")
-    return aspect
 
 
 def size_of_aspect(aspect: float, area: int, multiple: int) -> Size:

@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 from vae3d.data.batch_schedule import BatchSchedule, BatchShape, ClipIndex, Schedule, StepShape, stream_counts
 from vae3d.data.buckets import Bucket
 from vae3d.data.depth import DepthReader, DepthSettings, encode_depth
-from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.images import resize_circular
 from vae3d.data.media import MediaError, Reader, Size
 from vae3d.data.readers import decodes_on_gpu, open_media
@@ -33,6 +32,8 @@ from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from vae3d.data.file_table import FileTable
 
 ATTEMPTS = 10  # files to try for one clip
 PANORAMA_TOLERANCE = 0.01  # relative, of width / (2 * height)
@@ -264,6 +265,8 @@ class ClipDataset(Dataset[Sample]):
     def __init__(
         self, table: pd.DataFrame | FileTable, schedule: BatchSchedule, settings: ClipSettings, streams: int = 1
     ) -> None:
+        from vae3d.data.file_table import as_file_table  # imports pandas, which a single video does not need
+
         self.table = as_file_table(table)
         self.schedule = schedule
         self.settings = settings

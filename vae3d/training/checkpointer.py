@@ -596,7 +596,7 @@ class DataChanges:
         if self.fingerprint is None:
             return
         mixture = isinstance(self.fingerprint, SourceFingerprints)
-        if state and any("/" in name for name in state) != mixture:
+        if state and isinstance(state, Mapping) and any("/" in name for name in state) != mixture:
             self.lines = [f"{'one source' if mixture else 'a mixture'} before, {'a mixture' if mixture else 'one'} now"]
         else:
             self.lines = self.fingerprint.changes_since(state)
