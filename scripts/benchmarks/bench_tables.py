@@ -84,8 +84,9 @@ def measure(file: Path, saved: Path) -> dict[str, object]:
     import torch
 
     from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-    from vae3d.data.clips import ClipDataset, ClipSettings, clip_lengths
+    from vae3d.data.clips import ClipDataset, ClipSettings
     from vae3d.data.loader import read_tables
+    from vae3d.data.selection import clip_lengths
     from vae3d.data.sources import Table
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -16,7 +16,6 @@ from vae3d.data.clips import (
     ClipSettings,
     Stream,
     Unreadable,
-    clip_lengths,
     collate,
     read_clip,
     resize_crop_params,
@@ -26,6 +25,7 @@ from vae3d.data.images import resize_circular
 from vae3d.data.loader import TrainingData
 from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import MediaError, open_media
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import DataError, Folder, Table
 
 

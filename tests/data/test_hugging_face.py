@@ -20,11 +20,12 @@ from vae3d.commands import train
 from vae3d.data import dataset_rows, hugging_face, probe
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.check import main as check
-from vae3d.data.clips import ClipSettings, Stream, clip_lengths
+from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import TrainingData, read_tables
 from vae3d.data.readers import open_media
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import DataError
 from vae3d.data.storage import name_of
 

@@ -25,12 +25,13 @@ from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
 from vae3d.data import prepared, storage, tar_index
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import ClipDataset, ClipSettings, clip_lengths
+from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import open_media
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.streaming import StreamingData, StreamingSchedule, opened
 from vae3d.data.tar_index import INDEX, Settings, build_index, find_shard, media_rows, read_index, samples_of

@@ -19,8 +19,8 @@ from vae3d.commands.training_data import build_training_data, naming_source
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import Data, TrainConfig
 from vae3d.config.sources import sources_of
-from vae3d.data.clips import clip_lengths
 from vae3d.data.loader import check_files_exist
+from vae3d.data.selection import clip_lengths
 from vae3d.data.streaming import is_streaming
 from vae3d.loading import build_from_checkpoint, instantiate
 from vae3d.training.freeze import train_parts

@@ -15,11 +15,12 @@ import numpy as np
 from vae3d.commands.training_data import SourceData, build_schedule, read_sources
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weights
-from vae3d.data.clips import StreamedClips, clip_lengths
+from vae3d.data.clips import StreamedClips
 from vae3d.data.file_table import sizes_of
 from vae3d.data.fingerprint import fingerprint_of_cache
 from vae3d.data.held_out import HeldOut, held_out_of, in_turn, require_held_out
 from vae3d.data.loader import schedule_notes
+from vae3d.data.selection import clip_lengths
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.data import CachedLatents, ClipSize, HeldOutClip, LatentData

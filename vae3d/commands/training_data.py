@@ -14,7 +14,7 @@ from vae3d.config.sources import sources_of
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
 from vae3d.data.bucket_streams import SourceStreams, bucket_streams
 from vae3d.data.buckets import Bucket, buckets_of
-from vae3d.data.clips import ClipSettings, Stream, clip_lengths
+from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
 from vae3d.data.file_table import FileTable, sizes_of
 from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, SourceFingerprints
@@ -22,6 +22,7 @@ from vae3d.data.held_out import HeldOut, held_out_of, in_turn, read_held_out, re
 from vae3d.data.loader import Tables, TrainingData, read_tables, schedule_notes
 from vae3d.data.media import DataError
 from vae3d.data.readers import check_reader
+from vae3d.data.selection import clip_lengths
 from vae3d.data.streaming import (
     StreamingData,
     StreamingSchedule,

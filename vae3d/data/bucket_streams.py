@@ -10,9 +10,10 @@ import pandas as pd
 
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, relative_costs, rows_of, share_kept, uneven, with_batches, with_weights
-from vae3d.data.clips import ClipSettings, Stream, clip_lengths
+from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.file_table import FileTable, as_file_table, sizes_of
 from vae3d.data.media import DataError, Size
+from vae3d.data.selection import clip_lengths
 from vae3d.text import plural
 
 # Makes the schedule of a bucket's rows: lengths, frame counts, clips per step, name of the bucket, rows of the table.

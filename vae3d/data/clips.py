@@ -72,13 +72,6 @@ class ClipSettings:
         return np.ceil(np.asarray(num_frames) / self.step(fps)).astype(int)
 
 
-def clip_lengths(table: pd.DataFrame | FileTable, settings: ClipSettings) -> np.ndarray:
-    """[rows] frames of the longest clip of each row."""
-    table = as_file_table(table)
-    stored = table.stored("length", settings)
-    return settings.length(table.numbers("num_frames"), table.numbers("fps")) if stored is None else stored
-
-
 def frame_indices(
     sampling: str, num_frames: int, frames: int, step: float, start: float, rng: np.random.Generator | None
 ) -> list[int]:

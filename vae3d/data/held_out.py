@@ -12,10 +12,11 @@ import pandas as pd
 
 from vae3d.data.batch_schedule import ClipIndex
 from vae3d.data.buckets import Bucket, rows_of
-from vae3d.data.clips import ClipSettings, clip_lengths, collate, open_frames, read_clip, to_sample
+from vae3d.data.clips import ClipSettings, collate, open_frames, read_clip, to_sample
 from vae3d.data.file_table import FileTable, as_file_table, sizes_of
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.segments import Bounds
+from vae3d.data.selection import clip_lengths
 from vae3d.text import plural
 from vae3d.types import ClipBatch
 
