@@ -623,11 +623,3 @@ def _change(path: str, entry: Mapping[str, Any]) -> str | None:
         return f"has {shard.bytes} bytes; it had {entry['bytes']}"
     same_kind = shard.stamp.partition(":")[0] == entry["stamp"].partition(":")[0]
     return "has another modification time" if same_kind and shard.stamp != entry["stamp"] else None
-
-
-def index_beside(paths: Sequence[str]) -> str:
-    """Where the index of these shards is: in the folder that contains them all."""
-    folders = [path.rpartition("/")[0] for path in paths]
-    if is_url(paths[0]):
-        return f"{folders[0]}/{INDEX}"
-    return os.path.join(os.path.commonpath(folders), INDEX)

@@ -36,7 +36,6 @@ from vae3d.data.tar_index import (
     build_index,
     check_shards,
     find_shard,
-    index_beside,
     is_media,
     media_member,
     member_paths,
@@ -289,7 +288,8 @@ def index_of(patterns: Sequence[str], paths: Sequence[str]) -> str:
     """Where the index of shards is looked for: index.arrow in a folder that was given, or that contains them all."""
     if len(patterns) == 1 and os.path.isdir(patterns[0]):
         return os.path.join(os.path.abspath(patterns[0]), INDEX)
-    return index_beside(paths)
+    folders = [path.rpartition("/")[0] for path in paths]
+    return f"{folders[0]}/{INDEX}" if is_url(paths[0]) else os.path.join(os.path.commonpath(folders), INDEX)
 
 
 def _checked_index(index: str, settings: Settings, wanted: Sequence[str] | None) -> tuple[pa.Table, list[str], str]:
