@@ -15,7 +15,7 @@ import numpy as np
 from vae3d.commands.training_data import SourceData, build_schedule, read_sources
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weights
-from vae3d.data.clips import StreamedClips
+from vae3d.data.clips import MixedClips
 from vae3d.data.file_table import sizes_of
 from vae3d.data.fingerprint import fingerprint_of_cache
 from vae3d.data.held_out import HeldOut, held_out_of, in_turn, require_held_out
@@ -179,7 +179,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         require_held_out(chosen, frames, files_held_out)
     held_out, unread = diffusion_data.read_held_out(chosen, rank, world_size)
     return LatentData(
-        dataset=StreamedClips(streams),
+        dataset=MixedClips(streams),
         collate=diffusion_data.LabelledClips([of_train[stream.source] for stream in streams]),
         schedule=schedule,
         rows=sum(len(read.train) for read in tables) - sum(len(source.training.skipped_files) for source in sources),

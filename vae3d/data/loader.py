@@ -11,9 +11,9 @@ import torch
 from vae3d.data.batch_schedule import Schedule
 from vae3d.data.clips import (
     ClipSettings,
+    MixedClips,
     StepShapes,
     Stream,
-    StreamedClips,
     Unreadable,
     collate,
 )
@@ -204,7 +204,7 @@ class TrainingData(StepShapes):
 
         stopping: whether the run ends after the current step. Raises as workers.load does.
         """
-        schedule, dataset = self.schedule, StreamedClips(self.streams)
+        schedule, dataset = self.schedule, MixedClips(self.streams)
         return load(
             dataset,
             workers=self.workers,
