@@ -17,7 +17,7 @@ from vae3d.data.buckets import Bucket, buckets_of
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
 from vae3d.data.file_table import FileTable, sizes_of
-from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, SourceFingerprints
+from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.data.held_out import HeldOut, held_out_of, in_turn, read_held_out, require_held_out
 from vae3d.data.loader import Tables, TrainingData, read_tables, schedule_notes
 from vae3d.data.media import DataError
@@ -158,7 +158,7 @@ class SourceData:
 
 def read_sources(
     config: TrainConfig | DiffusionConfig, channels: int, rank: int, world_size: int
-) -> tuple[list[SourceData], Schedule, DataFingerprint | GroupedFingerprint | SourceFingerprints]:
+) -> tuple[list[SourceData], Schedule, Fingerprint | SourceFingerprints]:
     """Read the tables of all sources, and say in which order training takes their clips. channels: of the model.
 
     Raises DataError, with the name of the source.

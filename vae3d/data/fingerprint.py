@@ -159,6 +159,9 @@ class GroupedFingerprint:
         return lines
 
 
+Fingerprint = DataFingerprint | GroupedFingerprint  # of one source
+
+
 def _about(changed: int, groups: int, at_least: int = 0) -> str:
     """How many changes hit so many of the groups, if each hits any: most likely ln(1 - share) / ln(1 - 1 / groups)."""
     if changed == groups:
@@ -195,7 +198,7 @@ def _mixed(*hashes: np.ndarray) -> np.ndarray:
     return z
 
 
-def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerprint | GroupedFingerprint:
+def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> Fingerprint:
     """Fingerprint of a source's table. stat_files: include size and modification time of the files; never of more than
     PER_ROW rows."""
     rows, facts = row_hashes(table), fact_hashes(table)
@@ -239,7 +242,7 @@ def _values(column: pd.Series) -> list[Any]:
 class SourceFingerprints:
     """The fingerprints of the sources of a mixture, by name, which messages begin with."""
 
-    sources: Mapping[str, DataFingerprint]
+    sources: Mapping[str, Fingerprint]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         states = {name: fingerprint.state_dict() for name, fingerprint in self.sources.items()}

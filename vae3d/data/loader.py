@@ -18,7 +18,7 @@ from vae3d.data.clips import (
     collate,
 )
 from vae3d.data.file_table import FileTable, as_file_table
-from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, SourceFingerprints, fingerprint_of
+from vae3d.data.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
 from vae3d.data.prepared import is_large, prepare, select
@@ -59,7 +59,7 @@ class Tables:
     errors: list[tuple[str, str]]
     skipped_files: list[tuple[str, str]]
     notes: list[str]
-    fingerprint: DataFingerprint | GroupedFingerprint
+    fingerprint: Fingerprint
 
 
 def read_tables(
@@ -193,7 +193,7 @@ class TrainingData(StepShapes):
     notes: list[str] = field(default_factory=list)  # lines for the log
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are not used
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
-    fingerprint: DataFingerprint | GroupedFingerprint | SourceFingerprints | None = None  # saved with checkpoints
+    fingerprint: Fingerprint | SourceFingerprints | None = None  # saved with checkpoints
     val_groups: Sequence[tuple[str, ...]] = ()
     warnings: list[str] = field(default_factory=list)  # lines for the log
 

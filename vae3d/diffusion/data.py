@@ -19,7 +19,7 @@ from vae3d import distributed
 from vae3d.config.issues import ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, Schedule
 from vae3d.data.clips import MixedClips, Sample, Unreadable, collate
-from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
+from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.data.held_out import HeldOut, validation_clip
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.workers import load
@@ -77,7 +77,7 @@ class LatentData:
     errors: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0
-    fingerprint: DataFingerprint | SourceFingerprints | None = None
+    fingerprint: Fingerprint | SourceFingerprints | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -135,7 +135,7 @@ class TarLatentCache(LatentCache):
     def _damaged(self, index: int, why: str) -> CacheError:
         return CacheError(f"{self._members[index]}: {self._keys[index]} {why}; the tar is damaged: get it again")
 
-    def _file(self, name: str, without: str = "") -> Path:
+    def _file(self, name: str, missing: str = "") -> Path:
         place = f"{self._top}/{name}"
         try:
             return local_range(place).file
