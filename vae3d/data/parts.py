@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from vae3d.data.file_table import ArrowFile
 from vae3d.data.video_index import warn_cache_unwritable
+from vae3d.hashing import file_hash
 from vae3d.io import atomic_path
 
 MAX_PARTS = 16  # with more, they are merged
@@ -77,7 +78,7 @@ def read_part(part: Path, schema: pa.Schema) -> pa.Table | None:
     """The entries of a part; None if it was deleted, is damaged (its name has the hash of its content), or is not what
     this version writes."""
     try:
-        if not part.stem.endswith(f"-{_digest(part)}"):
+        if not part.stem.endswith(f"-{_hash_in_name(part)}"):
             return None
         mapped = part.stat().st_size >= MAPPED
         table = ArrowFile(part).table if mapped else pa.ipc.open_file(part.read_bytes()).read_all()
@@ -88,12 +89,8 @@ def read_part(part: Path, schema: pa.Schema) -> pa.Table | None:
     return table if complete else None
 
 
-def _digest(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _hash_in_name(file: Path) -> str:
+    return file_hash(file, "blake2b")[:16]
 
 
 def write_part(
@@ -108,7 +105,7 @@ def write_part(
             for table in tables:
                 for batch in table.combine_chunks().to_batches():
                     writer.write_batch(batch)
-        digest = _digest(file)
+        digest = _hash_in_name(file)
     part = folder / f"{kind}-{written}-{digest}.arrow"
     os.replace(tmp, part)
     return part

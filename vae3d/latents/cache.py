@@ -187,7 +187,7 @@ class LatentCache(Dataset[Latent]):
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
     def _file(self, name: str, missing: str = "has no {}; encode again") -> Path:
-        """A file of the cache, such as meta.json; of a remote one a local copy. missing: what is wrong if it is not there."""
+        """A file of the cache, such as meta.json; of a remote one a local copy. missing: the error without it."""
         try:
             return local_range(f"{self.folder}/{name}").file
         except (OSError, MediaError) as error:
