@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vae3d.data.permutation import GOLDEN, mix
 from vae3d.data.segments import SEGMENT
 from vae3d.data.versions import file_stamps
 from vae3d.restore import check_like
@@ -188,13 +189,10 @@ def grouped(rows: np.ndarray, facts: np.ndarray, files: np.ndarray | None) -> Gr
 
 
 def _mixed(*hashes: np.ndarray) -> np.ndarray:
-    """One uint64 of several, so that sums of them tell sets of rows apart. The finaliser of SplitMix64."""
+    """One uint64 of several, so that sums of them tell sets of rows apart."""
     z = np.zeros(len(hashes[0]), np.uint64)
     for part in hashes:
-        z = (z ^ part) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        z = z ^ z >> np.uint64(31)
+        z = mix((z ^ part) + np.uint64(GOLDEN))
     return z
 
 
