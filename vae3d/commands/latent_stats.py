@@ -5,7 +5,6 @@ Flags: vae3d.commands.flags.
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache, SizeGroup
 from vae3d.latents.places import LocalPlace, StorePlace, partial_statistics, place_of
+from vae3d.latents.shards import shards_in
 from vae3d.latents.tar_shards import open_cache
 from vae3d.loading import load, open_codec
 from vae3d.text import plural
@@ -49,7 +49,7 @@ def print_statistics(cache: LatentCache, hint: str) -> None:
 def print_partial(place: LocalPlace | StorePlace) -> None:
     """Print the statistics of the shards that are complete, merged."""
     meta, numbers, statistics = partial_statistics(place)
-    total = math.ceil(meta["clips"] / meta["shard_size"])
+    total = shards_in(meta)
     print(f"{len(numbers)} of {plural(total, 'shard')} ({len(numbers) / total:.1%}) are complete; of these:")
     print_table(statistics.summary(), meta, place.name, plural(statistics.clips, "entry"), "", "")
 

@@ -32,14 +32,19 @@ def place_of(cache: str | Path) -> LocalPlace | StorePlace:
     return StorePlace(str(cache)) if is_url(cache) else LocalPlace(Path(cache))
 
 
+def read_meta(place: LocalPlace | StorePlace) -> dict[str, Any]:
+    """Content of meta.json. Raises CacheError if there is no cache."""
+    if not place.get(META):
+        raise CacheError(f"{place.name} is not a latent cache: it has no {META}; make one with vae3d encode")
+    return read_meta_file(place.folder / META)
+
+
 def partial_statistics(place: LocalPlace | StorePlace) -> tuple[dict[str, Any], list[int], LatentStatistics]:
     """(content of meta.json, its complete shards, statistics of these) of a cache that may be incomplete.
 
     Raises CacheError if there is no such cache, no shard, or a shard that is damaged or of another cache.
     """
-    if not place.get(META):
-        raise CacheError(f"{place.name} is not a latent cache: it has no {META}; make one with vae3d encode")
-    meta = read_meta_file(place.folder / META)
+    meta = read_meta(place)
     numbers = sorted(place.done())
     if not numbers:
         raise CacheError(f"{place.name} has no complete shard yet")
