@@ -1,4 +1,4 @@
-"""Streams of training clips from the table of a source: one, or one for each bucket."""
+"""The streams of a source with buckets, one for each bucket, and what is logged about them."""
 
 from __future__ import annotations
 
