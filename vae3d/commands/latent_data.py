@@ -19,7 +19,7 @@ from vae3d.data.clips import MixedClips
 from vae3d.data.file_table import sizes_of
 from vae3d.data.fingerprint import fingerprint_of_cache
 from vae3d.data.held_out import HeldOut, held_out_of, in_turn, require_held_out
-from vae3d.data.loader import schedule_notes
+from vae3d.data.loader import Tables, schedule_notes
 from vae3d.data.selection import clip_lengths
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
@@ -138,28 +138,13 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     validation = config.validation
     sources, schedule, fingerprint = read_sources(config, codec.model.pixel_channels, rank, world_size)
     streams = [stream for source in sources for stream in source.training.streams]
-    tables = [source.tables for source in sources]
-    every = [table for read in tables for table in (read.train, read.val)]
-    names, rows = distinct_labels(every, config.labels)
-    classes = class_names(names)
-    index_of = {"": NO_LABEL} | {name: index for index, name in enumerate(classes)}
-    labels = np.array([index_of[name] for name in names], dtype=np.int32)[rows]
-    parts = np.split(labels, np.cumsum([len(table) for table in every])[:-1])
-    if config.labels != "none":
-        missing = (
-            table.path(int(np.argmax(own == NO_LABEL)))
-            for table, own in zip(every, parts, strict=True)
-            if (own == NO_LABEL).any()
-        )
-        diffusion_data.require_labels(labels, next(missing, ""), "files")
-    of_train = {source.name: part for source, part in zip(sources, parts[::2], strict=True)}
-    trained_classes, held_out_classes = (
-        sorted({*chain(*(np.unique(p).tolist() for p in parts[i::2]))}) for i in (0, 1)
-    )
+    classes, train_labels, val_labels = file_classes([source.tables for source in sources], config.labels)
+    trained_classes = _distinct(train_labels)
     if rank == 0:
-        diffusion_data.warn_of_untrained(classes, trained_classes, held_out_classes)
-        for line in (line for source in sources for line in source.lines(source.training.warnings)):
-            log.warning(line)
+        diffusion_data.warn_of_untrained(classes, trained_classes, _distinct(val_labels))
+        for source in sources:
+            for line in source.lines(source.training.warnings):
+                log.warning(line)
     counts: Counter[ClipSize] = Counter()
     for stream in streams:
         size = (stream.settings.height, stream.settings.width)
@@ -168,21 +153,23 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     notes = [line for source in sources for line in source.lines([*source.tables.notes, *source.training.notes])]
     errors = [error for source in sources for error in source.reasons(source.tables.errors)]
     possible: list[list[HeldOutClip]] = []
-    for source, own_labels in zip(sources, parts[1::2], strict=True):
-        clips = held_out_clips(source, own_labels, validation) if validation.every else []
+    for source, labels in zip(sources, val_labels, strict=True):
+        clips = held_out_clips(source, labels, validation) if validation.every else []
         possible += clips
         if validation.every and source.name and not any(clips):
             notes += source.lines(["is not validated, since no held-out file is long enough"])
-    chosen, files_held_out = in_turn(possible, validation.clips), sum(len(read.val) for read in tables)
+    chosen, files_held_out = in_turn(possible, validation.clips), sum(map(len, val_labels))
     if validation.every:
         frames = validation.frames or min(stream.schedule.frames.all()[-1] for stream in streams)
         require_held_out(chosen, frames, files_held_out)
     held_out, unread = diffusion_data.read_held_out(chosen, rank, world_size)
+    files = sum(map(len, train_labels)) + files_held_out
+    labels_of = {source.name: labels for source, labels in zip(sources, train_labels, strict=True)}
     return LatentData(
         dataset=MixedClips(streams),
-        collate=diffusion_data.LabelledClips([of_train[stream.source] for stream in streams]),
+        collate=diffusion_data.LabelledClips([labels_of[stream.source] for stream in streams]),
         schedule=schedule,
-        rows=sum(len(read.train) for read in tables) - sum(len(source.training.skipped_files) for source in sources),
+        rows=files - files_held_out - sum(len(source.training.skipped_files) for source in sources),
         codec=codec,
         stream_sizes=[(stream.settings.height, stream.settings.width) for stream in streams],
         stream_groups=[stream.groups for stream in streams],
@@ -196,10 +183,33 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         errors=errors + unread,
         notes=[
             *notes,
-            f"{plural(len(labels), 'file')}, {files_held_out} of them held out; encoded batch by batch",
+            f"{plural(files, 'file')}, {files_held_out} of them held out; encoded batch by batch",
             *schedule_notes(schedule),
         ],
     )
+
+
+def file_classes(tables: Sequence[Tables], setting: str) -> tuple[list[str], list[np.ndarray], list[np.ndarray]]:
+    """Names of the classes, and the class of each training file and of each held-out file of every source; NO_LABEL for
+    none. setting: `labels` of the configuration. Raises DataError if a file has no class, unless it is `none`."""
+    every = [table for read in tables for table in (read.train, read.val)]
+    names, rows = distinct_labels(every, setting)
+    classes = class_names(names)
+    index_of = {"": NO_LABEL} | {name: index for index, name in enumerate(classes)}
+    labels = np.array([index_of[name] for name in names], dtype=np.int32)[rows]
+    parts = np.split(labels, np.cumsum([len(table) for table in every])[:-1])
+    if setting != "none":
+        missing = (
+            table.path(int(np.argmax(own == NO_LABEL)))
+            for table, own in zip(every, parts, strict=True)
+            if (own == NO_LABEL).any()
+        )
+        diffusion_data.require_labels(labels, next(missing, ""), "files")
+    return classes, parts[::2], parts[1::2]
+
+
+def _distinct(labels: Sequence[np.ndarray]) -> list[int]:
+    return sorted({*chain(*(np.unique(of_table).tolist() for of_table in labels))})
 
 
 def held_out_clips(source: SourceData, labels: np.ndarray, validation: DiffusionValidation) -> list[list[HeldOutClip]]:
