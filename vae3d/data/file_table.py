@@ -156,10 +156,10 @@ class FileTable:
         kept = self.view.table.drop_columns([name for name in STORED if name in self.view.table.column_names])
         return FileTable(self.base, ArrowMemory(kept.take(pa.array(rows)).combine_chunks()))
 
-    def column_chunks(self, name: str, size: int = CHUNK) -> Iterator[Sequence[Any]]:
-        """The values of a column, `size` rows at a time."""
-        for first in range(0, len(self), size):
-            yield self._objects(name, np.arange(first, min(first + size, len(self))))
+    def column_chunks(self, name: str) -> Iterator[Sequence[Any]]:
+        """The values of a column, CHUNK rows at a time."""
+        for first in range(0, len(self), CHUNK):
+            yield self._objects(name, np.arange(first, min(first + CHUNK, len(self))))
             self._release()
 
     def to_pandas(self, rows: np.ndarray | None = None) -> pd.DataFrame:

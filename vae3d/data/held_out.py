@@ -77,15 +77,13 @@ def validation_clips(
     settings: ClipSettings,
     frames: int,
     count: int,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
-    """This rank's share of one clip from each of the first `count` held-out videos with at least `frames` frames, and
-    (path, reason) of files that failed. Raises DataError if no video is long enough.
+    """One clip from each of the first `count` held-out videos with at least `frames` frames, and (path, reason) of
+    files that failed. Raises DataError if no video is long enough.
     """
     clips = long_enough(table, settings, frames, count)
     require_held_out(clips, frames, len(table))
-    return read_held_out(clips, frames, rank, world_size)
+    return read_held_out(clips, frames)
 
 
 def require_held_out(clips: Sequence[HeldOut], frames: int, files: int) -> None:
