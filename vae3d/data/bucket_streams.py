@@ -76,22 +76,28 @@ def bucket_streams(
         for b, rows in zip(buckets, fitting, strict=True)
     ]
     schedule = Interleaved([stream.schedule for stream in streams], [b.weight for b in buckets], seed, overfit)
+    notes = _notes(table, streams, empty, skipped)
+    reasons = [f"has {plural(int(lengths[row]), 'frame')}, and no bucket has fewer than {shortest}" for row in skipped]
+    skipped_files = list(zip(table.paths(skipped), reasons, strict=True))
+    return SourceStreams(streams, schedule, notes, uneven(buckets, schedule.shares(), divisor), skipped_files)
+
+
+def _notes(table: FileTable, streams: Sequence[Stream], empty: Sequence[str], skipped: np.ndarray) -> list[str]:
+    """Lines for the log. empty: names of buckets without files. skipped: rows in no bucket."""
     notes = []
     if empty:
         notes.append(f"left out: {plural(len(empty), 'bucket')} that no file fits: {', '.join(empty)}")
+    heights, widths = sizes_of(table)
     enlarged = np.zeros(len(table), bool)
-    for bucket, rows in zip(buckets, fitting, strict=True):
+    for bucket, rows in ((stream.bucket, stream.schedule.rows) for stream in streams):
         enlarged[rows] |= (heights[rows] < bucket.height) | (widths[rows] < bucket.width)
     if enlarged.any():
         small = f"{int(enlarged.sum())} of {plural(len(table), 'file')}"
         notes.append(f"{small} are smaller than a bucket of theirs and are enlarged; data.min_side skips such files")
     if len(skipped):
-        notes.append(
-            f"skipped: {plural(len(skipped), 'file')} that fit no bucket, such as {table.path(int(skipped[0]))}"
-        )
-    reasons = [f"has {plural(int(lengths[row]), 'frame')}, and no bucket has fewer than {shortest}" for row in skipped]
-    skipped_files = list(zip(table.paths(skipped), reasons, strict=True))
-    return SourceStreams(streams, schedule, notes, uneven(buckets, schedule.shares(), divisor), skipped_files)
+        files = plural(len(skipped), "file")
+        notes.append(f"skipped: {files} that fit no bucket, such as {table.path(int(skipped[0]))}")
+    return notes
 
 
 def bucket_rows(streams: Sequence[Stream], shares: Sequence[float]) -> tuple[list[str], list[list[str]]]:
