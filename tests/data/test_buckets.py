@@ -44,12 +44,8 @@ def table(*sizes: tuple[int, int], frames: int | list[int] = 100) -> pd.DataFram
 
 def streams_of(rows: pd.DataFrame, buckets: list[Bucket], clips: int = 8, divisor: int = 1, **kwargs) -> SourceStreams:
     """Streams of buckets at a reference of `clips` clips of 17 frames of 256x256."""
-
-    def schedule(lengths, frames, batch_size, name, of) -> BatchSchedule:
-        return BatchSchedule(lengths, frames, sum(name.encode()), batch_size, rows=of)
-
     reference = Bucket(17, 256, 256, clips)
-    return bucket_streams(rows, ClipSettings(256, 256), buckets, reference, divisor, schedule, seed=0, **kwargs)
+    return bucket_streams(rows, ClipSettings(256, 256), buckets, reference, divisor, BatchSchedule, seed=0, **kwargs)
 
 
 def sized(*sizes: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -115,24 +115,17 @@ def build_streams(
             overfit=overfit,
         )
         return SourceStreams([Stream(table, schedule, settings, name)], schedule)
-
-    def of_bucket(
-        lengths: np.ndarray, frames: FrameCounts, batch_size: int, bucket: str, rows: np.ndarray
-    ) -> BatchSchedule:
-        changes = {"batch_size": batch_size, "seed": seed_of(seed, "bucket", bucket), "overfit": False, "rows": rows}
-        return make(lengths, frames, **changes)
-
     size = (own.height, own.width)
     return bucket_streams(
         table,
         settings,
         buckets_of(own.buckets, counts.all(), size, *sizes_of(table)),
-        Bucket(own.frames.max, *size, own.batch_size),
-        own.buckets.clips_multiple or world_size * config.trainer.accumulate,
-        of_bucket,
-        seed,
-        name,
-        overfit,
+        reference=Bucket(own.frames.max, *size, own.batch_size),
+        divisor=own.buckets.clips_multiple or world_size * config.trainer.accumulate,
+        make_schedule=make,
+        seed=seed,
+        source=name,
+        overfit=overfit,
     )
 
 
@@ -215,18 +208,18 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         errors += more
     workers, note = usable_workers(data.workers)
     return TrainingData(
-        [stream for source in sources for stream in source.training.streams],
-        schedule,
-        workers,
-        data.prefetch,
-        held_out,
-        errors,
-        [*notes, *note],
-        skipped_files,
-        data.timeout,
-        fingerprint,
-        [clip.groups for clip in chosen],
-        warnings,
+        streams=[stream for source in sources for stream in source.training.streams],
+        schedule=schedule,
+        workers=workers,
+        prefetch=data.prefetch,
+        held_out=held_out,
+        errors=errors,
+        notes=[*notes, *note],
+        skipped_files=skipped_files,
+        timeout=data.timeout,
+        fingerprint=fingerprint,
+        val_groups=[clip.groups for clip in chosen],
+        warnings=warnings,
     )
 
 
@@ -258,15 +251,15 @@ def build_streaming_data(config: TrainConfig, source: StreamingSource, rank: int
     )
     notes = [*stream_notes(stream, source.shuffle, world_size * max(1, workers)), *note]
     return StreamingData(
-        stream,
-        schedule,
-        settings,
-        source.shuffle,
-        workers,
-        data.prefetch,
-        held_out,
-        errors,
-        notes,
+        stream=stream,
+        schedule=schedule,
+        settings=settings,
+        shuffle=source.shuffle,
+        workers=workers,
+        prefetch=data.prefetch,
+        held_out=held_out,
+        errors=errors,
+        notes=notes,
         timeout=data.timeout,
     )
 

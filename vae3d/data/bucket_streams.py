@@ -14,10 +14,8 @@ from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.file_table import FileTable, as_file_table, sizes_of
 from vae3d.data.media import DataError, Size
 from vae3d.data.selection import clip_lengths
+from vae3d.seeding import seed_of
 from vae3d.text import plural
-
-# Makes the schedule of a bucket's rows: lengths, frame counts, clips per step, name of the bucket, rows of the table.
-MakeSchedule = Callable[[np.ndarray, FrameCounts, int, str, np.ndarray], BatchSchedule]
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,15 @@ def bucket_streams(
     buckets: Sequence[Bucket],
     reference: Bucket,
     divisor: int,
-    make_schedule: MakeSchedule,
+    make_schedule: Callable[..., BatchSchedule],
     seed: int,
     source: str = "",
     overfit: bool = False,
 ) -> SourceStreams:
     """A stream for each bucket that a row of the table fits.
 
-    reference: with the clips per step of its shape. divisor: of all clips per step. seed: of the order of the buckets.
+    reference: with the clips per step of its shape. divisor: of all clips per step. make_schedule: BatchSchedule, with
+    the arguments that are the same for all buckets. overfit: repeat the first step.
     Raises DataError if no row fits any bucket.
     """
     table = as_file_table(table)
@@ -68,7 +67,14 @@ def bucket_streams(
     streams = [
         Stream(
             table,
-            make_schedule(lengths[rows], FrameCounts(b.frames, b.frames), b.batch_size, b.name, rows),
+            make_schedule(
+                lengths[rows],
+                FrameCounts(b.frames, b.frames),
+                batch_size=b.batch_size,
+                seed=seed_of(seed, "bucket", b.name),
+                overfit=False,
+                rows=rows,
+            ),
             replace(settings, height=b.height, width=b.width),
             source,
             b,
