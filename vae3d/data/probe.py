@@ -4,7 +4,7 @@ Results lie beside the table, in TABLE.probe/part-TIME-HASH.arrow, or in the cac
 the source is no file. Columns: path (relative to the table's folder if it is inside), num_frames, height, width, fps,
 and how a changed file is noticed: size (bytes), modified (ns), images (of a sequence; -1: not one). A part is written,
 atomically, when PART files are done, so a probe that is killed loses at most one part per process. The indices of the
-key frames of videos lie there too (see shared_video_index.py).
+key frames of videos lie there too (see shared_index.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vae3d.data.parts import PartFolders, path_hash, read_part, replace_parts
 from vae3d.data.readers import media_info
 from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
 from vae3d.data.segments import is_segment
-from vae3d.data.shared_video_index import SharedIndices
+from vae3d.data.shared_index import SharedIndices
 from vae3d.data.storage import cache_folder, is_stored, is_url
 from vae3d.data.versions import file_stamps
 from vae3d.data.video_index import look_in
