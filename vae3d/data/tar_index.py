@@ -101,16 +101,19 @@ def find_shard(path: str) -> Shard:
     if path.lower().endswith(COMPRESSED_TAR):
         raise DataError(f"{path} is compressed; single samples can be read of plain tars only: decompress it")
     member_path(path, 0, 0, "x")  # raises for a name that paths of members cannot have
-    try:
-        size, version = size_and_version(path)
-    except MediaError as error:
-        raise DataError(str(error)) from error
-    except OSError as error:
-        what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise DataError(f"{path}: {what}") from error
     if is_url(path):
-        return Shard(path, size, f"version:{version}")
-    return Shard(os.path.abspath(path), size, f"mtime:{version}")
+        try:
+            size, stamp = size_and_version(path)
+        except MediaError as error:
+            raise DataError(str(error)) from error
+        return Shard(path, size, f"version:{stamp}")
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
+        ) from error
+    return Shard(os.path.abspath(path), stat.st_size, f"mtime:{stat.st_mtime_ns}")
 
 
 class RangeReader(io.RawIOBase):
