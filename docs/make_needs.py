@@ -22,7 +22,7 @@ from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.commands import step_cost
 from vae3d.commands.estimate import disk_needs
 from vae3d.commands.step_cost import StepCost, TrainingStep
-from vae3d.commands.summary import frame_counts
+from vae3d.commands.training_data import frame_counts
 from vae3d.config.schema import CONF, TrainConfig
 from vae3d.loading import instantiate
 from vae3d.models.diffusers_vae import DiffusersVAE

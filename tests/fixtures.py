@@ -191,7 +191,7 @@ def s3() -> Iterator[Callable[[str], AbstractFileSystem]]:
             patch.setenv(f"AWS_{name}", value)
 
         def with_bucket(name: str) -> AbstractFileSystem:
-            system = storage._file_system(f"s3://{name}")[0]
+            system = storage.file_system(f"s3://{name}")[0]
             system.mkdir(name)
             return system
 

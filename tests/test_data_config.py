@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import tiny
-from vae3d.commands.summary import clip_sizes
+from vae3d.commands.training_data import clip_sizes
 from vae3d.config.issues import ConfigError
 from vae3d.config.schema import CONF
 from vae3d.config.sources import sources_of

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vae3d.io import check_regular
 
@@ -17,10 +17,15 @@ if TYPE_CHECKING:  # scripts/fetch_weights.py hashes files where torch is not in
 def file_hash(path: str | Path, algorithm: str = "sha256", prefix: bytes = b"") -> str:
     """Hex digest of `prefix` and a file's content. Raises OSError, and FileError for a pipe or a device."""
     check_regular(path)
-    digest = hashlib.new(algorithm, prefix)
     with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
+        return stream_hash(stream, algorithm, prefix)
+
+
+def stream_hash(stream: BinaryIO, algorithm: str = "sha256", prefix: bytes = b"") -> str:
+    """Hex digest of `prefix` and the rest of a stream."""
+    digest = hashlib.new(algorithm, prefix)
+    while block := stream.read(2**20):
+        digest.update(block)
     return digest.hexdigest()
 
 

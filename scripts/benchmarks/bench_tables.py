@@ -85,7 +85,8 @@ def measure(file: Path, saved: Path) -> dict[str, object]:
 
     from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
     from vae3d.data.clips import ClipDataset, ClipSettings
-    from vae3d.data.loader import clip_lengths, read_tables
+    from vae3d.data.loader import read_tables
+    from vae3d.data.selection import clip_lengths
     from vae3d.data.sources import Table
 
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

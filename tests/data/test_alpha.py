@@ -16,6 +16,7 @@ import vae3d
 from tests import tiny
 from vae3d.commands import eval as evaluation
 from vae3d.commands import flags, infer, train
+from vae3d.commands.training_data import build_training_data
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.config.validate import check_inference
@@ -269,7 +270,7 @@ def test_latents_of_rgba(model, files, tmp_path):
 def test_a_table_of_videos_with_alpha_is_probed_and_checked(files, tmp_path):
     config = tiny.training("wan", files, "stage=finetune", "stage.init_from=random", "model.pixel_channels=4",
                            "loss=recon_kl", "data.frames.min=1", "data.frames.max=1", "validation.every=0")  # fmt: skip
-    data = train.build_training_data(config, 0, 1)
+    data = build_training_data(config, 0, 1)
     (batch,) = data.clips(0, 1)
     assert batch.video.shape[1] == 4
     assert check.main([str(files), "--alpha", "--workers", "1"]) == 0

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.bucket_streams import SourceStreams, bucket_rows, bucket_streams, pixels_kept
 from vae3d.data.buckets import (
     Bucket,
     buckets_of,
@@ -23,8 +24,8 @@ from vae3d.data.buckets import (
     with_weights,
 )
 from vae3d.data.clips import ClipSettings
+from vae3d.data.held_out import held_out_of
 from vae3d.data.sources import DataError
-from vae3d.data.streams import SourceStreams, bucket_rows, bucket_streams, held_out_of, pixels_kept
 
 WIDE, OLD, TALL = (1080, 1920), (480, 640), (1280, 720)  # 16:9, 4:3, 9:16
 
@@ -43,12 +44,8 @@ def table(*sizes: tuple[int, int], frames: int | list[int] = 100) -> pd.DataFram
 
 def streams_of(rows: pd.DataFrame, buckets: list[Bucket], clips: int = 8, divisor: int = 1, **kwargs) -> SourceStreams:
     """Streams of buckets at a reference of `clips` clips of 17 frames of 256x256."""
-
-    def schedule(lengths, frames, batch_size, name, of) -> BatchSchedule:
-        return BatchSchedule(lengths, frames, sum(name.encode()), batch_size, rows=of)
-
     reference = Bucket(17, 256, 256, clips)
-    return bucket_streams(rows, ClipSettings(256, 256), buckets, reference, divisor, schedule, seed=0, **kwargs)
+    return bucket_streams(rows, ClipSettings(256, 256), buckets, reference, divisor, BatchSchedule, seed=0, **kwargs)
 
 
 def sized(*sizes: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

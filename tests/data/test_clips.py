@@ -20,10 +20,12 @@ from vae3d.data.clips import (
     read_clip,
     resize_crop_params,
 )
+from vae3d.data.held_out import long_enough, read_held_out, validation_clips
 from vae3d.data.images import resize_circular
-from vae3d.data.loader import TrainingData, clip_lengths, validation_clips
+from vae3d.data.loader import TrainingData
 from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import MediaError, open_media
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import DataError, Folder, Table
 
 
@@ -176,7 +178,7 @@ def test_validation_clips_are_always_the_same_and_shared_among_ranks(videos):
     clips, errors = validation_clips(rows, settings, 9, 5)
     assert errors == []
     assert [int(clip.positions) for clip in clips] == [0, 1, 2, 3, 4]
-    shared = [validation_clips(rows, settings, 9, 5, rank, 2)[0] for rank in range(2)]
+    shared = [read_held_out(long_enough(rows, settings, 9, 5), 9, rank, 2)[0] for rank in range(2)]
     assert torch.equal(shared[1][0].video, clips[1].video)
     assert len(shared[0]) + len(shared[1]) == 5
     with pytest.raises(DataError, match=r"no held-out video has 30 frames for validation \(12 are held out\)"):

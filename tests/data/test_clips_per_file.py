@@ -14,10 +14,11 @@ from vae3d.config.diffusion import check_diffusion
 from vae3d.config.issues import ConfigError
 from vae3d.data import clips
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved
-from vae3d.data.clips import ClipDataset, ClipSettings, Stream, StreamedClips
-from vae3d.data.loader import TrainingData, clip_lengths, schedule_notes
+from vae3d.data.clips import ClipDataset, ClipSettings, MixedClips, Stream
+from vae3d.data.loader import TrainingData, schedule_notes
 from vae3d.data.media import MediaError
 from vae3d.data.readers import PyAVReader
+from vae3d.data.selection import clip_lengths
 from vae3d.data.video_index import FrameSource, close_kept_sources
 
 
@@ -146,7 +147,7 @@ def test_streams_of_a_mixture_have_clips_per_file_of_their_own(table):
     settings = ClipSettings(16, 16, crop="random")
     plans = [schedule(table, settings, clips_per_file=n, batch_size=4, seed=n) for n in (4, 1, 2)]
     mixed = Interleaved(plans, [1, 1, 2], seed=0)
-    dataset = StreamedClips([Stream(table, plan, settings) for plan in plans])
+    dataset = MixedClips([Stream(table, plan, settings) for plan in plans])
     seen = set()
     for step in range(8):
         (batch,) = mixed.step(step)

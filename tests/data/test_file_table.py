@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from vae3d.data import file_table
-from vae3d.data.file_table import ArrowFile, FileTable, arrow_of, as_file_table, compact, take, write_arrow
+from vae3d.data.file_table import ArrowFile, FileTable, as_file_table, compact, take, write_arrow
 from vae3d.data.rows import TEXTS, normalise_rows
 
 
@@ -30,7 +30,8 @@ def rows(tmp_path):
 
 def mapped(rows: pd.DataFrame, folder) -> FileTable:
     """As prepare writes it: names, and a root in place of paths."""
-    table = arrow_of(rows).replace_schema_metadata({b"root": os.fsencode(folder)})
+    named = as_file_table(rows.drop(columns=["path", "row"])).base.table
+    table = named.replace_schema_metadata({b"root": os.fsencode(folder)})
     write_arrow(folder / "t.arrow", table)
     return FileTable(ArrowFile(folder / "t.arrow"))
 
@@ -44,7 +45,7 @@ def test_it_has_what_the_table_in_pandas_has(rows, tmp_path, kind):
     assert table.bounds(1) == pytest.approx((0.5, np.nan), nan_ok=True)
     assert np.array_equal(table.numbers("num_frames"), rows["num_frames"], equal_nan=True)
     assert np.isnan(table.numbers("fps")).all()
-    assert table.strings("split").tolist() == rows["split"].tolist()
+    assert table["split"].tolist() == rows["split"].tolist()
     assert table.has("split")
     assert not table.has("text")
     assert table.equals("split", "val").tolist() == (rows["split"] == "val").tolist()

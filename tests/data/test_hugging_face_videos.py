@@ -16,6 +16,7 @@ from tests.data.test_hugging_face import alone, encoded, forget, picture  # noqa
 from tests.data.test_hugging_face import rows as images
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
+from vae3d.commands.training_data import build_training_data
 from vae3d.config.issues import ConfigError
 from vae3d.data import streaming
 from vae3d.data.batch_schedule import FrameCounts
@@ -365,11 +366,11 @@ def test_what_a_stream_cannot_do_is_an_error(clips, repository, tmp_path):
     with pytest.raises(DataError, match=r"data\.frames\.fit"):
         StreamingSchedule(FrameCounts(1, 4, fit=True), 3, 4)
     with pytest.raises(DataError, match=r"data\.overfit"):
-        train.build_training_data(config_of(repository, "data.overfit=true"), 0, 1)
+        build_training_data(config_of(repository, "data.overfit=true"), 0, 1)
     (tmp_path / "alone").mkdir()
     rows(clips).to_parquet(tmp_path / "alone/train.parquet")
     with pytest.raises(DataError, match=r"data\.source\.val_split.*validation\.every=0"):
-        train.build_training_data(config_of(tmp_path / "alone", "validation.every=2"), 0, 1)
+        build_training_data(config_of(tmp_path / "alone", "validation.every=2"), 0, 1)
     stream = HuggingFace(tmp_path / "alone", streaming=True).stream("train")
     assert any("9 readers" in note and "uses one row of 9" in note for note in stream_notes(stream, 2, 9))
     with pytest.raises(DataError, match="reader 9 of 9 found no rows"):

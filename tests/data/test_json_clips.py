@@ -18,11 +18,13 @@ from vae3d.config.validate import check_inference
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipDataset, ClipSettings, open_frames
+from vae3d.data.held_out import validation_clips
 from vae3d.data.json_clips import JsonClips
-from vae3d.data.loader import clip_lengths, read_tables, validation_clips
+from vae3d.data.loader import read_tables
 from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import MediaError, open_media
 from vae3d.data.segments import SEGMENT_ERROR, count_frames, frame_range
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import DataError, Table
 
 SETTINGS = ClipSettings(32, 40)  # as the files are

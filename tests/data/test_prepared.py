@@ -15,8 +15,9 @@ import pytest
 from tests import tiny
 from vae3d.data import fingerprint, prepared, probe, tables
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import clip_lengths, read_tables
+from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Table
 from vae3d.io import FileError
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.commands import train
 from vae3d.commands.summary import data_summary
+from vae3d.commands.training_data import build_training_data
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.rooms import ErpRooms
@@ -130,14 +130,14 @@ def data_of(rendered, name: str, *overrides: str):
         "stage=finetune",
     ]
     source = [f"data={name}", f"data.source.root={rendered}", "stage.init_from=random", "loss=recon_kl"]
-    return train.build_training_data(tiny.training("temporal_vae", rendered, *small, *source, *overrides), 0, 1)
+    return build_training_data(tiny.training("temporal_vae", rendered, *small, *source, *overrides), 0, 1)
 
 
 def test_the_start_of_a_run_tells_of_rooms_and_areas(rendered):
     config = tiny.training(
         "temporal_vae", rendered, "data=erp_rooms", f"data.source.root={rendered}", "data.width=32", "loss=recon_kl"
     )  # fmt: skip
-    lines = data_summary(config, train.build_training_data(config, 0, 1))
+    lines = data_summary(config, build_training_data(config, 0, 1))
     assert lines[0].startswith("1 training file, ")
     assert lines[1].startswith("  2 rooms of 2 areas in ")
     assert lines[1].endswith("; skipped: 1 with fewer than 5 frames")
@@ -177,7 +177,7 @@ def test_the_same_clips_from_a_table_of_panorama_videos(rendered, tmp_path):
         "temporal_vae", tmp_path, "data=erp_videos", f"data.source.path={tmp_path}/t.csv", "data.width=32",
         "stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.max=17",
     )  # fmt: skip
-    data = train.build_training_data(config, 0, 1)
+    data = build_training_data(config, 0, 1)
     (clip,) = data.clips(0, 1)
     assert {Path(path).name for path in clip.paths} == {"a.mp4", "panorama_*.png"}
     assert clip.video.shape == (2, 3, 9, 16, 32)

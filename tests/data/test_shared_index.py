@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from tests import tiny
-from vae3d.data import probe, shared_index, video_index
+from vae3d.data import parts, probe, shared_index, video_index
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.parts import parts_of
@@ -94,8 +94,8 @@ def test_damaged_parts_are_not_used(folder, monkeypatch, damage):
 
 def test_merged_parts_are_found(folder, monkeypatch):
     names = built(monkeypatch)
-    for name in ("MANY", "BATCH"):
-        monkeypatch.setattr(shared_index, name, 2)
+    monkeypatch.setattr(parts, "MAX_PARTS", 2)
+    monkeypatch.setattr(shared_index, "BATCH", 2)
     for i in range(3):
         pd.DataFrame({"path": [f"new{i}.mp4"]}).to_csv(folder / "t.csv", mode="a", header=False, index=False)
         tiny.write_video(folder / f"new{i}.mp4", tiny.frames(4))

@@ -15,11 +15,11 @@ from PIL import Image
 
 from tests import tiny
 from vae3d.commands import dry_run
-from vae3d.data import probe, readers
+from vae3d.data import parts, probe, readers
 from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import check_files_exist, read_tables
-from vae3d.data.parts import Folders
+from vae3d.data.parts import PartFolders
 from vae3d.data.readers import MediaError, media_info
 from vae3d.data.sources import DataError, Folder, Table, files_under
 
@@ -427,7 +427,7 @@ def test_a_rank_probes_what_it_does_not_see_of_the_others(tmp_path, monkeypatch)
 def test_a_killed_probe_loses_one_part(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(probe, "PART", 4)
-    monkeypatch.setattr(probe, "MANY", 2)
+    monkeypatch.setattr(parts, "MAX_PARTS", 2)
     source, original = pictures(tmp_path, 14), probe.read_metadata
 
     def killed(path):
@@ -447,8 +447,8 @@ def test_a_killed_probe_loses_one_part(tmp_path, monkeypatch):
 
 
 def test_merged_parts_keep_the_last_result_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "MANY", 1)
-    results = probe.ProbeResults(Folders([tmp_path / "t.csv.probe"]))
+    monkeypatch.setattr(parts, "MAX_PARTS", 1)
+    results = probe.ProbeResults(PartFolders([tmp_path / "t.csv.probe"]))
     for count in (3, 4, 5):
         results.add({"/a.png": {"num_frames": count, "height": 1, "width": 1, "fps": 0}}, {"/a.png": [count, 7]})
     results.load()

@@ -28,9 +28,10 @@ from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.image_folder import ImageFolder
-from vae3d.data.loader import clip_lengths, read_tables
+from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import open_media
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.streaming import StreamingData, StreamingSchedule, opened
 from vae3d.data.tar_index import INDEX, Settings, build_index, find_shard, media_rows, read_index, samples_of

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import Dataset, _utils
 
 from tests import tiny
-from vae3d.commands import train
+from vae3d.commands.training_data import build_training_data
 from vae3d.data import workers
 from vae3d.data.workers import WorkerError, check_shared_memory, load
 from vae3d.errors import UserError
@@ -121,7 +121,7 @@ def test_training_looks_at_the_shared_memory_before_workers_start(videos, monkey
     config = tiny.training(
         "temporal_vae", videos, "loss=recon_kl", "data.workers=2", "data.frames.min=5", "data.frames.max=5"
     )
-    data = train.build_training_data(config, 0, 1)
+    data = build_training_data(config, 0, 1)
     clip = 3 * 5 * 16 * 16
     monkeypatch.setattr(workers, "shared_memory_free", lambda: 6 * 2 * clip - 1)
     with pytest.raises(UserError, match=r"6 batches of 0\.0 MiB"):

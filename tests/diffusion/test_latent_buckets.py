@@ -18,6 +18,7 @@ from tests.latents import caches
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import dry_run, latent_stats, train_diffusion
+from vae3d.commands.latent_data import build_latent_data
 from vae3d.config.issues import ConfigError
 from vae3d.data.readers import media_info
 from vae3d.diffusion.export import read_export
@@ -60,7 +61,7 @@ def cached(videos, tmp_path_factory):
 
 def data_of(settings, rank=0, world_size=1):
     config = latent_runs.config(*settings, network=NETWORK)
-    return train_diffusion.latent_data(config, train_diffusion.codec_of(config, torch.device("cpu")), rank, world_size)
+    return build_latent_data(config, train_diffusion.codec_of(config, torch.device("cpu")), rank, world_size)
 
 
 def keys(data, *steps):

@@ -23,6 +23,7 @@ from tests.diffusion import latent_runs, rank_training
 from tests.stream_stub import check_input_copies
 from vae3d.checkpoints import state
 from vae3d.commands import launch, train_diffusion
+from vae3d.commands.latent_data import build_latent_data
 from vae3d.config.issues import ConfigError
 from vae3d.data.sources import DataError
 from vae3d.diffusion import data
@@ -445,10 +446,10 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     told += ["data.height=64", "data.width=64", "data.frames.min=2", "data.frames.max=5", "data.num_val_files=1"]
     config = latent_runs.config(*told)
     codec = train_diffusion.codec_of(config, torch.device("cpu"))
-    data = train_diffusion.latent_data(config, codec, 0, 1)
+    data = build_latent_data(config, codec, 0, 1)
     assert (data.size, data.latent_shape, data.latent_shapes[-1][1]) == ((5, 64, 64), (4, 5, 16, 16), 5)
     assert data.held_out[0].values.shape[2] == 5
-    asked = train_diffusion.latent_data(latent_runs.config(*told, "validation.frames=3"), codec, 0, 1)
+    asked = build_latent_data(latent_runs.config(*told, "validation.frames=3"), codec, 0, 1)
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
 
 
@@ -461,7 +462,7 @@ def test_a_class_whose_files_are_all_held_out_is_named(vae, tmp_path, caplog):
     told = [f"vae.path={vae}", "data=video_csv", f"data.source.path={tmp_path / 'images.csv'}", "labels=column"]
     told += ["data.height=64", "data.width=64", "data.frames.min=1", "data.frames.max=1"]
     config = latent_runs.config(*told, "validation.every=1")
-    found = train_diffusion.latent_data(config, train_diffusion.codec_of(config, torch.device("cpu")), 0, 1)
+    found = build_latent_data(config, train_diffusion.codec_of(config, torch.device("cpu")), 0, 1)
     assert [found.classes[index] for index in found.trained_classes] == ["cat", "dog"]
     (warning,) = [record.message for record in caplog.records if "never be trained" in record.message]
     assert ": owl;" in warning
@@ -482,9 +483,7 @@ def test_errors_are_told_together(vae, pictures, tmp_path):
                            "validation.guidance=2")  # fmt: skip
     told = [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64"]
     config = latent_runs.config(*told, "denoiser.width=3", "process.logit_std=0", "data.frames.max=2")
-    clips = train_diffusion.latent_data(
-        latent_runs.config(*told), train_diffusion.codec_of(config, torch.device("cpu")), 0, 1
-    )
+    clips = build_latent_data(latent_runs.config(*told), train_diffusion.codec_of(config, torch.device("cpu")), 0, 1)
     with pytest.raises(ConfigError) as why:
         train_diffusion.complete(config, clips)
     assert [issue.key for issue in why.value.issues] == ["process", "denoiser"]

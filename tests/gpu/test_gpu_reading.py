@@ -9,9 +9,10 @@ import torch
 from tests import tiny
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipSettings
-from vae3d.data.loader import TrainingData, clip_lengths
+from vae3d.data.loader import TrainingData
 from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import open_media
+from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Folder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

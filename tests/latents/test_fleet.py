@@ -21,9 +21,9 @@ from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding, share_of
 from vae3d.latents import encode, shards
 from vae3d.latents.cache import LatentCache
+from vae3d.latents.cache_storage import CLAIMS, partial_statistics
 from vae3d.latents.claims import Claims
 from vae3d.latents.encode import encode_cache
-from vae3d.latents.places import CLAIMS, partial_statistics
 from vae3d.latents.shards import CacheError
 
 STALE = 2.0  # seconds; much longer than a busy machine lets a thread wait
@@ -207,12 +207,12 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
         assert f"shard 00002: process {os.getpid()}" in printed
         latent_stats.main([str(job.folder), "--partial"])
         assert "4 of 5 shards (80.0%) are complete; of these:\n" in capsys.readouterr().out
-        _, numbers, statistics = partial_statistics(job.place)
+        _, numbers, statistics = partial_statistics(job.storage)
     assert (numbers, statistics.clips) == ([0, 1, 3, 4], 8)
     assert encode_cache(job, 0, 2)
     assert caches.files(job.folder) == whole
     assert encode_status.main([str(job.folder)]) == 0
-    assert partial_statistics(job.place)[2].summary() == LatentCache(job.folder).statistics
+    assert partial_statistics(job.storage)[2].summary() == LatentCache(job.folder).statistics
 
 
 def test_a_process_waits_for_others_and_only_one_of_them_completes_the_cache(job, whole):

@@ -12,9 +12,10 @@ import torch
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import ResumeError
-from vae3d.commands import dry_run, train
+from vae3d.commands import dry_run
 from vae3d.commands.closing import closing
 from vae3d.commands.summary import data_summary, summary
+from vae3d.commands.training_data import build_training_data
 from vae3d.config.schema import TrainConfig
 from vae3d.data.batch_schedule import BatchShape
 from vae3d.data.media import DataError
@@ -144,13 +145,13 @@ def test_errors_name_their_source(mixture, shapes, tmp_path):
     (tmp_path / "none.csv").write_text("path,num_frames\nmissing.mp4,\n")
     wrong.data.sources["videos"].source = {**wrong.data.sources["videos"].source, "path": str(tmp_path / "none.csv")}
     with pytest.raises(DataError, match=r"^data\.sources\.videos: .*data\.max_broken"):
-        train.build_training_data(wrong, 0, 1)
+        build_training_data(wrong, 0, 1)
     with pytest.raises(DataError, match=r"^data\.sources\.videos: "):
         dry_run.describe_training(wrong)
     wrong = deepcopy(mixture)
     wrong.validation.frames = 9
     with pytest.raises(DataError, match=r"9 frames .*\(7 are held out\).*validation\.frames"):
-        train.build_training_data(wrong, 0, 1)
+        build_training_data(wrong, 0, 1)
 
 
 def test_a_dry_run_describes_a_mixture(mixture, caplog):

@@ -9,15 +9,18 @@ import numpy as np
 import torch
 
 from vae3d.checkpoints.formats import read_checkpoint
-from vae3d.commands import train, train_diffusion
+from vae3d.commands import train_diffusion
 from vae3d.commands.estimate import clips_text, diffusion_needs, estimates, world_of
+from vae3d.commands.latent_data import build_latent_data
 from vae3d.commands.meta_check import lacking_weights
 from vae3d.commands.step_cost import vae_needs
 from vae3d.commands.summary import data_summary, first_batch, summary
+from vae3d.commands.training_data import build_training_data, naming_source
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import Data, TrainConfig
 from vae3d.config.sources import sources_of
-from vae3d.data.loader import check_files_exist, clip_lengths
+from vae3d.data.loader import check_files_exist
+from vae3d.data.selection import clip_lengths
 from vae3d.data.streaming import is_streaming
 from vae3d.loading import build_from_checkpoint, instantiate
 from vae3d.training.freeze import train_parts
@@ -44,7 +47,7 @@ def describe_training(config: TrainConfig) -> None:
     train_parts(model, config.stage.train)
     world = world_of(config)
     log.info("\n".join([*summary(config, model, world), *existing_files(config.data)]))
-    data = train.build_training_data(config, 0, world)
+    data = build_training_data(config, 0, world)
     one_each = {stream.source: stream for stream in data.streams}.values()  # the buckets of a source share its files
     lengths = np.concatenate([clip_lengths(stream.table, stream.settings) for stream in one_each])
     log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), lengths)]))
@@ -70,7 +73,7 @@ def describe_diffusion(config: DiffusionConfig) -> None:
     if config.cache is None:
         log.info("\n".join(existing_files(config.data)))
     codec = train_diffusion.codec_of(config, torch.device("cpu"))
-    data = train_diffusion.latent_data(config, codec, 0, world_of(config))
+    data = build_latent_data(config, codec, 0, world_of(config))
     config, process = train_diffusion.complete(config, data)
     with torch.device("meta"):
         network = train_diffusion.network_of(config)
@@ -93,7 +96,7 @@ def existing_files(data: Data) -> list[str]:
     """Lines of check_files_exist of every source."""
     files = []
     for name, own in sources_of(data).items():
-        with train.naming_source(name):
+        with naming_source(name):
             source = instantiate(own.source)
             lines = [] if is_streaming(source) else check_files_exist(source, own.max_broken)
         files += [line.replace("data:", f"data.sources.{name}:", 1) if name else line for line in lines]

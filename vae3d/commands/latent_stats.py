@@ -5,7 +5,6 @@ Flags: vae3d.commands.flags.
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache, SizeGroup
-from vae3d.latents.places import LocalPlace, StorePlace, partial_statistics, place_of
+from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, partial_statistics, storage_of
+from vae3d.latents.shards import shards_in
 from vae3d.latents.tar_shards import open_cache
 from vae3d.loading import load, open_codec
 from vae3d.text import plural
@@ -30,7 +30,7 @@ SHOWN_SIZES = 12
 def main(argv: list[str] | None = None) -> None:
     args = parse_latent_stats(argv)
     if args.partial:
-        print_partial(place_of(args.cache))
+        print_partial(storage_of(args.cache))
         return
     cache = open_cache(args.cache, verify=args.verify)
     print_statistics(
@@ -46,12 +46,12 @@ def print_statistics(cache: LatentCache, hint: str) -> None:
     print_table(cache.statistics, cache.meta, cache.folder, *content, hint, cache.sizes())
 
 
-def print_partial(place: LocalPlace | StorePlace) -> None:
+def print_partial(storage: LocalStorage | ObjectStorage) -> None:
     """Print the statistics of the shards that are complete, merged."""
-    meta, numbers, statistics = partial_statistics(place)
-    total = math.ceil(meta["clips"] / meta["shard_size"])
+    meta, numbers, statistics = partial_statistics(storage)
+    total = shards_in(meta)
     print(f"{len(numbers)} of {plural(total, 'shard')} ({len(numbers) / total:.1%}) are complete; of these:")
-    print_table(statistics.summary(), meta, place.name, plural(statistics.clips, "entry"), "", "")
+    print_table(statistics.summary(), meta, storage.name, plural(statistics.clips, "entry"), "", "")
 
 
 def print_table(

@@ -21,7 +21,7 @@ from vae3d.adversarial.seraena import Seraena
 from vae3d.checkpoints.export import to_layout
 from vae3d.checkpoints.formats import CheckpointError, meta_model, read_checkpoint
 from vae3d.commands import train
-from vae3d.commands.summary import clip_sizes
+from vae3d.commands.training_data import clip_sizes, pixel_channels
 from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
 from vae3d.config.overrides import key_of
 from vae3d.config.sources import of_source, sources_of
@@ -159,7 +159,7 @@ def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
 
 def _channel_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
     """Channels that no file gives."""
-    channels = train.pixel_channels(config.model)
+    channels = pixel_channels(config.model)
     if config.data.depth.mapping is None and channels not in (3, 4):
         message = "files give 3 channels, colours, or 4, colours and alpha"
         yield ConfigIssue("model.pixel_channels", channels, message, "use 3 or 4, or data.depth.mapping for depth")

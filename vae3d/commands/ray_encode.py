@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from vae3d.commands.encode import open_encoder, open_job
 from vae3d.distributed import inference_device
 from vae3d.errors import UserError
-from vae3d.latents.cache import read_meta_file
+from vae3d.latents.cache_storage import read_meta
 from vae3d.latents.encode import begin, discard_unusable, encode_shards, finish
-from vae3d.latents.shards import META, CacheError
+from vae3d.latents.shards import CacheError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ class ShardEncoder:
     def __init__(self, config: EncodeConfig, folder: str) -> None:
         os.chdir(folder)
         self.job = open_job(config, open_encoder(config, inference_device(config.device)))
-        self.claims = self.job.place.claims(config.stale)
+        self.claims = self.job.storage.claims(config.stale)
         self.claims.__enter__()  # for the life of the actor
         self.digest: str | None = None
 
@@ -80,6 +80,5 @@ def encode(config: EncodeConfig, actors: int = 1, gpus: float = 0, cpus: float =
     for row in encoded.iter_rows():
         if row["error"]:
             raise CacheError(row["error"])
-    job.place.get(META)
-    with job.place.claims(config.stale) as claims:
-        finish(job, read_meta_file(job.folder / META)["digest"], claims)
+    with job.storage.claims(config.stale) as claims:
+        finish(job, read_meta(job.storage)["digest"], claims)

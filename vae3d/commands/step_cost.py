@@ -24,7 +24,7 @@ from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.adversarial.seraena import Seraena
 from vae3d.commands import train
-from vae3d.commands.summary import frame_counts
+from vae3d.commands.training_data import frame_counts
 from vae3d.models.interface import attach_decoder
 from vae3d.optim import can_fuse
 from vae3d.precision import DTYPES, autocast

@@ -10,38 +10,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from vae3d.commands.training_data import clip_sizes
 from vae3d.config.sources import sources_of
-from vae3d.data.batch_schedule import FrameCounts
-from vae3d.data.buckets import buckets_of
+from vae3d.data.bucket_streams import bucket_rows, pixels_kept
 from vae3d.data.clips import Stream
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
 from vae3d.data.streaming import StreamingData
-from vae3d.data.streams import bucket_rows, pixels_kept
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.report import text_table
 from vae3d.text import plural
 from vae3d.training.freeze import ALL
 
 if TYPE_CHECKING:
-    from vae3d.config.schema import Data, TrainConfig
+    from vae3d.config.schema import TrainConfig
 
 SHOWN_FILES = 4  # held-out files that are named
 LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's or its own"}  # of teacher.decode
-
-
-def frame_counts(config: Data) -> FrameCounts:
-    frames = config.frames
-    return FrameCounts(frames.min, frames.max, frames.step, frames.images, frames.fit)
-
-
-def clip_sizes(config: Data) -> list[tuple[int, int, int]]:
-    """Frames, height and width of all clips, ascending; with data.buckets.aspects=auto of square ones, since the data's
-    aspect ratios are not known yet."""
-    counts, size = frame_counts(config).all(), (config.height, config.width)
-    if config.buckets is None:
-        return [(count, *size) for count in counts]
-    return sorted((b.frames, *b.size) for b in buckets_of(config.buckets, counts, size))
 
 
 def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None) -> list[str]:

@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict
 from os.path import exists
 from os.path import isfile as is_file
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
 
 from vae3d.checkpoints.state import starting_state
 from vae3d.commands.closing import command, curves, longer, shown, start_of
-from vae3d.commands.summary import data_summary, frame_counts, summary
-from vae3d.config.sources import sources_of
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
-from vae3d.data.buckets import Bucket, buckets_of
-from vae3d.data.clips import ClipSettings, Stream
-from vae3d.data.depth import DepthSettings
-from vae3d.data.file_table import FileTable
-from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, SourceFingerprints
-from vae3d.data.loader import (
-    HeldOut,
-    Tables,
-    TrainingData,
-    clip_lengths,
-    read_held_out,
-    read_tables,
-    require_held_out,
-    schedule_notes,
-)
-from vae3d.data.media import DataError
-from vae3d.data.readers import check_reader
+from vae3d.commands.summary import data_summary, summary
+from vae3d.commands.training_data import build_training_data
+from vae3d.data.loader import TrainingData
 from vae3d.data.sources import Table
-from vae3d.data.streaming import (
-    StreamingData,
-    StreamingSchedule,
-    StreamingSource,
-    first_clips,
-    is_streaming,
-    stream_notes,
-)
-from vae3d.data.streams import SourceStreams, bucket_streams, held_out_of, in_turn, sizes_of
-from vae3d.data.workers import usable_workers
+from vae3d.data.streaming import StreamingData
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.inference.scale import longest_clips
@@ -67,17 +37,15 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
-from vae3d.seeding import seed_of
 from vae3d.training.checkpointer import check_may_start
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
 from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
-from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import Data, Loss, TrainConfig
+    from vae3d.config.schema import Loss, TrainConfig
 
 
 def build_objective(config: Loss) -> Objective:
@@ -89,233 +57,6 @@ def build_objective(config: Loss) -> Objective:
     }
     weight = config.pixel_weight and instantiate(config.pixel_weight)
     return Objective(terms, config.reduction, weight, logvar=config.logvar)
-
-
-def pixel_channels(model: Mapping[str, Any]) -> int:
-    """Channels of the pixels of a configured model, of its 2D VAE if it has one."""
-    return model.get("spatial", model).get("pixel_channels", 3)
-
-
-def build_clip_settings(config: Data, channels: int = 3) -> ClipSettings:
-    """channels: that the model takes; see pixel_channels."""
-    shared = {field.name for field in fields(ClipSettings)} - {"depth", "channels"}
-    depth = DepthSettings(**vars(config.depth)) if config.depth.mapping else None
-    return ClipSettings(**{name: getattr(config, name) for name in shared}, depth=depth, channels=channels)
-
-
-def build_schedule(
-    config: TrainConfig | DiffusionConfig,
-    lengths: np.ndarray,
-    frames: FrameCounts,
-    rank: int,
-    world_size: int,
-    **changes: Any,
-) -> BatchSchedule:
-    """changes: arguments of BatchSchedule that are not those of `config`."""
-    settings = {
-        "seed": config.run.seed,
-        "batch_size": config.data.batch_size,
-        "accumulate": config.trainer.accumulate,
-        "rank": rank,
-        "world_size": world_size,
-        "overfit": config.data.overfit,
-        "clips_per_file": config.data.clips_per_file,
-    }
-    return BatchSchedule(lengths, frames, **settings | changes)
-
-
-def build_streams(
-    config: TrainConfig | DiffusionConfig,
-    name: str,
-    own: Data,
-    table: FileTable,
-    settings: ClipSettings,
-    rank: int,
-    world_size: int,
-) -> SourceStreams:
-    """The streams of a source. name: empty for the only one. own: its settings. table: its training files.
-
-    Raises DataError if no file has enough frames.
-    """
-    seed = seed_of(config.run.seed, "source", name) if name else config.run.seed
-    overfit = config.data.overfit and not name  # of a mixture the whole schedule does
-    make = partial(build_schedule, config, rank=rank, world_size=world_size, clips_per_file=own.clips_per_file)
-    counts = frame_counts(own)
-    if own.buckets is None:
-        schedule = make(
-            clip_lengths(table, settings),
-            counts,
-            by_length=table.stored("by_length"),
-            batch_size=own.batch_size,
-            seed=seed,
-            overfit=overfit,
-        )
-        return SourceStreams([Stream(table, schedule, settings, name)], schedule)
-
-    def of_bucket(
-        lengths: np.ndarray, frames: FrameCounts, batch_size: int, bucket: str, rows: np.ndarray
-    ) -> BatchSchedule:
-        changes = {"batch_size": batch_size, "seed": seed_of(seed, "bucket", bucket), "overfit": False, "rows": rows}
-        return make(lengths, frames, **changes)
-
-    size = (own.height, own.width)
-    return bucket_streams(
-        table,
-        settings,
-        buckets_of(own.buckets, counts.all(), size, *sizes_of(table)),
-        Bucket(own.frames.max, *size, own.batch_size),
-        own.buckets.clips_multiple or world_size * config.trainer.accumulate,
-        of_bucket,
-        seed,
-        name,
-        overfit,
-    )
-
-
-@dataclass(frozen=True)
-class SourceData:
-    """What was read of a source. name: empty for the only one. own: its settings. settings: how its clips are cut, but
-    for the sizes of buckets, which its streams have."""
-
-    name: str
-    own: Data
-    settings: ClipSettings
-    tables: Tables
-    part: SourceStreams
-
-    def lines(self, of: Iterable[str]) -> list[str]:
-        """With the source's name in front."""
-        return [f"{self.name}: {line}" if self.name else line for line in of]
-
-    def reasons(self, of: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-        """(path, reason) with the source's name in front of the reason."""
-        return [(path, self.lines([reason])[0]) for path, reason in of]
-
-
-def read_sources(
-    config: TrainConfig | DiffusionConfig, channels: int, rank: int, world_size: int
-) -> tuple[list[SourceData], Schedule, DataFingerprint | GroupedFingerprint | SourceFingerprints]:
-    """Read the tables of all sources, and say in which order training takes their clips. channels: of the model.
-
-    Raises DataError, with the name of the source.
-    """
-    data, sources = config.data, []
-    for name, own in sources_of(data).items():
-        settings, bucketed = build_clip_settings(own, channels), own.buckets is not None
-        with naming_source(name):
-            held_out = own.num_val_files if config.validation.every else 0
-            check_reader(own.reader)
-            source = instantiate(own.source)
-            if is_streaming(source):
-                raise DataError("a stream has no table: set streaming=false, or train an autoencoder on it alone")
-            tables = read_tables(
-                source, settings, held_out, own.max_broken, rank, world_size, stat_files=rank == 0, sizes=bucketed
-            )
-            part = build_streams(config, name, own, tables.train, settings, rank, world_size)
-        sources.append(SourceData(name, own, settings, tables, part))
-    schedule = sources[0].part.schedule
-    if data.sources:
-        weights = [data.sources[source.name].weight for source in sources]
-        schedule = Interleaved([source.part.schedule for source in sources], weights, config.run.seed, data.overfit)
-    fingerprints = {source.name: source.tables.fingerprint for source in sources}
-    return sources, schedule, SourceFingerprints(fingerprints) if data.sources else fingerprints[""]
-
-
-def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData | StreamingData:
-    """Read the tables of all sources and this rank's held-out clips. Raises DataError, with the name of the source."""
-    data, validation = config.data, config.validation
-    if not data.sources and is_streaming(source := instantiate(data.source)):
-        return build_streaming_data(config, source, rank, world_size)
-    sources, schedule, fingerprint = read_sources(config, pixel_channels(config.model), rank, world_size)
-    notes, errors, skipped_files, warnings = [], [], [], []
-    possible: list[list[HeldOut]] = []
-    for source in sources:
-        tables, part = source.tables, source.part
-        notes += source.lines([*tables.notes, *part.notes, *schedule_notes(part.schedule)])
-        errors += source.reasons(tables.errors)
-        skipped_files += source.reasons([*tables.skipped_files, *part.skipped_files])
-        warnings += source.lines(part.warnings)
-        if validation.every:
-            buckets = None if source.own.buckets is None else [stream.bucket for stream in part.streams]
-            clips = held_out_of(tables.val, source.settings, validation.frames, validation.clips, source.name, buckets)
-            possible.append(clips)
-            if source.name and not clips:
-                notes.append(
-                    f"{source.name}: is not validated, since no held-out file has validation.frames={validation.frames}"
-                )
-    chosen = in_turn(possible, validation.clips)
-    held_out: list[ClipBatch] = []
-    if validation.every:
-        require_held_out(chosen, validation.frames, sum(len(source.tables.val) for source in sources))
-        held_out, more = read_held_out(chosen, validation.frames, rank, world_size)
-        errors += more
-    workers, note = usable_workers(data.workers)
-    return TrainingData(
-        [stream for source in sources for stream in source.part.streams],
-        schedule,
-        workers,
-        data.prefetch,
-        held_out,
-        errors,
-        [*notes, *note],
-        skipped_files,
-        data.timeout,
-        fingerprint,
-        [clip.groups for clip in chosen],
-        warnings,
-    )
-
-
-def build_streaming_data(config: TrainConfig, source: StreamingSource, rank: int, world_size: int) -> StreamingData:
-    """Raises DataError for a stream that cannot be read, has no rows for validation, or
-    needs what only a table gives."""
-    data, validation = config.data, config.validation
-    check_reader(data.reader)
-    settings = build_clip_settings(data, pixel_channels(config.model))
-    if data.buckets is not None:
-        raise DataError("data.buckets needs the sizes of all files: set data.source.streaming=false")
-    if data.clips_per_file > 1:
-        raise DataError("data.clips_per_file needs random access to files: set data.source.streaming=false, or 1")
-    if data.overfit:
-        raise DataError("data.overfit repeats clips, which a stream cannot: set data.source.streaming=false")
-    stream = source.stream("train")
-    held_out, errors = [], []
-    if validation.every:
-        rows = source.stream("val")
-        if rows is None:
-            raise DataError(
-                f"{stream.name}: a stream holds no rows out: name a split in data.source.val_split (for shards, others "
-                "in data.source.val_path), or set validation.every=0"
-            )
-        held_out, errors = first_clips(rows, settings, validation.frames, validation.clips, rank, world_size)
-    workers, note = usable_workers(data.workers)
-    schedule = StreamingSchedule(
-        frame_counts(data), config.run.seed, data.batch_size, config.trainer.accumulate, rank, world_size
-    )
-    notes = [*stream_notes(stream, source.shuffle, world_size * max(1, workers)), *note]
-    return StreamingData(
-        stream,
-        schedule,
-        settings,
-        source.shuffle,
-        workers,
-        data.prefetch,
-        held_out,
-        errors,
-        notes,
-        timeout=data.timeout,
-    )
-
-
-@contextmanager
-def naming_source(name: str) -> Iterator[None]:
-    """Put the name of a source in front of the messages of DataErrors; nothing if it is empty."""
-    try:
-        yield
-    except DataError as error:
-        if not name:
-            raise
-        raise DataError(f"data.sources.{name}: {error}") from error
 
 
 def loggers_of(config: TrainConfig | DiffusionConfig) -> Loggers:

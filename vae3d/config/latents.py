@@ -12,9 +12,9 @@ from pydantic.dataclasses import dataclass
 
 from vae3d.config.check import Rule, check
 from vae3d.config.fields import STRICT, Float, Int, as_buckets, as_list, setting
-from vae3d.config.issues import MISSING, NO_VALUE, ConfigIssue
+from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import Buckets, FilesConfig, register
-from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths, reader_issues
+from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths, reader_issues, shape_issues
 
 
 @dataclass(config=STRICT)
@@ -83,17 +83,12 @@ def _bucket_issues(config: EncodeConfig) -> Iterator[ConfigIssue]:
         if buckets.frames is None and config.frames is None:
             yield ConfigIssue("buckets.frames", None, "no frame counts are given", "set it, such as [1, 17], or frames")
     else:
-        if not buckets.shapes:
-            yield ConfigIssue("buckets.shapes", NO_VALUE, "has no buckets", "list some, such as [[33, 256, 256]]")
+        yield from shape_issues("buckets.shapes", buckets.shapes)
         for key in (key for key, value in sizes.items() if value is not None):
             yield ConfigIssue(key, sizes[key], "is that of each bucket, which buckets list", "use null")
-        listed = [(shape.frames, shape.height, shape.width) for shape in buckets.shapes]
-        for i, shape in enumerate(listed):
-            if shape in listed[:i]:
-                message = f"is the same as buckets.shapes[{listed.index(shape)}]"
-                yield ConfigIssue(f"buckets.shapes[{i}]", NO_VALUE, message, "leave it out")
+        for i, shape in enumerate(buckets.shapes):
             for key in ("cost", "batch_size", "weight"):
-                of_training[f"buckets.shapes[{i}].{key}"] = getattr(buckets.shapes[i], key)
+                of_training[f"buckets.shapes[{i}].{key}"] = getattr(shape, key)
     for key, value in of_training.items():
         if value is not None:
             yield ConfigIssue(key, value, "is of training, not of a cache", "leave it out")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from vae3d.config.check import Rule, check, check_all, resume_issues
 from vae3d.config.issues import NO_VALUE, ConfigIssue
-from vae3d.config.schema import CompareConfig, Data, InferConfig, TrainConfig
+from vae3d.config.schema import BucketShape, CompareConfig, Data, InferConfig, TrainConfig
 from vae3d.config.sources import of_source, sources_of
 from vae3d.text import plural
 
@@ -52,6 +52,7 @@ def batch_issues(config: Any) -> Iterator[ConfigIssue]:
     launcher, accumulate, sources = config.launcher, config.trainer.accumulate, config.data.sources
     world = int(os.environ.get("WORLD_SIZE", launcher.nproc if launcher.name == "torchrun" else 1))
     share = world * accumulate
+    # Not sources_of, which reads all values: one that is wrong would skip this rule.
     for name, own in sources.items() if sources else [("", config.data)]:
         batches = {"data.batch_size": own.batch_size}
         if own.buckets is not None:
@@ -72,17 +73,13 @@ def bucket_issues(config: Any) -> Iterator[ConfigIssue]:
         if own.buckets is None or own.buckets.shapes is None:
             continue
         key, shapes = of_source(name, "data.buckets.shapes"), own.buckets.shapes
-        if not shapes:
-            yield ConfigIssue(key, NO_VALUE, "has no buckets", "list some, such as [[33, 256, 256]], or use null")
-        sizes = [(shape.frames, shape.height, shape.width) for shape in shapes]
-        for i, size in enumerate(sizes):
-            if size in sizes[:i]:
-                yield ConfigIssue(f"{key}[{i}]", NO_VALUE, f"is the same as {key}[{sizes.index(size)}]", "leave it out")
+        yield from shape_issues(key, shapes)
         for of in ("cost", "weight"):
             given = [getattr(shape, of) is not None for shape in shapes]
             if any(given) and not all(given):
                 where = f"{key}[{given.index(False)}].{of}"
                 yield ConfigIssue(where, NO_VALUE, f"is missing, and other buckets have a {of}", "give all, or none")
+        sizes = [(shape.frames, shape.height, shape.width) for shape in shapes]
         reference = (own.frames.max, own.height, own.width)
         needs_reference = any(shape.cost is not None and shape.batch_size is None for shape in shapes)
         if needs_reference and reference not in sizes:
@@ -91,6 +88,16 @@ def bucket_issues(config: Any) -> Iterator[ConfigIssue]:
             )
             keys = ", ".join(of_source(name, f"data.{k}") for k in ("frames.max", "height", "width"))
             yield ConfigIssue(key, NO_VALUE, message, f"set {keys} to those of a bucket, or give each a batch_size")
+
+
+def shape_issues(key: str, shapes: Sequence[BucketShape]) -> Iterator[ConfigIssue]:
+    """An empty list of buckets, and buckets that are listed twice."""
+    if not shapes:
+        yield ConfigIssue(key, NO_VALUE, "has no buckets", "list some, such as [[33, 256, 256]], or use null")
+    sizes = [(shape.frames, shape.height, shape.width) for shape in shapes]
+    for i, size in enumerate(sizes):
+        if size in sizes[:i]:
+            yield ConfigIssue(f"{key}[{i}]", NO_VALUE, f"is the same as {key}[{sizes.index(size)}]", "leave it out")
 
 
 def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:

@@ -99,7 +99,7 @@ class FrameCounts:
 
 
 class OneStream:
-    """What Interleaved has, too, of a schedule that is the whole: one stream, with batch_size clips per step."""
+    """The methods of Interleaved, for a schedule of one stream: every step is its own, and has batch_size clips."""
 
     @property
     def micro_batch(self) -> int:

@@ -2,7 +2,6 @@
 
 A bucket says how many frames its clips have, at which size, and how many of them make a step. Sizes keep the aspect
 ratios of the files, so that little is cropped, and larger clips come in smaller batches, so that steps cost the same.
-Imports no torch, since configurations are checked with it.
 """
 
 from __future__ import annotations

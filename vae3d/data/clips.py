@@ -389,7 +389,7 @@ class StepShapes:
         return stream_counts(self.schedule, [stream.groups for stream in self.streams], step)
 
 
-class StreamedClips(Dataset[Sample]):
+class MixedClips(Dataset[Sample]):
     """Clips of several streams, indexed by ClipIndex: each from the dataset of its stream."""
 
     def __init__(self, streams: Sequence[Stream]) -> None:

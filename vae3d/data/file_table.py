@@ -111,10 +111,6 @@ class FileTable:
         column = self._taken(name, rows)
         return column.chunk(0).to_numpy(zero_copy_only=False) if column.num_chunks == 1 else column.to_numpy()
 
-    def strings(self, name: str) -> np.ndarray:
-        """[rows] a column of texts, as Python objects in memory; None: not given."""
-        return self[name].to_numpy()
-
     def missing(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         """[rows] whether a column of texts has no value, of all rows or of some."""
         if self._column(name) is None:
@@ -160,10 +156,10 @@ class FileTable:
         kept = self.view.table.drop_columns([name for name in STORED if name in self.view.table.column_names])
         return FileTable(self.base, ArrowMemory(kept.take(pa.array(rows)).combine_chunks()))
 
-    def column_chunks(self, name: str, size: int = CHUNK) -> Iterator[Sequence[Any]]:
-        """The values of a column, `size` rows at a time."""
-        for first in range(0, len(self), size):
-            yield self._objects(name, np.arange(first, min(first + size, len(self))))
+    def column_chunks(self, name: str) -> Iterator[Sequence[Any]]:
+        """The values of a column, CHUNK rows at a time."""
+        for first in range(0, len(self), CHUNK):
+            yield self._objects(name, np.arange(first, min(first + CHUNK, len(self))))
             self._release()
 
     def to_pandas(self, rows: np.ndarray | None = None) -> pd.DataFrame:
@@ -260,28 +256,29 @@ def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
 
 
 def as_file_table(table: pd.DataFrame | FileTable) -> FileTable:
-    """The FileTable of a table in pandas, which needs the column `path` alone, in memory."""
+    """The FileTable of a table in pandas, which needs the column `path` alone, in memory. Columns without a value are
+    left out."""
     if isinstance(table, FileTable):
         return table
-    return FileTable(ArrowMemory(arrow_of(table, paths=True)))
-
-
-def arrow_of(table: pd.DataFrame, paths: bool = False) -> pa.Table:
-    """The columns of a table in Arrow. Those without a value are left out. paths: with the column `path`, and with
-    `number`, the row's number in the source from 0."""
     columns: dict[str, pa.Array] = {}
-    for name in ("path", "name") if paths else ("name",):
+    for name in ("path", "name"):
         if name in table.columns:
             columns[name] = pa.array([os.fsencode(value) for value in table[name]], NAMES)
-    if paths and "row" in table.columns:
-        columns["number"] = pa.array(table["row"].to_numpy(np.int64) - 1)
+    if "row" in table.columns:
+        columns["number"] = pa.array(table["row"].to_numpy(np.int64) - 1)  # of the source, from 0
     for name in TEXTS:
         if name in table.columns and table[name].notna().any():
             columns[name] = text_array(table[name])
     for name in (*NUMBERS, *SEGMENT):
         if name in table.columns and table[name].notna().any():
             columns[name] = pa.array(table[name].to_numpy(dtype=float))
-    return pa.table(columns)
+    return FileTable(ArrowMemory(pa.table(columns)))
+
+
+def sizes_of(table: pd.DataFrame | FileTable) -> tuple[np.ndarray, np.ndarray]:
+    """[rows] heights and widths."""
+    table = as_file_table(table)
+    return table.numbers("height"), table.numbers("width")
 
 
 def text_array(values: pd.Series) -> pa.Array:

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vae3d.data.permutation import GOLDEN, mix
 from vae3d.data.segments import SEGMENT
 from vae3d.data.versions import file_stamps
 from vae3d.restore import check_like
@@ -27,7 +28,6 @@ SIZES = {"rows": (), "facts": (), "files": (2,)}  # tensor -> its size per row
 SHOWN = 3  # names in a message
 PER_ROW = 100_000  # rows
 GROUPS = 4096
-ORDER_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,9 @@ class GroupedFingerprint:
         return lines
 
 
+Fingerprint = DataFingerprint | GroupedFingerprint  # of one source
+
+
 def _about(changed: int, groups: int, at_least: int = 0) -> str:
     """How many changes hit so many of the groups, if each hits any: most likely ln(1 - share) / ln(1 - 1 / groups)."""
     if changed == groups:
@@ -186,17 +189,14 @@ def grouped(rows: np.ndarray, facts: np.ndarray, files: np.ndarray | None) -> Gr
 
 
 def _mixed(*hashes: np.ndarray) -> np.ndarray:
-    """One uint64 of several, so that sums of them tell sets of rows apart. The finaliser of SplitMix64."""
+    """One uint64 of several, so that sums of them tell sets of rows apart."""
     z = np.zeros(len(hashes[0]), np.uint64)
     for part in hashes:
-        z = (z ^ part) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-        z = z ^ z >> np.uint64(31)
+        z = mix((z ^ part) + np.uint64(GOLDEN))
     return z
 
 
-def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> DataFingerprint | GroupedFingerprint:
+def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> Fingerprint:
     """Fingerprint of a source's table. stat_files: include size and modification time of the files; never of more than
     PER_ROW rows."""
     rows, facts = row_hashes(table), fact_hashes(table)
@@ -240,7 +240,7 @@ def _values(column: pd.Series) -> list[Any]:
 class SourceFingerprints:
     """The fingerprints of the sources of a mixture, by name, which messages begin with."""
 
-    sources: Mapping[str, DataFingerprint]
+    sources: Mapping[str, Fingerprint]
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         states = {name: fingerprint.state_dict() for name, fingerprint in self.sources.items()}

@@ -1,43 +1,38 @@
-"""From a source to batches: read the table, hold files out for validation, load clips with worker processes."""
+"""From a source to batches: read the table, choose the files that are held out, load clips with worker processes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
 import torch
 
-from vae3d.data.batch_schedule import ClipIndex, Schedule
+from vae3d.data.batch_schedule import Schedule
 from vae3d.data.clips import (
     ClipSettings,
+    MixedClips,
     StepShapes,
     Stream,
-    StreamedClips,
     Unreadable,
     collate,
-    open_frames,
-    read_clip,
-    to_sample,
 )
 from vae3d.data.file_table import FileTable, as_file_table
-from vae3d.data.fingerprint import DataFingerprint, GroupedFingerprint, SourceFingerprints, fingerprint_of
+from vae3d.data.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
 from vae3d.data.json_clips import JsonClips
-from vae3d.data.media import DataError, MediaError
+from vae3d.data.media import DataError
 from vae3d.data.prepared import is_large, prepare, select
 from vae3d.data.probe import ProbeResults, Ranks, fill_metadata, probe, results_for_table
 from vae3d.data.readers import is_image
 from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
-from vae3d.data.segments import Bounds, count_frames
+from vae3d.data.segments import count_frames
 from vae3d.data.selection import (
     PROBED_IMAGES,
     SHOWN,
     SIZE,
     check_broken_share,
     evenly_spaced,
-    held_out,
+    is_held_out,
     skipped_note,
     too_small,
     upscaled_notes,
@@ -64,7 +59,7 @@ class Tables:
     errors: list[tuple[str, str]]
     skipped_files: list[tuple[str, str]]
     notes: list[str]
-    fingerprint: DataFingerprint | GroupedFingerprint
+    fingerprint: Fingerprint
 
 
 def read_tables(
@@ -109,7 +104,7 @@ def read_tables(
         is_val = (table["split"] == "val").to_numpy()
         is_train = (table["split"] == "train").to_numpy()
     else:
-        is_val = held_out(file_hashes(table), num_val_files)
+        is_val = is_held_out(file_hashes(table), num_val_files)
         is_train = ~is_val
     if not is_train.any():
         raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
@@ -182,24 +177,6 @@ def schedule_notes(schedule: Schedule) -> list[str]:
     return notes
 
 
-def clip_lengths(table: pd.DataFrame | FileTable, settings: ClipSettings) -> np.ndarray:
-    """[rows] frames of the longest clip of each row."""
-    table = as_file_table(table)
-    stored = table.stored("length", settings)
-    return settings.length(table.numbers("num_frames"), table.numbers("fps")) if stored is None else stored
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A clip for validation: its file, and how it is cut. groups: whose means it counts for, beside that of all clips,
-    such as its source and its size."""
-
-    path: str
-    bounds: Bounds
-    settings: ClipSettings
-    groups: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True)
 class TrainingData(StepShapes):
     """The data of a training run: clips of any range of steps, and this rank's held-out clips.
@@ -216,7 +193,7 @@ class TrainingData(StepShapes):
     notes: list[str] = field(default_factory=list)  # lines for the log
     skipped_files: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of files that are not used
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
-    fingerprint: DataFingerprint | GroupedFingerprint | SourceFingerprints | None = None  # saved with checkpoints
+    fingerprint: Fingerprint | SourceFingerprints | None = None  # saved with checkpoints
     val_groups: Sequence[tuple[str, ...]] = ()
     warnings: list[str] = field(default_factory=list)  # lines for the log
 
@@ -227,7 +204,7 @@ class TrainingData(StepShapes):
 
         stopping: whether the run ends after the current step. Raises as workers.load does.
         """
-        schedule, dataset = self.schedule, StreamedClips(self.streams)
+        schedule, dataset = self.schedule, MixedClips(self.streams)
         return load(
             dataset,
             workers=self.workers,
@@ -241,58 +218,3 @@ class TrainingData(StepShapes):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def validation_clips(
-    table: pd.DataFrame | FileTable,
-    settings: ClipSettings,
-    frames: int,
-    count: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
-    """This rank's share of one clip from each of the first `count` held-out videos with at least `frames` frames, and
-    (path, reason) of files that failed. Raises DataError if no video is long enough.
-    """
-    clips = long_enough(table, settings, frames, count)
-    require_held_out(clips, frames, len(table))
-    return read_held_out(clips, frames, rank, world_size)
-
-
-def long_enough(table: pd.DataFrame | FileTable, settings: ClipSettings, frames: int, count: int) -> list[HeldOut]:
-    """The first `count` held-out videos with at least `frames` frames."""
-    table = as_file_table(table)
-    rows = np.flatnonzero(clip_lengths(table, settings) >= frames)[:count].tolist()
-    return [HeldOut(table.path(row), table.bounds(row), settings) for row in rows]
-
-
-def require_held_out(clips: Sequence[HeldOut], frames: int, files: int) -> None:
-    """Raises DataError without clips. files: that are held out."""
-    if not clips:
-        raise DataError(
-            f"no held-out video has {plural(frames, 'frame')} for validation ({files} are held out); "
-            "lower validation.frames, give the table a `split` column, or set validation.every=0"
-        )
-
-
-def read_held_out(
-    clips: Sequence[HeldOut], frames: int, rank: int = 0, world_size: int = 1
-) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
-    """This rank's share of the clips, whose positions are their numbers, and (path, reason) of files that failed."""
-    read, errors = [], []
-    for number in range(rank, len(clips), world_size):
-        clip = clips[number]
-        try:
-            read.append(validation_clip(clip.path, clip.bounds, number, clip.settings, frames))
-        except MediaError as error:
-            errors.append((error.path, error.reason))
-    return read, errors
-
-
-def validation_clip(path: str, bounds: Bounds, row: int, settings: ClipSettings, frames: int) -> ClipBatch:
-    """The same clip of a file every time: from its middle (or over all of it, as data.sampling says), cropped at the
-    centre, neither mirrored nor rolled. row: becomes its position. Raises MediaError.
-    """
-    with closing(open_frames(path, settings, bounds)) as reader:
-        pixels = read_clip(reader, path, settings, frames, start=0.5)
-    return collate([to_sample(pixels, ClipIndex(row, row, frames), path, settings)])

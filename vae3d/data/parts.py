@@ -1,4 +1,4 @@
-"""Files in parts: KIND-TIME-HASH.arrow in a folder, each written atomically, later ones counting more."""
+"""Arrow files in parts: KIND-TIME-HASH.arrow in a folder, each written atomically. The entry of a later part counts."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from vae3d.data.file_table import ArrowFile
 from vae3d.data.video_index import warn_cache_unwritable
+from vae3d.hashing import file_hash
 from vae3d.io import atomic_path
 
-MANY = 16  # parts; with more, they are merged
+MAX_PARTS = 16  # with more, they are merged
 MAPPED = 2**23  # bytes of a part that is mapped instead of read
 
 
-class Folders:
+class PartFolders:
     """Where parts lie: all are read, the first that can be written gets new ones. The last is in the cache folder.
 
     above: folder whose files are named by their path relative to it.
@@ -30,6 +31,16 @@ class Folders:
 
     def key(self, path: str) -> bytes:
         return os.fsencode(path.removeprefix(self.above) if self.above else path)
+
+    def parts(self, kind: str) -> list[Path]:
+        return [part for folder in self.folders for part in parts_of(folder, kind)]
+
+    def to_merge(self, kind: str) -> Iterator[list[Path]]:
+        """The parts of each folder that has more than MAX_PARTS and can be written."""
+        for folder in self.folders:
+            parts = parts_of(folder, kind)
+            if len(parts) > MAX_PARTS and os.access(folder, os.W_OK):
+                yield parts
 
     def write(self, kind: str, schema: pa.Schema, tables: Sequence[pa.Table]) -> None:
         for number, folder in enumerate(self.folders):
@@ -67,7 +78,7 @@ def read_part(part: Path, schema: pa.Schema) -> pa.Table | None:
     """The entries of a part; None if it was deleted, is damaged (its name has the hash of its content), or is not what
     this version writes."""
     try:
-        if not part.stem.endswith(f"-{_digest(part)}"):
+        if not part.stem.endswith(f"-{_hash_in_name(part)}"):
             return None
         mapped = part.stat().st_size >= MAPPED
         table = ArrowFile(part).table if mapped else pa.ipc.open_file(part.read_bytes()).read_all()
@@ -78,12 +89,8 @@ def read_part(part: Path, schema: pa.Schema) -> pa.Table | None:
     return table if complete else None
 
 
-def _digest(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _hash_in_name(file: Path) -> str:
+    return file_hash(file, "blake2b")[:16]
 
 
 def write_part(
@@ -98,7 +105,16 @@ def write_part(
             for table in tables:
                 for batch in table.combine_chunks().to_batches():
                     writer.write_batch(batch)
-        digest = _digest(file)
+        digest = _hash_in_name(file)
     part = folder / f"{kind}-{written}-{digest}.arrow"
     os.replace(tmp, part)
     return part
+
+
+def replace_parts(parts: Sequence[Path], kind: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Write one part in place of several of a folder, oldest first. Raises OSError."""
+    # With the time of the last, so that a part that another rank writes now counts as newer.
+    merged = write_part(parts[0].parent, kind, schema, tables, written=parts[-1].name.split("-")[1])
+    for part in parts:
+        if part != merged:
+            part.unlink(missing_ok=True)  # another rank may have merged them as well

@@ -65,9 +65,13 @@ class Permutation:
         side = np.uint64(self.side)
         left, right = places // side, places % side
         for key in self.keys:
-            z = (right + np.uint64(key)) * np.uint64(GOLDEN)
-            z = (z ^ z >> np.uint64(30)) * np.uint64(MIX_1)
-            z = (z ^ z >> np.uint64(27)) * np.uint64(MIX_2)
-            # (left + z) modulo side, without the overflow of their sum
-            left, right = right, (left + (z ^ z >> np.uint64(31)) % side) % side
+            z = mix((right + np.uint64(key)) * np.uint64(GOLDEN))
+            left, right = right, (left + z % side) % side  # (left + z) modulo side, without the overflow of their sum
         return left * side + right
+
+
+def mix(z: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64, of uint64 values."""
+    z = (z ^ z >> np.uint64(30)) * np.uint64(MIX_1)
+    z = (z ^ z >> np.uint64(27)) * np.uint64(MIX_2)
+    return z ^ z >> np.uint64(31)

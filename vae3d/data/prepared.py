@@ -54,15 +54,14 @@ from vae3d.data.selection import (
     SHOWN,
     check_broken_share,
     evenly_spaced,
-    held_out,
+    is_held_out,
     skipped_note,
     too_small,
     upscaled_notes,
     why_too_small,
 )
-from vae3d.data.storage import is_stored, is_url, size_and_version
+from vae3d.data.storage import cache_folder, is_stored, is_url, size_and_version
 from vae3d.data.tables import count_rows, of_copy, table_pieces
-from vae3d.data.video_index import cache_folder
 from vae3d.data.webdataset import WebDataset
 from vae3d.hashing import json_hash
 from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json
@@ -516,7 +515,7 @@ def _splits(table: FileTable, rows: np.ndarray, num_val_files: int, folder: Path
         hashes = table.numbers("file", rows)
     if not json.loads((folder / "about.json").read_text())["one_name_per_file"]:
         hashes = _equal_in_a_file(table, rows, hashes)
-    is_val = held_out(hashes, num_val_files)
+    is_val = is_held_out(hashes, num_val_files)
     return is_val, ~is_val
 
 

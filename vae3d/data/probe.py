@@ -22,14 +22,14 @@ import pyarrow as pa
 
 from vae3d.data.file_table import NAMES, take
 from vae3d.data.media import MediaError
-from vae3d.data.parts import MANY, Folders, parts_of, path_hash, read_part, write_part
+from vae3d.data.parts import PartFolders, path_hash, read_part, replace_parts
 from vae3d.data.readers import media_info
 from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
 from vae3d.data.segments import is_segment
 from vae3d.data.shared_index import SharedIndices
-from vae3d.data.storage import is_stored, is_url
+from vae3d.data.storage import cache_folder, is_stored, is_url
 from vae3d.data.versions import file_stamps
-from vae3d.data.video_index import cache_folder, look_in
+from vae3d.data.video_index import look_in
 from vae3d.distributed import all_gather_object
 from vae3d.progress import progress
 
@@ -149,12 +149,10 @@ def read_metadata(path: str) -> Metadata:
 def results_for_table(file: str | Path) -> ProbeResults:
     """The results beside a table or list, or of its own in the cache folder, as of one in a store."""
     if is_stored(file):
-        name = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
-        return ProbeResults(Folders([cache_folder() / "probe" / name]))
+        return ProbeResults(PartFolders([_cached(file)]))
     file = Path(os.path.abspath(file))
-    name = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
-    beside, cached = file.with_name(f"{file.name}.probe"), cache_folder() / "probe" / name
-    folders = Folders([beside, cached], str(file.parent))
+    beside = file.with_name(f"{file.name}.probe")
+    folders = PartFolders([beside, _cached(file)], str(file.parent))
     indices = SharedIndices(folders)
     look_in[beside] = indices.find
     return ProbeResults(folders, indices)
@@ -163,21 +161,24 @@ def results_for_table(file: str | Path) -> ProbeResults:
 def results_for_paths(paths: Sequence[str]) -> ProbeResults:
     """The results in the cache folder for files of one folder."""
     common = os.path.commonprefix if any(map(is_url, paths)) else os.path.commonpath
-    name = hashlib.blake2b(os.fsencode(common(paths) if paths else ""), digest_size=8).hexdigest()
-    return ProbeResults(Folders([cache_folder() / "probe" / name]))
+    return ProbeResults(PartFolders([_cached(common(paths) if paths else "")]))
+
+
+def _cached(source: str | Path) -> Path:
+    """The folder in the cache folder for results of a source."""
+    return cache_folder() / "probe" / hashlib.blake2b(os.fsencode(source), digest_size=8).hexdigest()
 
 
 class ProbeResults:
     """What was probed before. indices: of the key frames of a table's videos."""
 
-    def __init__(self, folders: Folders, indices: SharedIndices | None = None) -> None:
+    def __init__(self, folders: PartFolders, indices: SharedIndices | None = None) -> None:
         self.folders, self.indices = folders, indices
         self.load()
 
     def load(self) -> None:
         """Read the parts that are there. Damaged ones are ignored."""
-        parts = [part for folder in self.folders.folders for part in parts_of(folder, KIND)]
-        tables = [table for part in parts if (table := read_part(part, SCHEMA))]
+        tables = [table for part in self.folders.parts(KIND) if (table := read_part(part, SCHEMA))]
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         hashes = self.table["hash"].to_numpy()
         self._order = np.argsort(hashes, kind="stable")
@@ -238,10 +239,8 @@ class ProbeResults:
 
     def merge(self) -> None:
         """Make one part of many, in the folder that holds them."""
-        for folder in self.folders.folders:
-            parts = parts_of(folder, KIND)
-            if len(parts) > MANY and os.access(folder, os.W_OK):
-                merge_parts(folder, parts)
+        for parts in self.folders.to_merge(KIND):
+            _merge(parts)
         if self.indices is not None:
             self.indices.merge()
         self.load()
@@ -254,7 +253,7 @@ def _has_stamp(entry: dict, path: str, stamps: dict[str, list[int] | None]) -> b
     return stamp is not None and [entry[name] for name in STAMP] == [*stamp, -1][:3]
 
 
-def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
+def _merge(parts: Sequence[Path]) -> None:
     """Replace parts by one, with the last entry of each file, in bounded memory."""
     tables = [(part, table) for part in parts if (table := read_part(part, SCHEMA)) is not None]
     if not tables:
@@ -275,8 +274,4 @@ def merge_parts(folder: Path, parts: Sequence[Path]) -> None:
         if held:
             yield pa.concat_tables(held)
 
-    newest = tables[-1][0].name.split("-")[1]  # so that a part that another rank writes now counts as newer
-    merged = write_part(folder, KIND, SCHEMA, rows(), newest)
-    for part, _ in tables:
-        if part != merged:
-            part.unlink(missing_ok=True)  # another rank may have merged them as well
+    replace_parts([part for part, _ in tables], KIND, SCHEMA, rows())

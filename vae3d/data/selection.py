@@ -1,4 +1,4 @@
-"""Which rows of a table a run uses: how many may be broken, which are too small, which are held out."""
+"""Which rows of a table a run uses: how many may be broken, which are long enough, too small, or held out."""
 
 from __future__ import annotations
 
@@ -7,15 +7,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.media import DataError
 from vae3d.text import plural
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from vae3d.data.clips import ClipSettings
 
 SHOWN = 10  # files in a message
 SIZE = ["height", "width"]
 PROBED_IMAGES = 2000  # evenly spaced, to estimate how many are too small
+
+
+def clip_lengths(table: pd.DataFrame | FileTable, settings: ClipSettings) -> np.ndarray:
+    """[rows] frames of the longest clip of each row."""
+    table = as_file_table(table)
+    stored = table.stored("length", settings)
+    return settings.length(table.numbers("num_frames"), table.numbers("fps")) if stored is None else stored
 
 
 def check_broken_share(first: Sequence[tuple[str, str]], count: int, rows: int, max_broken: float) -> None:
@@ -83,7 +93,7 @@ def evenly_spaced(count: int, chosen: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(chosen, count)).astype(int))
 
 
-def held_out(hashes: np.ndarray, num_val_files: int) -> np.ndarray:
+def is_held_out(hashes: np.ndarray, num_val_files: int) -> np.ndarray:
     """[rows] whether a row is held out: of the files with the lowest hashes, at most a tenth of all, and at least one
     if there are two. hashes: of file_hashes."""
     files = np.unique(hashes)

@@ -8,10 +8,9 @@ time of the file, as JSON), index (a file of the index cache, compressed by zlib
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from vae3d.data import video_index
 from vae3d.data.file_table import NAMES, TEXT, ArrowFile, take
-from vae3d.data.parts import MANY, Folders, parts_of, path_hash, write_part
+from vae3d.data.parts import PartFolders, path_hash, replace_parts
 
 SCHEMA = pa.schema([("path", NAMES), ("hash", pa.int64()), ("version", TEXT), ("index", pa.large_binary())])
 KIND = "index"
@@ -30,14 +29,14 @@ BATCH = 1000  # rows per piece of a merged part
 class SharedIndices:
     """The indices beside a table. Nothing is read before the first search."""
 
-    def __init__(self, folders: Folders) -> None:
+    def __init__(self, folders: PartFolders) -> None:
         self.folders = folders
         self._tables: list[tuple[list[int], pa.Table]] | None = None  # the first hash of each piece, and the part
 
     def find(self, key: Sequence) -> bytes | None:
         """The content of a file of the index cache. key: path, size and time of the video; None: it is not here."""
         if self._tables is None:
-            self._tables = [_opened(part) for part in self._parts()]
+            self._tables = [_opened(part) for part in self.folders.parts(KIND)]
         name = self.folders.key(str(key[0]))
         number, version = path_hash(name), json.dumps(list(key[1:]))
         for firsts, table in reversed(self._tables):
@@ -68,15 +67,9 @@ class SharedIndices:
 
     def merge(self) -> None:
         """Make one part of many, in the folder that holds them."""
-        for folder in self.folders.folders:
-            parts = parts_of(folder, KIND)
-            if len(parts) > MANY and os.access(folder, os.W_OK):
-                _merge(folder, parts)
+        for parts in self.folders.to_merge(KIND):
+            _merge(parts)
         self._tables = None
-
-    def _parts(self) -> Iterator[Path]:
-        for folder in self.folders.folders:
-            yield from parts_of(folder, KIND)
 
 
 def _opened(part: Path) -> tuple[list[int], pa.Table]:
@@ -91,7 +84,7 @@ def _opened(part: Path) -> tuple[list[int], pa.Table]:
     return [piece[0].as_py() if len(piece) else -1 for piece in table["hash"].chunks], table
 
 
-def _merge(folder: Path, parts: Sequence[Path]) -> None:
+def _merge(parts: Sequence[Path]) -> None:
     """Replace parts by one, sorted by hash, with the last entry of each video, in bounded memory."""
     table = pa.concat_tables([_opened(part)[1] for part in parts])
     hashes = table["hash"].to_numpy()
@@ -100,7 +93,4 @@ def _merge(folder: Path, parts: Sequence[Path]) -> None:
     order = order[last]
     pieces = (order[first : first + BATCH] for first in range(0, len(order), BATCH))
     taken = (pa.table({name: take(table[name], rows) for name in table.column_names}, SCHEMA) for rows in pieces)
-    merged = write_part(folder, KIND, SCHEMA, taken, written=parts[-1].name.split("-")[1])
-    for part in parts:
-        if part != merged:
-            part.unlink(missing_ok=True)
+    replace_parts(parts, KIND, SCHEMA, taken)

@@ -3,7 +3,7 @@
     Table        CSV, TSV or parquet                                          here
     Folder       all videos and images of a folder, one file, or sequences    here
     JsonClips    a JSON list of clips                                         json_clips.py
-    HuggingFace  an image dataset of Hugging Face                             hugging_face.py
+    HuggingFace  images or videos of Hugging Face                             hugging_face.py
     ImageFolder  images only, of any of these                                 image_folder.py
     WebDataset   videos and images in tar shards                              webdataset.py
     ErpRooms     panorama sequences by area and room                          rooms.py

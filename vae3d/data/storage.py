@@ -343,6 +343,17 @@ def size_and_version(path: str | Path) -> tuple[int, int | str]:
     return (total if size is None else size), version
 
 
+def exists(path: str | Path) -> bool:
+    """Whether a local file or an object is there, and may be read. Raises StorageError if its store does not answer."""
+    if not is_url(path):
+        return os.path.isfile(path)
+    try:
+        size_and_version(path)
+    except MediaError:
+        return False
+    return True
+
+
 @contextmanager
 def local_copy(path: str | Path) -> Iterator[Path]:
     """A local file with the content and suffix of a stored path, for libraries that open files by name. Errors in the
@@ -391,7 +402,7 @@ def _fetch(url: str, offset: int, size: int, name: str) -> bytes:
         return b""
 
     def request() -> bytes:
-        system, path = _file_system(url)
+        system, path = file_system(url)
         if _is_http(url):
             content, _, version = _sync(system, _http, path, offset, size)
             _check_version(url, name, version)
@@ -405,7 +416,7 @@ def _fetch(url: str, offset: int, size: int, name: str) -> bytes:
             raise MediaError(name, f"gave more than the {plural(size, 'byte')} that were asked for; it ignores ranges")
         return content
 
-    return _retried(request, url, name)
+    return with_retries(request, url, name)
 
 
 def _check_version(url: str, name: str, version: str) -> None:
@@ -428,16 +439,16 @@ def _remote_version(url: str, name: str) -> tuple[int, str]:
         return known
 
     def request() -> tuple[int, str]:
-        system, path = _file_system(url)
+        system, path = file_system(url)
         if _is_http(url):
             _, size, version = _sync(system, _http, path, 0, None)
             return size, version
         info = system.info(path)
         if info.get("type") == "directory":
             raise MediaError(name, "is a folder, not an object")
-        return info["size"], _version_of(info)
+        return info["size"], version_of(info)
 
-    return _remember(url, *_retried(request, url, name))
+    return _remember(url, *with_retries(request, url, name))
 
 
 def _remember(url: str, size: int, version: str) -> tuple[int, str]:
@@ -454,7 +465,7 @@ def forget_versions() -> None:
         _versions.clear()
 
 
-def _version_of(info: dict[str, Any]) -> str:
+def version_of(info: dict[str, Any]) -> str:
     """What fsspec's stores know of an object, the surest first."""
     keys = ("ETag", "etag", "generation", "blob_id", "md5Hash", "LastModified", "last_modified", "updated", "mtime")
     return next((f"{key} {info[key]}" for key in keys if info.get(key)), "")
@@ -535,7 +546,7 @@ _inherited: list[dict] = []  # of the parent. Kept, because to close their conne
 _lock = threading.RLock()
 
 
-def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
+def file_system(url: str) -> tuple[AbstractFileSystem, str]:
     """fsspec's file system for a URL, and its path there. Settings are those of fsspec's configuration.
 
     Raises StorageError for an unknown protocol or a missing package.
@@ -575,7 +586,7 @@ if hasattr(os, "register_at_fork"):
 # --- retries
 
 
-def _retried(request: Callable[[], T], url: str, name: str) -> T:
+def with_retries(request: Callable[[], T], url: str, name: str) -> T:
     """request(), again if an error may pass. Raises MediaError for errors of the object, StorageError for others."""
     import tenacity
 
@@ -832,13 +843,13 @@ def _listed(url: str, request: Callable[[AbstractFileSystem, str], dict[str, dic
     """The objects that a request lists. Their sizes and versions are remembered where the store gives them."""
 
     def listing() -> dict[str, dict]:
-        system, path = _file_system(url)
+        system, path = file_system(url)
         return {str(system.unstrip_protocol(name)): info for name, info in request(system, path).items()}
 
-    infos = _retried(listing, url, url)
+    infos = with_retries(listing, url, url)
     names = [name for name, info in infos.items() if info.get("type") != "directory"]
     for name in names:
         info = infos[name]
-        if not _is_http(url) and info.get("size") is not None and _version_of(info):
-            _remember(name, info["size"], _version_of(info))
+        if not _is_http(url) and info.get("size") is not None and version_of(info):
+            _remember(name, info["size"], version_of(info))
     return sorted(names, key=lambda name: name.split("/"))

@@ -191,7 +191,7 @@ class StreamingSchedule(OneStream):
         return [ClipIndex(position, 0, frames) for position in range(first, first + self.micro_batch)]
 
 
-class ClipStream(IterableDataset):
+class StreamingClips(IterableDataset):
     """(number, reader, batch, the reader's position behind it) of the micro-batches numbered first, ..., last - 1.
 
     Worker w of the DataLoader, which takes batches from its workers in turn, is the reader (first + w) % workers.
@@ -324,7 +324,7 @@ class StreamingData(StepShapes):
         count = self.schedule.accumulate
         for positions in self._passed:
             positions.clear()
-        dataset = ClipStream(
+        dataset = StreamingClips(
             self.stream, self.schedule, self.settings, self.shuffle, self.positions, first * count, last * count
         )
         batches = load(

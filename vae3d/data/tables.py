@@ -75,10 +75,8 @@ def of_copy(read: Callable[[Path], T], path: str | Path) -> T:
 def _parquet(path: Path) -> pd.DataFrame:
     import pandas as pd  # a quarter of a second, which paths and videos alone do not need
 
-    try:
+    with _reading_parquet(path):
         table = pd.read_parquet(path).reset_index(drop=True)  # the file may have an index
-    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, MemoryError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {one_line(error)}") from error
     for column in TEXT_COLUMNS:
         if column in table.columns:
             table[column] = table[column].astype(object).where(table[column].notna(), None)

@@ -259,7 +259,7 @@ def media_rows(shard: Shard, media: str | None = None, probe: bool = False) -> p
     for sample in samples_of(shard):
         member = media_member(shard.path, sample, media)
         extension = member.name[len(sample.key) + 1 :]
-        values, error = values_of(shard.path, sample)
+        values, error = values_of(sample)
         kinds |= {type(values["label"])} if "label" in values else set()
         row = {"offset": member.offset, "size": member.size, "key": sample.key, "extension": extension}
         row |= values | {"error": error}
@@ -298,7 +298,7 @@ def is_media(extension: str) -> bool:
     return os.path.splitext(f"x.{extension}")[1] in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
-def values_of(path: str, sample: Sample) -> tuple[dict[str, Any], str | None]:
+def values_of(sample: Sample) -> tuple[dict[str, Any], str | None]:
     """Columns of the .json, .txt and .cls members, and what is wrong with them, if anything."""
     texts = {}
     for extension in SIDECARS:
@@ -623,11 +623,3 @@ def _change(path: str, entry: Mapping[str, Any]) -> str | None:
         return f"has {shard.bytes} bytes; it had {entry['bytes']}"
     same_kind = shard.stamp.partition(":")[0] == entry["stamp"].partition(":")[0]
     return "has another modification time" if same_kind and shard.stamp != entry["stamp"] else None
-
-
-def index_beside(paths: Sequence[str]) -> str:
-    """Where the index of these shards is: in the folder that contains them all."""
-    folders = [path.rpartition("/")[0] for path in paths]
-    if is_url(paths[0]):
-        return f"{folders[0]}/{INDEX}"
-    return os.path.join(os.path.commonpath(folders), INDEX)

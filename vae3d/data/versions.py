@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +10,7 @@ from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
 from vae3d.data.rows import in_threads
 from vae3d.data.storage import is_stored, local_range, size_and_version, split_member
-from vae3d.hashing import file_hash, json_hash
+from vae3d.hashing import file_hash, json_hash, stream_hash
 from vae3d.io import FileError
 from vae3d.seeding import seed_of
 
@@ -51,10 +50,7 @@ def _stored_version(path: str, hashed: bool) -> dict[str, Any] | None:
     found: dict[str, Any] = {"bytes": size, "modified" if isinstance(version, int) else "version": version}
     if content is not None:
         with content:
-            digest = hashlib.sha256()
-            while block := content.read(2**20):
-                digest.update(block)
-            found["sha256"] = digest.hexdigest()
+            found["sha256"] = stream_hash(content)
     return found
 
 

@@ -23,8 +23,9 @@ from filelock import FileLock
 
 from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.readers import is_image
-from vae3d.data.rows import rows_from_paths
-from vae3d.data.storage import find_objects, is_url, list_urls, local_name, member_path, size_and_version
+from vae3d.data.rows import NUMBERS, rows_from_paths
+from vae3d.data.segments import SEGMENT
+from vae3d.data.storage import cache_folder, exists, find_objects, is_url, list_urls, local_name, member_path
 from vae3d.data.tar_index import (
     COMPRESSED_TAR,
     INDEX,
@@ -35,7 +36,6 @@ from vae3d.data.tar_index import (
     build_index,
     check_shards,
     find_shard,
-    index_beside,
     is_media,
     media_member,
     member_paths,
@@ -44,14 +44,12 @@ from vae3d.data.tar_index import (
     shard_paths,
     values_of,
 )
-from vae3d.data.video_index import cache_folder
 from vae3d.data.workers import processor_count
 from vae3d.hashing import json_hash
 from vae3d.io import naming
 from vae3d.text import plural
 
 TAR = (".tar", *COMPRESSED_TAR)  # the compressed ones raise a clear error
-NUMBERS = ("num_frames", "height", "width", "fps", "start", "end")
 log = logging.getLogger("vae3d")
 
 
@@ -166,7 +164,7 @@ class TarStream:
             if number < first:
                 continue
             member = media_member(path, sample, self.media)
-            values, error = values_of(path, sample)
+            values, error = values_of(sample)
             if values.get("split", self.role) != self.role:
                 raise DataError(
                     f"{path}: the sample {sample.key} has split={values['split']}, but a stream takes all samples: put "
@@ -189,7 +187,7 @@ def rows_of(index: pa.Table, shards: Sequence[str]) -> pd.DataFrame:
     names = pc.coalesce(index["name"], own) if "name" in index.column_names else own
     table = rows_from_paths(paths, names.to_pylist())
     for name in set(table.columns) & set(index.column_names) - {"name"}:
-        if name in NUMBERS:
+        if name in (*NUMBERS, *SEGMENT):
             table[name] = index[name].to_pandas().to_numpy(dtype=float)
         else:
             column = index[name].cast(pa.string()) if pa.types.is_dictionary(index[name].type) else index[name]
@@ -250,13 +248,13 @@ def open_index(
         return _checked_index(patterns[0], settings, None)
     if len(patterns) == 1 and is_url(patterns[0]) and not is_tar(patterns[0]):  # a folder
         beside = f"{patterns[0].rstrip('/')}/{INDEX}"
-        if _exists(beside):  # over HTTP, folders cannot be listed
+        if exists(beside):  # over HTTP, folders cannot be listed
             return _checked_index(beside, settings, None)
     paths = [path for pattern in patterns for path in list_shards(pattern)]
     beside = index or index_of(patterns, paths)
     if _indexes(beside, paths, settings):
         return _checked_index(beside, settings, paths)
-    if _exists(beside):
+    if exists(beside):
         log.info("%s lacks some of the shards, or has other settings; another index is made", beside)
     shards = find_shards(patterns)
     cached = cached_index(shards, settings)
@@ -274,7 +272,7 @@ def open_index(
 
 def _indexes(index: str, paths: Sequence[str], settings: Settings) -> bool:
     """Whether there is an index that has all of these shards. Raises DataError if there is another file."""
-    if not _exists(index):
+    if not exists(index):
         return False
     header = read_index(index)[1]
     return set(paths) <= set(shard_paths(header, index)) and header["settings"] == asdict(settings)
@@ -290,17 +288,8 @@ def index_of(patterns: Sequence[str], paths: Sequence[str]) -> str:
     """Where the index of shards is looked for: index.arrow in a folder that was given, or that contains them all."""
     if len(patterns) == 1 and os.path.isdir(patterns[0]):
         return os.path.join(os.path.abspath(patterns[0]), INDEX)
-    return index_beside(paths)
-
-
-def _exists(index: str) -> bool:
-    if not is_url(index):
-        return os.path.isfile(index)
-    try:
-        size_and_version(index)
-    except MediaError:
-        return False
-    return True
+    folders = [path.rpartition("/")[0] for path in paths]
+    return f"{folders[0]}/{INDEX}" if is_url(paths[0]) else os.path.join(os.path.commonpath(folders), INDEX)
 
 
 def _checked_index(index: str, settings: Settings, wanted: Sequence[str] | None) -> tuple[pa.Table, list[str], str]:

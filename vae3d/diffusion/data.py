@@ -18,11 +18,10 @@ from torch.utils.data import Dataset
 from vae3d import distributed
 from vae3d.config.issues import ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, Schedule
-from vae3d.data.clips import Sample, StreamedClips, Unreadable, collate
-from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
-from vae3d.data.loader import HeldOut, validation_clip
-from vae3d.data.media import MediaError
-from vae3d.data.sources import DataError
+from vae3d.data.clips import MixedClips, Sample, Unreadable, collate
+from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
+from vae3d.data.held_out import HeldOut, validation_clip
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError
 from vae3d.latents.cache import NO_LABEL, LatentCache
@@ -78,7 +77,7 @@ class LatentData:
     errors: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0
-    fingerprint: DataFingerprint | SourceFingerprints | None = None
+    fingerprint: Fingerprint | SourceFingerprints | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -137,7 +136,7 @@ class LatentData:
             stopping=stopping,
             item_bytes=self.item_bytes,
             held=self.schedule.accumulate,
-            spawn=isinstance(self.dataset, StreamedClips) and self.dataset.decodes_on_gpu,
+            spawn=isinstance(self.dataset, MixedClips) and self.dataset.decodes_on_gpu,
             batch_sampler=self.schedule.micro_batches(first, last),
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),

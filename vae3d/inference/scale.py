@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.file_table import FileTable, as_file_table
-from vae3d.data.loader import TrainingData, clip_lengths, validation_clip
+from vae3d.data.held_out import validation_clip
+from vae3d.data.loader import TrainingData
 from vae3d.data.media import MediaError
+from vae3d.data.selection import clip_lengths
 from vae3d.data.streaming import StreamingData, first_clips
 from vae3d.errors import UserError
 from vae3d.models.diffusers_vae import DiffusersVAE
@@ -146,7 +148,7 @@ def pixel_effect(decode: Callable[[Tensor], Tensor], z: Tensor, generator: torch
 def spread_clips(
     table: pd.DataFrame | FileTable, settings: ClipSettings, frames: int, count: int, errors: list[tuple[str, str]]
 ) -> Iterator[ClipBatch]:
-    """Yield one clip of `frames` frames from each of `count` files, the same every time (data.loader.validation_clip).
+    """Yield one clip of `frames` frames from each of `count` files, the same every time (see validation_clip).
 
     The files are spread evenly over the long enough rows of the table, since tables are often sorted by class.
     (path, reason) of files that fail is appended to `errors`.

@@ -89,8 +89,8 @@ class LatentCache(Dataset[Latent]):
     ) -> None:
         self.is_remote, self.seed = is_url(folder), seed
         self.folder = str(folder).rstrip("/") if self.is_remote else Path(folder)
-        without = "is not a latent cache, which has {}; make one with scripts/encode_latents.py"
-        self.meta = read_meta_file(self._file(META, without))
+        no_cache = "is not a latent cache, which has {}; make one with scripts/encode_latents.py"
+        self.meta = read_meta_file(self._file(META, no_cache))
         self._check_same_source(codec, transform)
         complete = read_complete(
             self._file(COMPLETE, "is not complete; it has no {}: run the command that began it again")
@@ -186,13 +186,13 @@ class LatentCache(Dataset[Latent]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled
 
-    def _file(self, name: str, without: str = "has no {}; encode again") -> Path:
-        """A file of the cache, such as meta.json; of a remote one a local copy. without: the message for none."""
+    def _file(self, name: str, missing: str = "has no {}; encode again") -> Path:
+        """A file of the cache, such as meta.json; of a remote one a local copy. missing: the error without it."""
         try:
             return local_range(f"{self.folder}/{name}").file
         except (OSError, MediaError) as error:
             why = f" ({error.reason})" if isinstance(error, MediaError) else ""
-            raise CacheError(f"{self.folder} {without.format(name)}{why}") from error
+            raise CacheError(f"{self.folder} {missing.format(name)}{why}") from error
 
     def _shard_file(self, number: int) -> str:
         return f"{self.folder}/shards/{shards.name_of(number)}.safetensors"

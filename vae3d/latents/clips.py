@@ -19,11 +19,10 @@ from torch.utils.data import Dataset
 from vae3d.data.buckets import Bucket, longest_buckets
 from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
 from vae3d.data.file_table import FileTable, as_file_table
-from vae3d.data.media import MediaError, MediaInfo
+from vae3d.data.media import DataError, MediaError, MediaInfo
 from vae3d.data.probe import fill_metadata
 from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
-from vae3d.data.sources import DataError
 from vae3d.data.versions import source_version
 from vae3d.text import plural
 

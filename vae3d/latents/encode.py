@@ -1,8 +1,8 @@
 """Encode a dataset into a latent cache, with any number of processes; the same command resumes.
 
-Processes share only the place of the cache (latents.places): each claims shards one at a time (latents.claims), so a
-slow one does not hold up the others, and a lost one is replaced. A clip's latents depend on its shard alone, in which
-batches are formed, never on who encodes it.
+Processes share only the storage of the cache (latents.cache_storage). Each claims one shard at a time
+(latents.claims), so a slow one does not hold up the others, and a lost one is replaced. A clip's latents depend on its
+shard alone, in which batches are formed, never on who encodes it.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, write_json, write_text
 from vae3d.latents import shards
 from vae3d.latents.cache import read_complete, read_meta_file
+from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, storage_of
 from vae3d.latents.claims import BEATS, Claims
 from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform, runs_of_files
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
-from vae3d.latents.places import LocalPlace, StorePlace, place_of
 from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.models.interface import VideoAutoencoder
@@ -77,14 +77,14 @@ class EncodeJob:
     transform: Transform
 
     @cached_property
-    def place(self) -> LocalPlace | StorePlace:
+    def storage(self) -> LocalStorage | ObjectStorage:
         """Where the cache is written."""
-        return place_of(self.config.cache)
+        return storage_of(self.config.cache)
 
     @property
     def folder(self) -> Path:
         """Where this process writes files before they are published: the cache itself, unless that is in a store."""
-        return self.place.folder
+        return self.storage.folder
 
     @property
     def shards(self) -> int:
@@ -165,7 +165,7 @@ def encode_cache(
     checked: called after that; a barrier, for ranks that began together. quiet: show no progress.
     Raises CacheError for a folder with other content or settings, and if more than max_broken of the clips fail.
     """
-    with job.place.claims(job.config.stale) as claims:
+    with job.storage.claims(job.config.stale) as claims:
         digest = begin(job, claims)
         discard_unusable(job, range(index, job.shards, count), digest)
         checked()
@@ -191,7 +191,7 @@ def encode_shards(
         first = next(free, None)
         if first is not None:
             encoded += _encode_shards(job, chain([first], free), digest, claims, quiet)
-        elif wait and set(order) - job.place.done():
+        elif wait and set(order) - job.storage.done():
             _pause(claims)
         else:
             return encoded
@@ -204,48 +204,48 @@ def _pause(claims: Claims) -> None:
 
 def _take_free(job: EncodeJob, order: Iterable[int], claims: Claims) -> Iterator[int]:
     """Claims shards without marker, one when it is asked for, until there is none that is free."""
-    done = job.place.done()
+    done = job.storage.done()
     for shard in order:
         marker, name = shards.marker_name(shard), shards.claim_name(shard)
-        if shard in done or job.place.stamp(marker) or not claims.take(name):
+        if shard in done or job.storage.stamp(marker) or not claims.take(name):
             continue
-        if job.place.stamp(marker):  # it was released just now, because it is done
+        if job.storage.stamp(marker):  # it was released just now, because it is done
             claims.release(name)
             continue
-        job.place.remove(COMPLETE)
+        job.storage.remove(COMPLETE)
         yield shard
 
 
 def _left(job: EncodeJob, claims: Claims) -> str:
     """What is not complete, and who is at work on it; empty for a complete cache."""
-    if job.place.stamp(COMPLETE):
+    if job.storage.stamp(COMPLETE):
         return ""
-    done = len(job.place.done())
+    done = len(job.storage.done())
     owners = sorted({f"{holder.host} (process {holder.pid})" for holder in claims.holders()})
     at_work = f", the others are encoded by {', '.join(owners[:MAX_SHOWN])}" if owners else ""
-    return f"; {done} are complete{at_work}; vae3d encode-status {job.place.name} shows when all are"
+    return f"; {done} are complete{at_work}; vae3d encode-status {job.storage.name} shows when all are"
 
 
 def begin(job: EncodeJob, claims: Claims) -> str:
     """Write meta.json, or check that the existing one has the same settings. Returns its digest. Raises CacheError."""
-    place, meta = job.place, job.meta()
-    place.make()
-    if not place.stamp(META):
-        if not place.is_empty():
-            raise CacheError(f"{place.name} is not empty, and not a latent cache; choose another folder")
+    storage, meta = job.storage, job.meta()
+    storage.make()
+    if not storage.stamp(META):
+        if not storage.is_empty():
+            raise CacheError(f"{storage.name} is not empty, and not a latent cache; choose another folder")
         while not claims.take(META):  # another process writes it
             _pause(claims)
         try:
-            if not place.stamp(META):
-                write_json(place.folder / META, meta)
-                place.put(META)
+            if not storage.stamp(META):
+                write_json(storage.folder / META, meta)
+                storage.put(META)
         finally:
             claims.release(META)
-    place.get(META)
-    there = read_meta_file(place.folder / META)
+    storage.get(META)
+    there = read_meta_file(storage.folder / META)
     if why := settings_difference(identity(there), identity(meta)):
         raise CacheError(
-            f"{place.name} was begun with other settings: {why}; choose another folder, or delete this one"
+            f"{storage.name} was begun with other settings: {why}; choose another folder, or delete this one"
         )
     return there["digest"]
 
@@ -254,18 +254,18 @@ def discard_unusable(job: EncodeJob, numbers: Iterable[int], digest: str) -> Non
     """Delete the markers of shards that are damaged, whose source files were replaced, or that `retry` asks for."""
     for shard in numbers:
         marker = shards.marker_name(shard)
-        before = job.place.stamp(marker)
+        before = job.storage.stamp(marker)
         if before is None or _is_done(job, shard, digest):
             continue
-        if job.place.stamp(marker) == before:  # else another process has just encoded it again
-            job.place.remove(marker)
-            job.place.remove(COMPLETE)
+        if job.storage.stamp(marker) == before:  # else another process has just encoded it again
+            job.storage.remove(marker)
+            job.storage.remove(COMPLETE)
 
 
 def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
     """Whether a shard is complete, undamaged, and its source files are unchanged."""
     try:
-        job.place.get(shards.marker_name(shard))
+        job.storage.get(shards.marker_name(shard))
         marker = shards.read_marker(job.folder, shard)
     except CacheError as error:
         log.warning("shard %d is encoded again: %s", shard, error)
@@ -276,7 +276,7 @@ def _is_done(job: EncodeJob, shard: int, digest: str) -> bool:
         return False  # its tar file has old labels
     verify = job.config.verify == "hash"
     why = _replaced(job, shard, marker["sources"]) or _other_bucket(job, marker["rows"])
-    why = why or job.place.damage(shard, marker, verify)
+    why = why or job.storage.damage(shard, marker, verify)
     if why:
         log.warning("shard %d is encoded again: %s", shard, why)
     return why is None
@@ -344,7 +344,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
         collate_fn=list,
     )
     reads = chain.from_iterable(runs)
-    seen = job.place.done()  # also by others
+    seen = job.storage.done()  # also by others
     bar = progress(total=len(job.items), initial=_clips_of(job, seen), unit="clip", hidden=quiet)
     batches: deque[list[Read]] = deque()
 
@@ -369,7 +369,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
                 bar.update(len(batch))
             shard.rows.sort(key=itemgetter("number"))
             _write_claimed(job, number, shard, statistics, digest, claims)
-            now = job.place.done()
+            now = job.storage.done()
             bar.update(_clips_of(job, now - seen - {number}))
             seen, count = now | {number}, count + 1
             errors += shard.errors
@@ -387,13 +387,13 @@ def _write_claimed(
 ) -> None:
     """Write a shard and release its claim; nothing if another process took over and completed it meanwhile."""
     name, marker = shards.claim_name(number), shards.marker_name(number)
-    if claims.owns(name) or not job.place.stamp(marker):
+    if claims.owns(name) or not job.storage.stamp(marker):
         try:
             shards.write_shard(job.folder, number, shard, statistics, digest, job.config.writers)
-            job.place.put(*shards.files_of(number, job.config.writers), marker)
+            job.storage.put(*shards.files_of(number, job.config.writers), marker)
         except FileError:
             # The process that took over may have completed the cache, and deleted files that were not finished.
-            if claims.owns(name) or not job.place.stamp(marker):
+            if claims.owns(name) or not job.storage.stamp(marker):
                 raise
     claims.release(name)
 
@@ -498,10 +498,10 @@ def finish(job: EncodeJob, digest: str, claims: Claims, wait: bool = True) -> bo
     wait: for shards, and for the process that is writing these files.
     """
     while True:
-        missing = set(range(job.shards)) - job.place.done()
+        missing = set(range(job.shards)) - job.storage.done()
         if not missing:
             if _is_complete(job):
-                log.info("%s is complete", job.place.name)
+                log.info("%s is complete", job.storage.name)
                 return True
             if claims.take(FINISH):
                 try:
@@ -513,7 +513,9 @@ def finish(job: EncodeJob, digest: str, claims: Claims, wait: bool = True) -> bo
             return False
         if missing:  # found unusable by another process
             if job.codec is None:
-                raise CacheError(f"{job.place.name}: shards {sorted(missing)[:MAX_SHOWN]} are not complete; run again")
+                raise CacheError(
+                    f"{job.storage.name}: shards {sorted(missing)[:MAX_SHOWN]} are not complete; run again"
+                )
             encode_shards(job, sorted(missing), digest, claims)
         else:
             _pause(claims)
@@ -526,7 +528,7 @@ def _source_hash(job: EncodeJob) -> str:
 
 def _is_complete(job: EncodeJob) -> bool:
     """Whether complete.json is there, with the labels that the source has now, and describes the files beside it."""
-    if not job.place.get(COMPLETE, META, INDEX, STATISTICS) or not job.place.stamp(ERRORS):
+    if not job.storage.get(COMPLETE, META, INDEX, STATISTICS) or not job.storage.stamp(ERRORS):
         return False
     try:
         complete = read_complete(job.folder / COMPLETE)
@@ -539,44 +541,44 @@ def _is_complete(job: EncodeJob) -> bool:
 
 def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     """Write what is of all shards; False if one was found unusable by another process meanwhile. Raises CacheError."""
-    stamps = job.place.stamps()
+    stamps = job.storage.stamps()
     names = [name for number in range(job.shards) for name in shards.summaries_of(number)]
-    if not job.place.get(META, *names):
-        if job.place.stamps() != stamps:
+    if not job.storage.get(META, *names):
+        if job.storage.stamps() != stamps:
             return False
-        missing = [name for name in names if not job.place.stamp(name)]
+        missing = [name for name in names if not job.storage.stamp(name)]
         raise CacheError(
-            f"{job.place.name} has lost {', '.join(missing[:MAX_SHOWN])}; run the command without --shard, which "
+            f"{job.storage.name} has lost {', '.join(missing[:MAX_SHOWN])}; run the command without --shard, which "
             "checks all shards"
         )
     markers = [shards.read_marker(job.folder, shard) for shard in range(job.shards)]
     if other := [shard for shard, marker in enumerate(markers) if marker["of"] != digest]:
         raise CacheError(
-            f"{job.place.name}: {len(other)} of {job.shards} shards belong to another cache ({other[:MAX_SHOWN]}); run "
-            "the command without --shard, which checks all of them"
+            f"{job.storage.name}: {len(other)} of {job.shards} shards belong to another cache ({other[:MAX_SHOWN]}); "
+            "run the command without --shard, which checks all of them"
         )
     rows = [row | _labels(job, row) for marker in markers for row in marker["rows"]]
     errors = [*job.errors, *(error for marker in markers for error in marker["errors"])]
     write_text(job.folder / ERRORS, "".join(json.dumps(error) + "\n" for error in errors))
-    job.place.put(ERRORS)
+    job.storage.put(ERRORS)
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.config.max_broken * clips or not rows:
-        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.place.name}/{ERRORS} lists all")
+        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.storage.name}/{ERRORS} lists all")
     write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
     statistics = shards.read_statistics(job.folder, range(job.shards)).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
     counts = {"shards": job.shards, "entries": len(rows), "errors": len(errors)}
     write_json(job.folder / COMPLETE, counts | {"source": _source_hash(job), "sha256": hashes})
-    job.place.put(INDEX, STATISTICS, COMPLETE)
-    if job.place.stamps() != stamps:  # whoever deletes a marker deletes complete.json after it; this one may be newer
-        job.place.remove(COMPLETE)
+    job.storage.put(INDEX, STATISTICS, COMPLETE)
+    if job.storage.stamps() != stamps:  # whoever deletes a marker deletes complete.json after it; this one may be newer
+        job.storage.remove(COMPLETE)
         return False
     claims.clear()  # of killed processes, as are the files that they left
-    job.place.clean()
-    log.info("%s of %s -> %s", plural(len(rows), "entry"), plural(len(job.items), "clip"), job.place.name)
+    job.storage.clean()
+    log.info("%s of %s -> %s", plural(len(rows), "entry"), plural(len(job.items), "clip"), job.storage.name)
     if errors:
-        log.warning("%s could not be encoded; see %s", plural(len(errors), "clip"), f"{job.place.name}/{ERRORS}")
+        log.warning("%s could not be encoded; see %s", plural(len(errors), "clip"), f"{job.storage.name}/{ERRORS}")
     if job.config.store == "moments" and not any(statistics["posterior_std"]):
         log.info("the encoder is deterministic: store=mean needs half the disk space")
     return True

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from vae3d.arguments import Count, check_fields
 from vae3d.data.clips import ClipSettings, open_frames, read_clip, resize_crop_params, to_tensor
-from vae3d.data.media import MediaError, MediaInfo
+from vae3d.data.media import DataError, MediaError, MediaInfo
 from vae3d.data.segments import bounds_of
-from vae3d.data.sources import DataError
 from vae3d.errors import UserError
 from vae3d.inference.scale import off_scale
 from vae3d.latents import probes

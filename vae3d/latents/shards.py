@@ -12,6 +12,7 @@ CACHE/webdataset/00000.tar            on request; samples are 000000012.mean.npy
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import zlib
@@ -60,6 +61,11 @@ class Shard:
         """The tensors of a row, by kind."""
         named = {kind: self.tensors.get(f"{kind}/{row['key']}") for kind in ("mean", "std", "sample")}
         return {kind: tensor for kind, tensor in named.items() if tensor is not None}
+
+
+def shards_in(meta: Mapping[str, Any]) -> int:
+    """How many shards a cache has when it is complete. meta: content of meta.json."""
+    return math.ceil(meta["clips"] / meta["shard_size"])
 
 
 def name_of(number: int) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from vae3d.data import objects
 from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.storage import is_url, local_range, member_path, size_and_version
+from vae3d.data.storage import exists, is_url, local_range, member_path
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
 from vae3d.data.webdataset import is_shards, open_index
 from vae3d.latents.cache import TEXT_COLUMNS, LatentCache, read_meta_file
@@ -50,8 +51,8 @@ def latent_rows(shard: Shard) -> pa.Table:
             raise DataError(f"{shard.path}: the sample {sample.key} is no latent with its .json, but {has}")
         first = min(array.offset for array in arrays.values())
         size = max(array.offset + array.size for array in arrays.values()) - first
-        places = {kind: array.offset - first for kind, array in arrays.items()}
-        rows.append({"offset": first, "size": size, "key": sample.key, "row": _row(shard.path, sample), **places})
+        offsets = {kind: array.offset - first for kind, array in arrays.items()}
+        rows.append({"offset": first, "size": size, "key": sample.key, "row": _row(shard.path, sample), **offsets})
     return pa.Table.from_pylist(rows, SCHEMA).replace_schema_metadata({KEY: "{}"})
 
 
@@ -98,24 +99,22 @@ class TarLatentCache(LatentCache):
         self.mode = self._mode(mode)
         index = pd.DataFrame(map(json.loads, table["row"].to_pylist()))
         index[list(TEXT_COLUMNS)] = index[list(TEXT_COLUMNS)].fillna("").astype(str)
-        numbers = table["shard"].combine_chunks().indices.to_pylist()
-        self.shards = len(set(numbers))
-        index["tar"] = [shards[number] for number in numbers]
-        for name in ("offset", "size", *ARRAYS):
-            index[f"_{name}"] = table[name].to_pylist() if name in table.column_names else None
+        self.shards = len(pc.unique(table["shard"]))
+        index["_row"] = range(len(index))
         self._select(index, codec, split, flips)
-        tars = self.index.pop("tar"), *(self.index.pop(f"_{name}") for name in ("offset", "size"))
+        table = table.drop_columns("row").take(pa.array(self.index.pop("_row")))
+        columns = (table["shard"].combine_chunks().indices, table["offset"], table["size"])
         self._members = [
-            member_path(tar, offset, size, f"{number:09d}.npy")
-            for tar, offset, size, number in zip(*tars, self.index["number"], strict=True)
+            member_path(shards[shard], offset, size, f"{number:09d}.npy")
+            for shard, offset, size, number in zip(
+                *(column.to_pylist() for column in columns), self.index["number"], strict=True
+            )
         ]
-        kinds = KINDS[self.meta["store"]]
-        self._places = {kind: self.index[f"_{kind}"].tolist() for kind in kinds}
-        self.index = self.index.drop(columns=[f"_{kind}" for kind in ARRAYS])
-        for kind, places in self._places.items():
-            if any(place is None or place != place for place in places):
-                store = self.meta["store"]
+        store = self.meta["store"]
+        for kind in KINDS[store]:
+            if kind not in table.column_names or table[kind].null_count:
                 raise CacheError(f"{self.name} has entries without .{kind}.npy, but {META} says store={store}")
+        self._offsets = {kind: table[kind].to_pylist() for kind in KINDS[store]}  # within the member's range
         if verify:
             for number in range(len(self)):
                 self.moments(number)
@@ -124,9 +123,9 @@ class TarLatentCache(LatentCache):
         try:
             content = local_range(self._members[index]).read()
             tensors = {}
-            for kind, places in self._places.items():
+            for kind, offsets in self._offsets.items():
                 stream = io.BytesIO(content)
-                stream.seek(int(places[index]))
+                stream.seek(offsets[index])
                 tensors[kind] = torch.from_numpy(np.load(stream, allow_pickle=False))
         except (OSError, ValueError, EOFError, TypeError, MediaError) as error:
             raise CacheError(f"{self._members[index]} cannot be read: {one_line(error)}") from error
@@ -135,23 +134,23 @@ class TarLatentCache(LatentCache):
     def _damaged(self, index: int, why: str) -> CacheError:
         return CacheError(f"{self._members[index]}: {self._keys[index]} {why}; the tar is damaged: get it again")
 
-    def _file(self, name: str, without: str = "") -> Path:
-        place = f"{self._top}/{name}"
+    def _file(self, name: str, missing: str = "") -> Path:
+        path = f"{self._top}/{name}"
         try:
-            return local_range(place).file
+            return local_range(path).file
         except (OSError, MediaError) as error:
-            raise CacheError(f"{place} cannot be read: {one_line(error)}; it is written with the cache") from error
+            raise CacheError(f"{path} cannot be read: {one_line(error)}; it is written with the cache") from error
 
 
 def _folder_with_meta(tar: str) -> str:
     """The folder of a cache's meta.json: that of its tars, or the one above. Raises CacheError."""
     folder = tar.rpartition("/")[0]
-    for place in (folder, folder.rpartition("/")[0]):
+    for path in (folder, folder.rpartition("/")[0]):
         try:
-            local_range(f"{place}/{META}")
+            local_range(f"{path}/{META}")
         except (OSError, MediaError):
             continue
-        return place
+        return path
     raise CacheError(f"{folder} and the folder above have no {META}, which says which autoencoder made the latents")
 
 
@@ -172,17 +171,9 @@ def open_cache(path: str | Path, codec: LatentCodec | None = None, **settings: A
 
 def _is_folder_cache(url: str) -> bool:
     """Whether a URL is a cache with an index, complete or not; a folder of tars may have meta.json too."""
-    if _is_there(f"{url}/{COMPLETE}"):
+    if exists(f"{url}/{COMPLETE}"):
         return True
     try:
-        return _is_there(f"{url}/{META}") and any(name.startswith("shards/") for name in objects.listing(url))
+        return exists(f"{url}/{META}") and any(name.startswith("shards/") for name in objects.listing(url))
     except MediaError:  # a server that lists nothing
         return False
-
-
-def _is_there(url: str) -> bool:
-    try:
-        size_and_version(url)
-    except MediaError:
-        return False
-    return True

@@ -20,7 +20,7 @@ from vae3d import distributed
 from vae3d.arguments import ArgumentError, Size, check_fields, check_value
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError, step_folder
-from vae3d.data.fingerprint import DataFingerprint, SourceFingerprints
+from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
 from vae3d.metrics.base import Better, goodness
@@ -585,7 +585,7 @@ class BestExport:
 class DataChanges:
     """The rows of the training data, and after a load how they differ from those of the checkpoint."""
 
-    def __init__(self, fingerprint: DataFingerprint | SourceFingerprints | None) -> None:
+    def __init__(self, fingerprint: Fingerprint | SourceFingerprints | None) -> None:
         self.fingerprint = fingerprint
         self.lines: list[str] = []
 

@@ -25,8 +25,7 @@ def preflight(trainer: Trainer[ClipBatch]) -> None:
     """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
     Every update phase is tried on a micro-batch of the fewest and of the most frames, and, with buckets and mixtures,
-    of the fewest and of the most pixels. No weight, gradient, optimizer
-    state or random state changes.
+    of the fewest and of the most pixels. No weight, gradient, optimizer state or random state changes.
     Raises PreflightError, on every rank, if memory runs out or a loss is not finite; PartError if a trainable part gets
     no gradient.
     """

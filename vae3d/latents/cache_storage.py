@@ -1,4 +1,4 @@
-"""Where a latent cache is written: a folder, or an object store.
+"""Storage of a latent cache that is written: a folder, or an object store.
 
 Both have the same methods. Files are named as in the cache, such as shards/00000.json, and are written in `folder`
 first: that of the cache itself, or a temporary one, from which `put` copies them to the store.
@@ -28,32 +28,37 @@ CLAIMS = ".claims"
 CONNECTIONS = 16  # at a time
 
 
-def place_of(cache: str | Path) -> LocalPlace | StorePlace:
-    return StorePlace(str(cache)) if is_url(cache) else LocalPlace(Path(cache))
+def storage_of(cache: str | Path) -> LocalStorage | ObjectStorage:
+    return ObjectStorage(str(cache)) if is_url(cache) else LocalStorage(Path(cache))
 
 
-def partial_statistics(place: LocalPlace | StorePlace) -> tuple[dict[str, Any], list[int], LatentStatistics]:
+def read_meta(storage: LocalStorage | ObjectStorage) -> dict[str, Any]:
+    """Content of meta.json. Raises CacheError if there is no cache."""
+    if not storage.get(META):
+        raise CacheError(f"{storage.name} is not a latent cache: it has no {META}; make one with vae3d encode")
+    return read_meta_file(storage.folder / META)
+
+
+def partial_statistics(storage: LocalStorage | ObjectStorage) -> tuple[dict[str, Any], list[int], LatentStatistics]:
     """(content of meta.json, its complete shards, statistics of these) of a cache that may be incomplete.
 
     Raises CacheError if there is no such cache, no shard, or a shard that is damaged or of another cache.
     """
-    if not place.get(META):
-        raise CacheError(f"{place.name} is not a latent cache: it has no {META}; make one with vae3d encode")
-    meta = read_meta_file(place.folder / META)
-    numbers = sorted(place.done())
+    meta = read_meta(storage)
+    numbers = sorted(storage.done())
     if not numbers:
-        raise CacheError(f"{place.name} has no complete shard yet")
-    place.get(*(name for number in numbers for name in shards.summaries_of(number)))
+        raise CacheError(f"{storage.name} has no complete shard yet")
+    storage.get(*(name for number in numbers for name in shards.summaries_of(number)))
     for number in numbers:
-        marker = shards.read_marker(place.folder, number)
+        marker = shards.read_marker(storage.folder, number)
         if marker["of"] != meta["digest"]:
-            raise CacheError(f"shard {number} of {place.name} belongs to another cache; caches cannot be mixed")
-        if why := place.damage(number, marker, verify=False):
+            raise CacheError(f"shard {number} of {storage.name} belongs to another cache; caches cannot be mixed")
+        if why := storage.damage(number, marker, verify=False):
             raise CacheError(f"{why}; encode again")
-    return meta, numbers, shards.read_statistics(place.folder, numbers)
+    return meta, numbers, shards.read_statistics(storage.folder, numbers)
 
 
-class LocalPlace:
+class LocalStorage:
     """A folder that all processes share."""
 
     def __init__(self, folder: Path) -> None:
@@ -106,7 +111,7 @@ class LocalPlace:
             remove_unfinished(self.folder / name)
 
 
-class StorePlace:
+class ObjectStorage:
     """A URL of a store that all processes can write. Files are prepared in a temporary folder of this process."""
 
     def __init__(self, url: str) -> None:

@@ -1,10 +1,9 @@
-"""Streams of training clips from the table of a source: one, or one for each bucket."""
+"""The streams of a source with buckets, one for each bucket, and what is logged about them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -12,13 +11,11 @@ import pandas as pd
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, relative_costs, rows_of, share_kept, uneven, with_batches, with_weights
 from vae3d.data.clips import ClipSettings, Stream
-from vae3d.data.file_table import FileTable, as_file_table
-from vae3d.data.loader import HeldOut, clip_lengths, long_enough
+from vae3d.data.file_table import FileTable, as_file_table, sizes_of
 from vae3d.data.media import DataError, Size
+from vae3d.data.selection import clip_lengths
+from vae3d.seeding import seed_of
 from vae3d.text import plural
-
-# Makes the schedule of a bucket's rows: lengths, frame counts, clips per step, name of the bucket, rows of the table.
-MakeSchedule = Callable[[np.ndarray, FrameCounts, int, str, np.ndarray], BatchSchedule]
 
 
 @dataclass(frozen=True)
@@ -35,26 +32,21 @@ class SourceStreams:
     skipped_files: list[tuple[str, str]] = field(default_factory=list)
 
 
-def sizes_of(table: pd.DataFrame | FileTable) -> tuple[np.ndarray, np.ndarray]:
-    """[rows] heights and widths."""
-    table = as_file_table(table)
-    return table.numbers("height"), table.numbers("width")
-
-
 def bucket_streams(
     table: pd.DataFrame | FileTable,
     settings: ClipSettings,
     buckets: Sequence[Bucket],
     reference: Bucket,
     divisor: int,
-    make_schedule: MakeSchedule,
+    make_schedule: Callable[..., BatchSchedule],
     seed: int,
     source: str = "",
     overfit: bool = False,
 ) -> SourceStreams:
     """A stream for each bucket that a row of the table fits.
 
-    reference: with the clips per step of its shape. divisor: of all clips per step. seed: of the order of the buckets.
+    reference: with the clips per step of its shape. divisor: of all clips per step. make_schedule: BatchSchedule, with
+    the arguments that are the same for all buckets. overfit: repeat the first step.
     Raises DataError if no row fits any bucket.
     """
     table = as_file_table(table)
@@ -75,7 +67,14 @@ def bucket_streams(
     streams = [
         Stream(
             table,
-            make_schedule(lengths[rows], FrameCounts(b.frames, b.frames), b.batch_size, b.name, rows),
+            make_schedule(
+                lengths[rows],
+                FrameCounts(b.frames, b.frames),
+                batch_size=b.batch_size,
+                seed=seed_of(seed, "bucket", b.name),
+                overfit=False,
+                rows=rows,
+            ),
             replace(settings, height=b.height, width=b.width),
             source,
             b,
@@ -83,22 +82,28 @@ def bucket_streams(
         for b, rows in zip(buckets, fitting, strict=True)
     ]
     schedule = Interleaved([stream.schedule for stream in streams], [b.weight for b in buckets], seed, overfit)
+    notes = _notes(table, streams, empty, skipped)
+    reasons = [f"has {plural(int(lengths[row]), 'frame')}, and no bucket has fewer than {shortest}" for row in skipped]
+    skipped_files = list(zip(table.paths(skipped), reasons, strict=True))
+    return SourceStreams(streams, schedule, notes, uneven(buckets, schedule.shares(), divisor), skipped_files)
+
+
+def _notes(table: FileTable, streams: Sequence[Stream], empty: Sequence[str], skipped: np.ndarray) -> list[str]:
+    """Lines for the log. empty: names of buckets without files. skipped: rows in no bucket."""
     notes = []
     if empty:
         notes.append(f"left out: {plural(len(empty), 'bucket')} that no file fits: {', '.join(empty)}")
+    heights, widths = sizes_of(table)
     enlarged = np.zeros(len(table), bool)
-    for bucket, rows in zip(buckets, fitting, strict=True):
+    for bucket, rows in ((stream.bucket, stream.schedule.rows) for stream in streams):
         enlarged[rows] |= (heights[rows] < bucket.height) | (widths[rows] < bucket.width)
     if enlarged.any():
         small = f"{int(enlarged.sum())} of {plural(len(table), 'file')}"
         notes.append(f"{small} are smaller than a bucket of theirs and are enlarged; data.min_side skips such files")
     if len(skipped):
-        notes.append(
-            f"skipped: {plural(len(skipped), 'file')} that fit no bucket, such as {table.path(int(skipped[0]))}"
-        )
-    reasons = [f"has {plural(int(lengths[row]), 'frame')}, and no bucket has fewer than {shortest}" for row in skipped]
-    skipped_files = list(zip(table.paths(skipped), reasons, strict=True))
-    return SourceStreams(streams, schedule, notes, uneven(buckets, schedule.shares(), divisor), skipped_files)
+        files = plural(len(skipped), "file")
+        notes.append(f"skipped: {files} that fit no bucket, such as {table.path(int(skipped[0]))}")
+    return notes
 
 
 def bucket_rows(streams: Sequence[Stream], shares: Sequence[float]) -> tuple[list[str], list[list[str]]]:
@@ -134,36 +139,3 @@ def _kept(stream: Stream, size: Size) -> float:
     heights, widths = sizes_of(stream.table)
     rows = stream.schedule.rows
     return float(share_kept(widths[rows] / heights[rows], size).mean())
-
-
-def held_out_of(
-    table: pd.DataFrame | FileTable,
-    settings: ClipSettings,
-    frames: int,
-    count: int,
-    source: str = "",
-    buckets: Sequence[Bucket] | None = None,
-) -> list[HeldOut]:
-    """The first `count` held-out files of a source with at least `frames` frames, each at the size that its clips have
-    in training."""
-    named = (source,) if source else ()
-    if buckets is None:
-        return [replace(clip, groups=named) for clip in long_enough(table, settings, frames, count)]
-    same = [b.size for b in buckets if (b.frames == 1) == (frames == 1)] or [b.size for b in buckets]
-    sizes = sorted(dict.fromkeys(same), key=lambda size: -size[0] * size[1])  # the largest of those that fit
-    fitting = rows_of([Bucket(frames, *size) for size in sizes], *sizes_of(table), clip_lengths(table, settings))
-    size_of: dict[int, tuple[int, int]] = {}
-    for size, rows in zip(sizes, fitting, strict=True):
-        for row in rows.tolist():
-            size_of.setdefault(row, size)
-    clips, table = [], as_file_table(table)
-    for row in sorted(size_of)[:count]:
-        height, width = size_of[row]
-        groups = (*named, "_".join((*named, f"{height}x{width}")))
-        clips.append(HeldOut(table.path(row), table.bounds(row), replace(settings, height=height, width=width), groups))
-    return clips
-
-
-def in_turn(sources: Sequence[Sequence[HeldOut]], count: int) -> list[HeldOut]:
-    """`count` clips, one of each source after the other."""
-    return [clip for clips in zip_longest(*sources) for clip in clips if clip is not None][:count]

@@ -1,0 +1,118 @@
+"""Clips of held-out files, for validation: which ones, and reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import numpy as np
+import pandas as pd
+
+from vae3d.data.batch_schedule import ClipIndex
+from vae3d.data.buckets import Bucket, rows_of
+from vae3d.data.clips import ClipSettings, collate, open_frames, read_clip, to_sample
+from vae3d.data.file_table import FileTable, as_file_table, sizes_of
+from vae3d.data.media import DataError, MediaError
+from vae3d.data.segments import Bounds
+from vae3d.data.selection import clip_lengths
+from vae3d.text import plural
+from vae3d.types import ClipBatch
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A clip for validation: its file, and how it is cut. groups: whose means it counts for, beside that of all clips,
+    such as its source and its size."""
+
+    path: str
+    bounds: Bounds
+    settings: ClipSettings
+    groups: tuple[str, ...] = ()
+
+
+def long_enough(table: pd.DataFrame | FileTable, settings: ClipSettings, frames: int, count: int) -> list[HeldOut]:
+    """The first `count` held-out videos with at least `frames` frames."""
+    table = as_file_table(table)
+    rows = np.flatnonzero(clip_lengths(table, settings) >= frames)[:count].tolist()
+    return [HeldOut(table.path(row), table.bounds(row), settings) for row in rows]
+
+
+def held_out_of(
+    table: pd.DataFrame | FileTable,
+    settings: ClipSettings,
+    frames: int,
+    count: int,
+    source: str = "",
+    buckets: Sequence[Bucket] | None = None,
+) -> list[HeldOut]:
+    """The first `count` held-out files of a source with at least `frames` frames, each at the size that its clips have
+    in training."""
+    named = (source,) if source else ()
+    if buckets is None:
+        return [replace(clip, groups=named) for clip in long_enough(table, settings, frames, count)]
+    same = [b.size for b in buckets if (b.frames == 1) == (frames == 1)] or [b.size for b in buckets]
+    sizes = sorted(dict.fromkeys(same), key=lambda size: -size[0] * size[1])  # the largest of those that fit
+    fitting = rows_of([Bucket(frames, *size) for size in sizes], *sizes_of(table), clip_lengths(table, settings))
+    size_of: dict[int, tuple[int, int]] = {}
+    for size, rows in zip(sizes, fitting, strict=True):
+        for row in rows.tolist():
+            size_of.setdefault(row, size)
+    clips, table = [], as_file_table(table)
+    for row in sorted(size_of)[:count]:
+        height, width = size_of[row]
+        groups = (*named, "_".join((*named, f"{height}x{width}")))
+        clips.append(HeldOut(table.path(row), table.bounds(row), replace(settings, height=height, width=width), groups))
+    return clips
+
+
+def in_turn(sources: Sequence[Sequence[HeldOut]], count: int) -> list[HeldOut]:
+    """`count` clips, one of each source after the other."""
+    return [clip for clips in zip_longest(*sources) for clip in clips if clip is not None][:count]
+
+
+def validation_clips(
+    table: pd.DataFrame | FileTable,
+    settings: ClipSettings,
+    frames: int,
+    count: int,
+) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
+    """One clip from each of the first `count` held-out videos with at least `frames` frames, and (path, reason) of
+    files that failed. Raises DataError if no video is long enough.
+    """
+    clips = long_enough(table, settings, frames, count)
+    require_held_out(clips, frames, len(table))
+    return read_held_out(clips, frames)
+
+
+def require_held_out(clips: Sequence[HeldOut], frames: int, files: int) -> None:
+    """Raises DataError without clips. files: that are held out."""
+    if not clips:
+        raise DataError(
+            f"no held-out video has {plural(frames, 'frame')} for validation ({files} are held out); "
+            "lower validation.frames, give the table a `split` column, or set validation.every=0"
+        )
+
+
+def read_held_out(
+    clips: Sequence[HeldOut], frames: int, rank: int = 0, world_size: int = 1
+) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
+    """This rank's share of the clips, whose positions are their numbers, and (path, reason) of files that failed."""
+    read, errors = [], []
+    for number in range(rank, len(clips), world_size):
+        clip = clips[number]
+        try:
+            read.append(validation_clip(clip.path, clip.bounds, number, clip.settings, frames))
+        except MediaError as error:
+            errors.append((error.path, error.reason))
+    return read, errors
+
+
+def validation_clip(path: str, bounds: Bounds, row: int, settings: ClipSettings, frames: int) -> ClipBatch:
+    """The same clip of a file every time: from its middle (or over all of it, as data.sampling says), cropped at the
+    centre, neither mirrored nor rolled. row: becomes its position. Raises MediaError.
+    """
+    with closing(open_frames(path, settings, bounds)) as reader:
+        pixels = read_clip(reader, path, settings, frames, start=0.5)
+    return collate([to_sample(pixels, ClipIndex(row, row, frames), path, settings)])
