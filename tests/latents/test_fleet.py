@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from vae3d.commands import encode_status, latent_stats
 from vae3d.commands.cli import without_flags
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding, share_of
-from vae3d.latents import encode, shards
+from vae3d.io import FileError
+from vae3d.latents import claims, encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.claims import Claims
 from vae3d.latents.encode import encode_cache
@@ -127,6 +130,33 @@ def test_a_dead_process_of_this_machine_is_noticed_at_once(tmp_path):
 
     assert exit_statuses([start(leave)]) == [0]
     assert Claims(tmp_path / "claims", 3600).take("a")
+
+
+def test_a_claim_that_a_full_disk_does_not_hold_blocks_nobody(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner = Claims(tmp_path / "claims", 3600)
+    with monkeypatch.context() as disk:
+        disk.setattr(claims.json, "dump", full)
+        with pytest.raises(FileError, match="No space left"):
+            owner.take("a")
+    assert Claims(tmp_path / "claims", 3600).take("a")
+
+
+def test_the_folder_of_claims_may_vanish_at_any_time(tmp_path, monkeypatch):
+    """The last of other processes removes it."""
+    owner, folder = Claims(tmp_path / "claims", 3600), tmp_path / "claims"
+    make, times = Path.mkdir, iter([folder.rmdir])
+
+    def made(path, **options):
+        make(path, **options)
+        next(times, lambda: None)()
+
+    monkeypatch.setattr(Path, "mkdir", made)
+    assert owner._now() > 0
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    assert Claims(tmp_path / "none", 3600).holders() == []
 
 
 # ---- processes
