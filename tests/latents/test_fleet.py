@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -215,6 +216,21 @@ def test_shards_that_are_written_twice_at_once_are_the_same(job, whole, monkeypa
     assert exit_statuses(children) == [0, 0, 0]
     (job.folder / "go").unlink()
     encode_cache(job)
+    assert caches.files(job.folder) == whole
+
+
+def test_a_process_that_stood_still_while_it_completed_the_cache_finds_it_complete(job, photos, whole, monkeypatch):
+    """Another took over, and deleted the unfinished files."""
+    write = encode.write_text
+
+    def taken_over(file, text):
+        monkeypatch.setattr(encode, "write_text", write)
+        shutil.rmtree(job.folder / CLAIMS)
+        caches.made(photos, job.folder, writers=["npy", "webdataset"], stale=STALE)
+        raise FileError(f"{file}: No such file or directory")
+
+    monkeypatch.setattr(encode, "write_text", taken_over)
+    assert encode_cache(job)
     assert caches.files(job.folder) == whole
 
 
