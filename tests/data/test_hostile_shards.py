@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -79,6 +80,16 @@ def test_a_store_that_does_not_answer_does_not_make_its_tar_damaged(tmp_path, mo
         store.fault = lambda number, path: 503
         with pytest.raises(StorageError, match="does not answer"):
             list(samples_of(shard))
+
+
+def test_a_pipe_is_no_shard_and_no_index(tmp_path):
+    """To open one waits until something is written to it."""
+    for name in ("0.tar", INDEX):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"0\.tar is no file"):
+        WebDataset(tmp_path / "0.tar").table()
+    with pytest.raises(DataError, match="no such file"):
+        WebDataset(tmp_path / INDEX).table()
 
 
 # ---- indices

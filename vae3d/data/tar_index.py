@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
@@ -124,6 +125,8 @@ def find_shard(path: str) -> Shard:
         raise DataError(
             f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
         ) from error
+    if not S_ISREG(stat.st_mode):  # to open a pipe would wait for ever
+        raise DataError(f"{path} is no file, but a folder, a pipe or a device")
     return Shard(os.path.abspath(path), stat.st_size, f"mtime:{stat.st_mtime_ns}")
 
 
@@ -604,6 +607,8 @@ def read_index(file: str | Path) -> tuple[pa.Table, dict[str, Any]]:
     version = VERSION
     try:
         with local_copy(file) if is_url(str(file)) else nullcontext(file) as local:
+            if not os.path.isfile(local):
+                raise FileNotFoundError
             table = pa.ipc.open_file(pa.memory_map(str(local))).read_all()
         table.validate(full=True)  # wrong offsets would end the process
         header = json.loads(table.schema.metadata[KEY])
