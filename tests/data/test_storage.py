@@ -33,6 +33,7 @@ from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.storage import StorageError, member_path, open_range
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
+from vae3d.data.webdataset import list_shards
 from vae3d.data.workers import load
 from vae3d.inference.reconstruct import identifier
 
@@ -647,7 +648,9 @@ class Odd(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.strip("/")
-        if name == "endless":
+        if name.startswith("folder"):
+            self.answer(200, b'<a href="folder/">' * (self.path.count("/") < 100), Content_Type="text/html")
+        elif name == "endless":
             self.send_response(206)
             self.send_header("Content-Range", "bytes 0-999/1000000")
             self.end_headers()
@@ -692,6 +695,14 @@ def test_an_odd_answer_is_an_error_of_the_object(name, odd):
     with pytest.raises(MediaError, match=name):
         open_range(f"{odd}/{name}", 0, 1000)
     assert Odd.sent < 2**25
+
+
+def test_folders_in_folders_without_end_are_listed_to_some_depth(odd, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Odd, "log_message", lambda self, *_: asked.append(self.path))
+    with pytest.raises(DataError, match="no tar files"):
+        list_shards(f"{odd}/folder")
+    assert len(asked) < 50
 
 
 def test_content_is_read_as_it_is_stored(odd):

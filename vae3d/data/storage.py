@@ -64,6 +64,7 @@ TRIES = 8  # of a request
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries at most, doubled each time; the actual wait is random
 TIMEOUT = 60.0  # seconds without a byte, over HTTP; s3fs and gcsfs have their own limits
 PIECE = 2**26  # bytes of a range read; a larger object is read in pieces
+HTTP_DEPTH = 16  # folders below one that is listed over HTTP
 LOG_EVERY = 60.0  # seconds between two lines about retries
 KNOWN_VERSIONS = 2**16  # objects whose size and version a process remembers
 
@@ -828,7 +829,8 @@ def _matches(pattern: str) -> list[str]:
 
 def find_objects(url: str) -> list[str]:
     """The URLs of all objects under a URL, sorted; the URL itself if it is an object. Raises MediaError, DataError."""
-    return _listed(url, lambda system, path: system.find(path, detail=True))
+    depth = {"maxdepth": HTTP_DEPTH} if _is_http(url) else {}  # pages may link to others without end
+    return _listed(url, lambda system, path: system.find(path, detail=True, **depth))
 
 
 def _listed(url: str, request: Callable[[AbstractFileSystem, str], dict[str, dict]]) -> list[str]:
