@@ -11,7 +11,6 @@ from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.media import MediaError
@@ -25,6 +24,7 @@ from vae3d.loading import build, list_models, load, open_codec, save
 from vae3d.metrics import MetricError, MetricSet, build_metrics
 from vae3d.models.interface import Stream, VideoAutoencoder
 from vae3d.pixels import as_unit, check_video, no_waiting_checks, quantize_unchecked, to_uint8
+from vae3d.progress import Bar
 from vae3d.seeding import generator_of
 from vae3d.text import plural
 from vae3d.transfer import on_host, to_device
@@ -170,7 +170,7 @@ def reconstruct(
     @torch.inference_mode()
     def code(stream: Stream, chunks: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
         """Reconstructions of the chunks, which are given with their lookahead."""
-        with tqdm(total=frames, unit="frame", disable=not progress) as bar:
+        with Bar(total=frames, unit="frame", disable=not progress) as bar:
             for index, chunk in enumerate(chunks):
                 video = to_device(chunk, device)
                 with no_waiting_checks(device):

@@ -10,6 +10,8 @@ import socket
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -237,3 +239,32 @@ def test_a_run_trains_and_validates_on_it(tmp_path):
     ]
     scores = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert scores[-1]["val_clips"] == 2
+
+
+@pytest.mark.parametrize("column", ["image", "text"])
+@pytest.mark.parametrize("offsets", [(0, -5, 3), (0, 2**31 - 1, 2**31 - 1), (7, 3, 1)])
+def test_offsets_outside_of_a_file_are_an_error(column, offsets, tmp_path):
+    """Of a file that a stranger may have written; they would end the process, or give bytes of another place."""
+    contents = [encoded(0), encoded(1)]
+    texts = ["a" * 1001, "b" * 1003]
+    kinds = hf.Features({"image": hf.Image(), "text": hf.Value("string")})
+    images = [{"bytes": content, "path": None} for content in contents]
+    hf.Dataset.from_dict({"image": images, "text": texts}, features=kinds).save_to_disk(tmp_path / "set")
+    sizes = [len(value) for value in (contents if column == "image" else texts)]
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    sound, wrong = (np.array(values, "<i4").tobytes() for values in ([0, sizes[0], sum(sizes)], offsets))
+    assert file.read_bytes().count(sound) == 1
+    file.write_bytes(file.read_bytes().replace(sound, wrong))
+    with pytest.raises(DataError, match="offset"):
+        HuggingFace(tmp_path / "set").table()
+
+
+def test_rows_that_point_to_the_network_are_errors_of_a_local_stream(tmp_path, monkeypatch):
+    monkeypatch.delenv("VAE3D_ONLINE", raising=False)
+    paths = ["https://example.org/a.png", "zip://a.png::https://example.org/a.zip", "simplecache::s3://data/a.png"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": None, "path": path} for path in paths], kind)
+    pq.write_table(pa.table({"image": images}), tmp_path / "train.parquet")
+    items = list(HuggingFace(tmp_path, streaming=True).stream("train").read(0))
+    assert [item.content for item in items] == [None] * 3
+    assert all("VAE3D_ONLINE=1" in item.error for item in items)

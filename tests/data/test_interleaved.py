@@ -101,6 +101,7 @@ def test_what_a_step_is_is_known_without_drawing_its_clips():
 
 def test_overfitting_repeats_the_first_step():
     schedule = mixture(overfit=True)
+    assert {schedule.locate(step) for step in range(40)} == {schedule.locate(0)}
     assert schedule.step(0) == schedule.step(31) == mixture().step(0)
     assert schedule.frames_at(31) == mixture().frames_at(0)
     assert schedule.clips_before(10) == 10 * mixture().batch_size_at(0)

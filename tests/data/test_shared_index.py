@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tracemalloc
+import zlib
 
 import pandas as pd
 import pyarrow as pa
@@ -90,6 +93,49 @@ def test_damaged_parts_are_not_used(folder, monkeypatch, damage):
     for i in range(5):
         assert open_media(str(folder / f"{i}.mp4")).info.num_frames == 5 + i
     assert names
+
+
+def packed(head: dict, rows: bytes) -> bytes:
+    line = json.dumps(head).encode()
+    return video_index._crc(line, rows) + line + b"\n" + rows
+
+
+HOSTILE = {
+    "no keys": lambda head, rows: packed({}, rows),
+    "a list": lambda head, rows: packed([1], rows),
+    "no header": lambda head, rows: packed({**head, "header": {}}, rows),
+    "more frames": lambda head, rows: packed({**head, "counts": {**head["counts"], "frames": 10**9}}, rows),
+    "unknown rows": lambda head, rows: packed({**head, "counts": {"programs": 1}}, rows),
+    "other packets": lambda head, rows: packed(head, rows[:-8] + b"\xff" * 8),
+    "other attributes": lambda head, rows: packed(
+        {**head, "header": {**head["header"], "decoder": {**head["header"]["decoder"], "numbers": {"__class__": 1}}}},
+        rows,
+    ),
+    "many bytes": lambda head, rows: bytes(2**26),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_indices_that_a_stranger_made_are_not_used(folder, monkeypatch, case):
+    """Also with the right checksums."""
+    monkeypatch.setattr(shared_index, "MAX_INDEX", 2**20)
+    names = built(monkeypatch)
+    (part,) = parts_of(folder / "t.csv.probe", "index")
+    table = pa.ipc.open_file(part.read_bytes()).read_all()
+    changed = []
+    for content in table["index"].to_pylist():
+        head, _, rows = zlib.decompress(content)[video_index.CRC_BYTES :].partition(b"\n")
+        changed.append(zlib.compress(HOSTILE[case](json.loads(head), rows)))
+    part.unlink()
+    table = table.set_column(table.column_names.index("index"), "index", pa.array(changed, pa.large_binary()))
+    parts.write_part(part.parent, "index", shared_index.SCHEMA, [table])
+    read(folder)
+    tracemalloc.start()
+    assert open_media(str(folder / "3.mp4")).info.num_frames == 8
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert names == ["3.mp4"]
+    assert peak < 2**25
 
 
 def test_merged_parts_are_found(folder, monkeypatch):

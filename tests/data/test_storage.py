@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import io
 import multiprocessing
 import os
 import tarfile
+import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -30,6 +33,7 @@ from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.storage import StorageError, member_path, open_range
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
+from vae3d.data.webdataset import list_shards
 from vae3d.data.workers import load
 from vae3d.inference.reconstruct import identifier
 
@@ -622,3 +626,89 @@ def test_the_server_of_these_tests_keeps_to_its_folder(files, tmp_path):
         assert isinstance(store, Store)
         with pytest.raises(MediaError, match="404"):
             open_range(f"{store.url}/%2e%2e/secret.bin", 0, 6)
+
+
+# ---- servers that do not do as they should
+
+
+class Odd(BaseHTTPRequestHandler):
+    """Answers by the name of the file that is asked for."""
+
+    protocol_version = "HTTP/1.1"
+    sent = 0
+
+    def log_message(self, *_: object) -> None: ...
+
+    def answer(self, status: int, content: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content_Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        if name.startswith("folder"):
+            self.answer(200, b'<a href="folder/">' * (self.path.count("/") < 100), Content_Type="text/html")
+        elif name == "endless":
+            self.send_response(206)
+            self.send_header("Content-Range", "bytes 0-999/1000000")
+            self.end_headers()
+            self.close_connection = True
+            with suppress(OSError):
+                while Odd.sent < 2**28:
+                    Odd.sent += self.wfile.write(bytes(2**16))
+        elif name == "table.csv.gz":  # as Apache and buckets do that store it with this header
+            content = gzip.compress(b"path\na.mp4\n", mtime=0)
+            self.answer(
+                206, content, Content_Range=f"bytes 0-{len(content) - 1}/{len(content)}", Content_Encoding="gzip"
+            )
+        elif name == "bomb":
+            content = gzip.compress(bytes(2**26))
+            self.answer(206, content, Content_Range="bytes 0-999/1000000", Content_Encoding="gzip")
+        elif name == "elsewhere":
+            self.answer(206, bytes(1000), Content_Range="bytes 500-1499/1000000")
+        elif name == "nowhere":
+            self.answer(206, bytes(1000), Content_Range="bytes all of it")
+        elif name == "loop":
+            self.answer(302, Location="/loop")
+        elif name == "file":
+            self.answer(302, Location="file:///etc/passwd")
+        elif name == "nothing":
+            self.answer(204)
+
+
+@pytest.fixture
+def odd(cache, monkeypatch):
+    monkeypatch.setattr(storage, "TRIES", 2)
+    Odd.sent = 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", ["endless", "bomb", "elsewhere", "nowhere", "loop", "file", "nothing"])
+def test_an_odd_answer_is_an_error_of_the_object(name, odd):
+    with pytest.raises(MediaError, match=name):
+        open_range(f"{odd}/{name}", 0, 1000)
+    assert Odd.sent < 2**25
+
+
+def test_folders_in_folders_without_end_are_listed_to_some_depth(odd, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Odd, "log_message", lambda self, *_: asked.append(self.path))
+    with pytest.raises(DataError, match="no tar files"):
+        list_shards(f"{odd}/folder")
+    assert len(asked) < 50
+
+
+def test_content_is_read_as_it_is_stored(odd):
+    assert storage.local_range(f"{odd}/table.csv.gz").read() == gzip.compress(b"path\na.mp4\n", mtime=0)
+
+
+def test_a_path_with_a_number_of_many_digits_is_no_member():
+    assert storage.split_member(f"a.tar@{'9' * 5000}+1/a.mp4") is None
+    assert not storage.is_stored(f"a.tar@1+{'9' * 19}/a.mp4")

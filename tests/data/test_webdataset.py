@@ -419,7 +419,7 @@ def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):
 
 def test_an_index_of_a_million_samples_has_less_than_64_mib(tmp_path, monkeypatch):
     """Per sample, with numbers, labels and splits."""
-    shards = [tar_index.Shard(f"{tmp_path}/{number:06d}.tar", 10**9, "mtime:1") for number in range(20)]
+    shards = [tar_index.Shard(f"{tmp_path}/{number:06d}.tar", 10**11, "mtime:1") for number in range(20)]
     columns = dict.fromkeys(tar_index.SCHEMA.names)
 
     def rows(shard: tar_index.Shard) -> pa.Table:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ from vae3d.commands import encode_status, latent_stats
 from vae3d.commands.cli import without_flags
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding, share_of
-from vae3d.latents import encode, shards
+from vae3d.io import FileError
+from vae3d.latents import claims, encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.cache_storage import CLAIMS, partial_statistics
 from vae3d.latents.claims import Claims
@@ -129,6 +133,33 @@ def test_a_dead_process_of_this_machine_is_noticed_at_once(tmp_path):
     assert Claims(tmp_path / "claims", 3600).take("a")
 
 
+def test_a_claim_that_a_full_disk_does_not_hold_blocks_nobody(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner = Claims(tmp_path / "claims", 3600)
+    with monkeypatch.context() as disk:
+        disk.setattr(claims.json, "dump", full)
+        with pytest.raises(FileError, match="No space left"):
+            owner.take("a")
+    assert Claims(tmp_path / "claims", 3600).take("a")
+
+
+def test_the_folder_of_claims_may_vanish_at_any_time(tmp_path, monkeypatch):
+    """The last of other processes removes it."""
+    owner, folder = Claims(tmp_path / "claims", 3600), tmp_path / "claims"
+    make, times = Path.mkdir, iter([folder.rmdir])
+
+    def made(path, **options):
+        make(path, **options)
+        next(times, lambda: None)()
+
+    monkeypatch.setattr(Path, "mkdir", made)
+    assert owner._now() > 0
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    assert Claims(tmp_path / "none", 3600).holders() == []
+
+
 # ---- processes
 
 
@@ -185,6 +216,21 @@ def test_shards_that_are_written_twice_at_once_are_the_same(job, whole, monkeypa
     assert exit_statuses(children) == [0, 0, 0]
     (job.folder / "go").unlink()
     encode_cache(job)
+    assert caches.files(job.folder) == whole
+
+
+def test_a_process_that_stood_still_while_it_completed_the_cache_finds_it_complete(job, photos, whole, monkeypatch):
+    """Another took over, and deleted the unfinished files."""
+    write = encode.write_text
+
+    def taken_over(file, text):
+        monkeypatch.setattr(encode, "write_text", write)
+        shutil.rmtree(job.folder / CLAIMS)
+        caches.made(photos, job.folder, writers=["npy", "webdataset"], stale=STALE)
+        raise FileError(f"{file}: No such file or directory")
+
+    monkeypatch.setattr(encode, "write_text", taken_over)
+    assert encode_cache(job)
     assert caches.files(job.folder) == whole
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -114,6 +115,29 @@ def test_errors_of_a_remote_cache_name_what_is_missing_or_damaged(store, local, 
             LatentCache(url)
     finally:
         shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [-1, -4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2.0, 2], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [0.0, 16.0]},
+        {"dtype": "F32", "shape": [True, 4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]},
+        {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]},
+        {"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]},
+        "F32",
+    ],
+)
+def test_a_header_that_a_stranger_made_is_an_error(store, local, entry):
+    header = json.dumps({"a": entry}).encode()
+    (local.parent / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    storage.forget_versions()
+    tensors = RemoteTensors(f"{store.url}/odd.safetensors")
+    with pytest.raises(SafetensorError, match=r"odd\.safetensors"):
+        tensors.get_tensor("a")
 
 
 def test_latent_stats_of_a_remote_cache(store, local, capsys):

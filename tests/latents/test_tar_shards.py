@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
 
+import pyarrow as pa
 import pytest
 import torch
 
 from tests import http_server
 from tests.latents import caches
+from vae3d.data.tar_index import read_index
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.shards import CacheError
 from vae3d.latents.tar_shards import TarLatentCache, open_cache
@@ -83,3 +86,24 @@ def test_shards_at_a_url_are_read_by_one_range_per_entry(cached, tmp_path, monke
             assert torch.equal(ours.std, theirs.std)
         assert len(store.requests) == len(whole)
         assert tars.statistics == whole.statistics
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["[]", "{", {"number": "1"}, {"number": -1}, {"flip": "no"}, {"latent": "4x0x1x1"}, {"latent": 4}, {"crc32": None}],
+    ids=str,
+)
+def test_rows_of_an_index_that_a_stranger_made_are_errors(cached, tmp_path, row):
+    copy = tmp_path / "copy"
+    shutil.copytree(cached, copy)
+    open_cache(copy / "webdataset")
+    file = copy / "webdataset/index.arrow"
+    table, _ = read_index(file)
+    rows = table["row"].to_pylist()
+    rows[0] = row if isinstance(row, str) else json.dumps(json.loads(rows[0]) | row)
+    table = table.set_column(table.column_names.index("row"), "row", pa.array(rows))
+    with pa.OSFile(f"{file}.new", "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(f"{file}.new", file)
+    with pytest.raises(CacheError, match="a row of its index"):
+        open_cache(file)

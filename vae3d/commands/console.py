@@ -27,9 +27,9 @@ def rank() -> int:
 
 
 def write_above_bar(line: str, stream: Any) -> None:
-    from tqdm import tqdm  # --help and errors of keys do without
+    from vae3d.progress import Bar  # --help and errors of keys do without
 
-    tqdm.write(line, file=stream)
+    Bar.write(line, file=stream)
 
 
 class ConsoleHandler(logging.Handler):

@@ -285,7 +285,7 @@ class Interleaved:
 
     def locate(self, step: int) -> tuple[int, int]:
         """The stream of a step, and the number of the step in it."""
-        cycle, place = divmod(step, sum(self.counts))
+        cycle, place = divmod(0 if self.overfit else step, sum(self.counts))
         self._draw(cycle)
         which = int(self._order[place])
         leaf, local = self.schedules[which].locate(cycle * self.counts[which] + int(self._earlier[place]))
@@ -308,16 +308,16 @@ class Interleaved:
 
     def batch_size_at(self, step: int) -> int:
         """Clips of a step over all ranks."""
-        return self.leaves[self._located(step)[0]].batch_size
+        return self.leaves[self.locate(step)[0]].batch_size
 
     def frames_at(self, step: int) -> int:
         """Frames per clip of a step."""
-        leaf, local = self._located(step)
+        leaf, local = self.locate(step)
         return self.leaves[leaf].frames_at(local)
 
     def step(self, step: int) -> list[list[ClipIndex]]:
         """This rank's clips of a step, one list per micro-batch, all of one stream."""
-        stream, local = self._located(step)
+        stream, local = self.locate(step)
         streams = len(self.leaves)
         return [
             [ClipIndex(i.position * streams + stream, i.row, i.frames, stream) for i in micro]
@@ -328,9 +328,6 @@ class Interleaved:
         """This rank's micro-batches of the steps first, ..., last - 1: the batch_sampler of a DataLoader."""
         for step in range(first, last):
             yield from self.step(step)
-
-    def _located(self, step: int) -> tuple[int, int]:
-        return self.locate(0 if self.overfit else step)
 
     def _draw(self, cycle: int) -> None:
         """Which schedule gives each step of a cycle, and how many of its steps come earlier in the cycle."""

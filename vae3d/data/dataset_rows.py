@@ -38,6 +38,7 @@ SUFFIXES = {IMAGE: HF_IMAGE, VIDEO: HF_VIDEO}
 SAVED = ("dataset_dict.json", "state.json")  # of DatasetDict.save_to_disk, and of Dataset.save_to_disk
 TABLES = (".parquet", ".arrow")
 SHARDS_OF_SAVED = 64  # into which a stream divides a split that save_to_disk wrote, which is read at random anyway
+LOCAL = ("file", "zip", "tar", "gzip", "bz2", "xz", "lz4", "zstd")  # protocols of archives, and of files
 STORED = {"bytes", "path"}  # fields of an image or a video in Arrow
 IMAGE_STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"II*\0", b"MM\0*")  # JPEG, PNG, BMP, TIFF; WebP starts as AVI does
 
@@ -69,13 +70,22 @@ def row_paths(rows: datasets.Dataset, split: str, column: str, kind: str) -> tup
 
 def _ranges(file: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """([rows] offset in the file and size of the bytes of a column, whether there are none). Raises DataError."""
-    with pa.memory_map(file) as source:
-        content = source.read_buffer()
+    try:
+        with pa.memory_map(file) as source:
+            return _ranges_of(file, source.read_buffer(), column)
+    except (pa.ArrowException, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} is damaged: {one_line(error)}") from error
+
+
+def _ranges_of(file: str, content: pa.Buffer, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     counts, begins = [], []  # of each record batch: its rows, and where its bytes begin in the file
     rows = 0
     offsets, nulls = [np.zeros(0, np.int64)], []  # nulls: (first row, mask) of batches with rows without bytes
     for batch in pa.ipc.open_stream(content):
         stored = batch.column(column)
+        stored.validate(full=True)  # of the bytes, their offsets only
         values = stored.field("bytes")
         count = len(values)
         if stored.null_count or values.null_count:
@@ -147,7 +157,10 @@ def open_splits(folder: str) -> dict[str, datasets.Dataset]:
     with opening_errors(folder):
         load = library.load_from_disk if is_saved(folder) else library.load_dataset
         opened = load(folder, keep_in_memory=False)  # memory-mapped, also if IN_MEMORY_MAX_SIZE is set
-    return dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+        splits = dict(opened) if isinstance(opened, dict) else {str(opened.split or "train"): opened}
+        for rows in splits.values():
+            rows.data.table.validate(full=True)  # wrong offsets would end the process
+    return splits
 
 
 @lru_cache(maxsize=4)
@@ -201,6 +214,12 @@ def _check_local(folder: str) -> None:
 def is_online() -> bool:
     """Whether the user allows that datasets are streamed from the hub."""
     return os.environ.get("VAE3D_ONLINE") == "1"
+
+
+def not_local(path: str) -> str | None:
+    """The part of a path in a row, such as zip://a.mp4::/data/a.zip, that is not on this machine; None: all are."""
+    parts = ((part, *part.partition("://")) for part in path.split("::"))
+    return next((part for part, protocol, mark, _ in parts if mark and protocol not in LOCAL), None)
 
 
 def is_hub_name(path: str | Path) -> bool:

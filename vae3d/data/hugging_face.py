@@ -18,9 +18,11 @@ import pyarrow.compute as pc
 from vae3d.data.dataset_rows import (
     IMAGE,
     VIDEO,
+    is_online,
     media_columns,
     member_name,
     nested_columns,
+    not_local,
     open_splits,
     open_stream,
     opening_errors,
@@ -174,6 +176,8 @@ class HuggingFaceStream:
         name = f"{self.path}/{member_name(self.split, self.column, row, self.kind)}"
         if content is not None or not path:
             return StreamItem(name, content, self.kind, None if content is not None else f"has no {self.kind}")
+        if not is_online() and (remote := not_local(path)):
+            return StreamItem(name, None, self.kind, f"is on the network ({remote}), and VAE3D_ONLINE=1 is not set")
         if "::" in path:  # a member of an archive
             with opening_errors(self.path), fsspec.open(path, "rb") as file:
                 return StreamItem(name, file.read(), self.kind)

@@ -23,6 +23,7 @@ from vae3d.data.parts import PartFolders, path_hash, replace_parts
 
 SCHEMA = pa.schema([("path", NAMES), ("hash", pa.int64()), ("version", TEXT), ("index", pa.large_binary())])
 KIND = "index"
+MAX_INDEX = 2**28  # bytes of an index, of about 30 hours
 BATCH = 1000  # rows per piece of a merged part
 
 
@@ -49,7 +50,10 @@ class SharedIndices:
                     entry = {column: table[column].chunk(piece)[row].as_py() for column in table.column_names}
                     if entry["path"] == name and entry["version"] == version:
                         with suppress(zlib.error):  # damaged: it is built again
-                            return zlib.decompress(entry["index"])
+                            inflate = zlib.decompressobj()
+                            content = inflate.decompress(entry["index"], MAX_INDEX)
+                            if inflate.eof:
+                                return content
         return None
 
     def add(self, paths: Sequence[str]) -> None:

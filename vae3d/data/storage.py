@@ -58,12 +58,13 @@ PACKAGES = {  # protocol -> extra of setup.cfg, the package that fsspec needs
 }
 HF_IMAGE, HF_VIDEO = ".hfimage", ".hfvideo"  # suffixes of rows of datasets
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-MEMBER = re.compile(r"(.+?\.(?:tar|arrow)(?:\?.*?)?)@([0-9]+)\+([0-9]+)/(.+)", re.DOTALL)
+MEMBER = re.compile(r"(.+?\.(?:tar|arrow)(?:\?.*?)?)@([0-9]{1,18})\+([0-9]{1,18})/(.+)", re.DOTALL)
 
 TRIES = 8  # of a request
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries at most, doubled each time; the actual wait is random
 TIMEOUT = 60.0  # seconds without a byte, over HTTP; s3fs and gcsfs have their own limits
 PIECE = 2**26  # bytes of a range read; a larger object is read in pieces
+HTTP_DEPTH = 16  # folders below one that is listed over HTTP
 LOG_EVERY = 60.0  # seconds between two lines about retries
 KNOWN_VERSIONS = 2**16  # objects whose size and version a process remembers
 
@@ -474,7 +475,8 @@ def version_of(info: dict[str, Any]) -> str:
 async def _http(system: Any, url: str, offset: int, size: int | None) -> tuple[bytes, int, str]:
     """(content of a range, bytes of the object, its version). size: None reads nothing.
 
-    A GET, as presigned URLs allow no HEAD. fsspec's own takes any length and status 200 for a range.
+    A GET, as presigned URLs allow no HEAD. fsspec's own takes any length and status 200 for a range. Content is never
+    decompressed, as ranges and sizes are those of what is stored; nor is more read than was asked for.
     """
     import aiohttp
 
@@ -487,7 +489,7 @@ async def _http(system: Any, url: str, offset: int, size: int | None) -> tuple[b
         "Accept-Encoding": "identity",
     }
     options.setdefault("timeout", aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT))
-    async with session.get(system.encode_url(url), **options) as response:
+    async with session.get(system.encode_url(url), auto_decompress=False, **options) as response:
         version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
         first, total = _content_range(response.headers.get("Content-Range", ""))
         if response.status == 416 and total is not None and (size is None or offset >= total):
@@ -515,6 +517,8 @@ async def _http(system: Any, url: str, offset: int, size: int | None) -> tuple[b
         try:
             async for chunk in response.content.iter_any():
                 content += chunk
+                if len(content) > size:
+                    break
         except aiohttp.ClientError as error:
             got = f"gave {plural(len(content), 'byte')} of {size}, then the connection broke"
             raise _PassingError(f"{got} ({type(error).__name__})") from error
@@ -836,7 +840,8 @@ def _matches(pattern: str) -> list[str]:
 
 def find_objects(url: str) -> list[str]:
     """The URLs of all objects under a URL, sorted; the URL itself if it is an object. Raises MediaError, DataError."""
-    return _listed(url, lambda system, path: system.find(path, detail=True))
+    depth = {"maxdepth": HTTP_DEPTH} if _is_http(url) else {}  # pages may link to others without end
+    return _listed(url, lambda system, path: system.find(path, detail=True, **depth))
 
 
 def _listed(url: str, request: Callable[[AbstractFileSystem, str], dict[str, dict]]) -> list[str]:

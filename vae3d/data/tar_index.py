@@ -18,23 +18,33 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from stat import S_ISREG
+from typing import Annotated, Any, BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vae3d.arguments import Range, check_fields
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, MediaError, one_line
 from vae3d.data.probe import read_metadata
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import SPLITS
 from vae3d.data.segments import SEGMENT_ERROR
-from vae3d.data.storage import is_url, member_path, open_range, size_and_version
+from vae3d.data.storage import (
+    StorageError,
+    is_url,
+    local_copy,
+    local_name,
+    member_path,
+    open_range,
+    size_and_version,
+)
 from vae3d.io import atomic_write, naming
 from vae3d.progress import progress
 from vae3d.text import plural
@@ -46,6 +56,7 @@ NAME = "__name__"  # key of a .json member: the sample's name in the source that
 SHOWN = 10  # errors in a message
 REMOTE_BLOCK = 2**19  # bytes of a range read of headers
 MAX_PADDING = 2**20  # zero bytes after the end of a tar
+MAX_HEADER = 2**20  # bytes of a member's name, and of others that a header declares
 MAX_SIDECAR = 2**24  # bytes of a .json, .txt or .cls member
 ROWS_PER_BATCH = 2**20
 THREADS = 16  # of remote shards, which wait for the network
@@ -53,6 +64,7 @@ SIDECARS = ("json", "txt", "cls")
 INTEGERS = ("num_frames", "height", "width")
 FLOATS = ("fps", "start", "end")
 INTEGER_TYPES = ((pa.int8(), 7), (pa.int16(), 15), (pa.int32(), 31), (pa.int64(), 63))
+LATENTS = ("mean", "std", "sample")  # columns of an index of latents
 TEXTS = ("text", "label", "split", "name", "error")
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -113,6 +125,8 @@ def find_shard(path: str) -> Shard:
         raise DataError(
             f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
         ) from error
+    if not S_ISREG(stat.st_mode):  # to open a pipe would wait for ever
+        raise DataError(f"{path} is no file, but a folder, a pipe or a device")
     return Shard(os.path.abspath(path), stat.st_size, f"mtime:{stat.st_mtime_ns}")
 
 
@@ -168,12 +182,26 @@ def samples_of(shard: Shard, with_content: Callable[[int, str], bool] = lambda *
     try:
         with open_shard(shard) as stream:
             yield from _samples(shard.path, stream, with_content)
-    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
-        raise DataError(f"{shard.path} is damaged or truncated: {one_line(error)}") from error
     except MediaError as error:
         raise DataError(str(error)) from error
+    except DataError:
+        raise
+    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+        raise DataError(f"{shard.path} is damaged or truncated: {one_line(error)}") from error
     except OSError as error:
         raise DataError(f"{shard.path} cannot be read: {error.strerror or one_line(error)}") from error
+
+
+class _HeaderReader:
+    """A tar for tarfile, which reads no more than headers: they may declare names of any length."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
 
 
 def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], bool]) -> Iterator[Sample]:
@@ -186,9 +214,12 @@ def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], boo
     sample: Sample | None = None
     number = -1  # of the sample
     # Strict UTF-8: else a name that is none would become one that no other program can read.
-    with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+    headers = _HeaderReader(stream)
+    with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # tarfile keeps them all
+            if info.size < 0 or tar.offset < info.offset_data:  # it would go in circles
+                raise DataError(f"{path} is damaged: {info.name} has {info.size} bytes")
             parts = _name_parts(path, info)
             if parts is None:
                 continue
@@ -338,8 +369,10 @@ def values_of(sample: Sample) -> tuple[dict[str, Any], str | None]:
 def _wrong(column: str, value: Any) -> str | None:
     """Why a value of a .json member cannot be in this column; None if it can."""
     if column in INTEGERS + FLOATS:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             return "which is not a number"
+        if not abs(value) <= 2**53:  # NaN and infinity too; larger integers are no floats
+            return "which is not a number of seconds, frames or pixels"
         if column in INTEGERS and not (1 <= value < 2**31 and value == int(value)):
             return "which is not a positive whole number"
         return "which is below 0" if value < 0 else None
@@ -569,18 +602,22 @@ def _absolute(name: str, index: str | Path) -> str:
 
 
 def read_index(file: str | Path) -> tuple[pa.Table, dict[str, Any]]:
-    """An index, memory-mapped, and its header. Raises DataError if it is none, or of another version."""
+    """An index, memory-mapped, and its header. A remote one is copied to the cache of remote objects. Raises DataError
+    if it is none, damaged, or of another version."""
+    version = VERSION
     try:
-        if is_url(str(file)):
-            size, _ = size_and_version(str(file))
-            source = pa.BufferReader(open_range(str(file), 0, size))
-        else:
-            source = pa.memory_map(str(file))
-        table = pa.ipc.open_file(source).read_all()
+        with local_copy(file) if is_url(str(file)) else nullcontext(file) as local:
+            if not os.path.isfile(local):
+                raise FileNotFoundError
+            table = pa.ipc.open_file(pa.memory_map(str(local))).read_all()
         table.validate(full=True)  # wrong offsets would end the process
         header = json.loads(table.schema.metadata[KEY])
         version = header["version"]
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, MediaError) as error:
+        if version == VERSION:
+            _check_index(table, header)
+    except StorageError:
+        raise
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
         raise DataError(f"{file} is no index of shards: {reason}; make it with: vae3d index SHARDS") from error
     if version != VERSION:
@@ -588,9 +625,72 @@ def read_index(file: str | Path) -> tuple[pa.Table, dict[str, Any]]:
     return table, header
 
 
+Whole = Annotated[int, Range(0, 2**62)]
+
+
+class ShardEntry(TypedDict):
+    """What is read of a shard in the header of an index. rows: how many samples it has."""
+
+    name: str
+    bytes: Whole
+    stamp: str
+    rows: Whole
+
+
+class Header(TypedDict):
+    """What is read of the header of an index."""
+
+    settings: Mapping[str, str | None]
+    integer_labels: bool
+    shards: Sequence[Any]
+
+
+def _check_index(table: pa.Table, header: Mapping[str, Any]) -> None:
+    """Raise ValueError, or KeyError for a missing column, for what build_index does not write: a stranger may have
+    written the file."""
+    check_fields(header, Header)
+    entries = header["shards"]
+    for number, entry in enumerate(entries):
+        check_fields(entry, ShardEntry, key=f"shards.{number}")
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        is_number = name in ("offset", "size", *INTEGERS, *LATENTS) or (name == "label" and header["integer_labels"])
+        sound = pa.types.is_integer if is_number else pa.types.is_floating if name in FLOATS else pa.types.is_string
+        if not sound(kind):
+            raise ValueError(f"its column {name} is of {column.type}")
+    own = {"media": "extension", "latents": "row"}.get(header["settings"].get("kind"))
+    if own is None or "media" not in header["settings"]:
+        raise ValueError("its settings lack kind and media")
+    for name in ("shard", "offset", "size", "key", own):
+        if table[name].null_count:
+            raise ValueError(f"its column {name} has missing values")
+    counts = [entry["rows"] for entry in entries]
+    if not pa.types.is_dictionary(table["shard"].type) or sum(counts) != len(table):
+        raise ValueError(f"it has {len(table)} rows of shards of {sum(counts)}")
+    shard = table["shard"].combine_chunks()
+    numbers = np.repeat(np.arange(len(entries)), counts)
+    if not np.array_equal(shard.indices.to_numpy(), numbers):
+        raise ValueError("its rows are not those of its shards in their order")
+    if shard.dictionary.to_pylist() != [entry["name"] for entry in entries]:
+        raise ValueError("its shards have two names")
+    offset, size = (table[name].to_numpy().astype(np.int64) for name in ("offset", "size"))
+    total = np.array([entry["bytes"] for entry in entries], np.int64)[numbers]
+    outside = (offset < 0) | (size < 0) | (size > total) | (offset > total - size)
+    if outside.any():
+        row = int(outside.argmax())
+        raise ValueError(
+            f"{table['key'][row]} is at bytes {offset[row]} + {size[row]} of {entries[numbers[row]]['name']}, which "
+            f"has {total[row]}"
+        )
+
+
 def shard_paths(header: Mapping[str, Any], index: str | Path) -> list[str]:
-    """Absolute paths or URLs of the shards of an index, in order."""
-    return [_absolute(entry["name"], index) for entry in header["shards"]]
+    """Absolute paths or URLs of the shards of an index, in order. Raises DataError for an index from a store with local
+    shards: it would choose files of this machine."""
+    paths = [_absolute(entry["name"], index) for entry in header["shards"]]
+    if local_name(str(index)) is None and (local := [path for path in paths if local_name(path) is not None]):
+        raise DataError(f"{index} lists a file of this machine, {local[0]}; make it again with: vae3d index SHARDS")
+    return paths
 
 
 def check_shards(header: Mapping[str, Any], index: str | Path, wanted: Sequence[str] | None = None) -> None:

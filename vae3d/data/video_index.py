@@ -224,18 +224,41 @@ def _load(file: Path, key: list) -> VideoIndex | None:
 
 
 def _parse(content: bytes, key: list) -> VideoIndex | None:
-    """The index in a file of the cache; None if it is damaged, or of another size or time of the video."""
+    """The index in a file of the cache; None if it is damaged, or of another size or time of the video. A stranger may
+    have written it, beside a table."""
     head, _, rows = content[CRC_BYTES:].partition(b"\n")
     if content[:CRC_BYTES] != _crc(head, rows):
         return None
-    value = json.loads(head)
-    if value["key"][1:] != key[1:]:
+    try:
+        value = json.loads(head)
+        if value["key"][1:] != key[1:]:
+            return None
+        arrays, offset = {}, 0
+        for name, count in value["counts"].items():
+            arrays[name] = np.frombuffer(rows, ROW_TYPES[name], count, offset)
+            offset += arrays[name].nbytes
+        index = VideoIndex(HEADER.validate_python(value["header"]), **arrays)
+        return index if _is_consistent(index) else None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
-    arrays, offset = {}, 0
-    for name, count in value["counts"].items():
-        arrays[name] = np.frombuffer(rows, ROW_TYPES[name], count, offset)
-        offset += arrays[name].nbytes
-    return VideoIndex(HEADER.validate_python(value["header"]), **arrays)
+
+
+def _is_consistent(index: VideoIndex) -> bool:
+    """Whether all numbers of an index are those of frames and packets that it has."""
+    header, packets, frames = index.header, len(index.packets), len(index.frames)
+    decoder, is_counted = header.decoder, header.ordered == "counted"
+    if decoder is not None:
+        base64.b64decode(decoder.extradata)
+    return (
+        frames == header.info.num_frames > 0
+        and 0 <= header.first < packets
+        and index.frames["start"].max() < packets
+        and (is_counted or index.frames["packet"].max() < packets)
+        and (index.seek is None or len(index.seek) == packets)
+        and (index.times is None or len(index.times) == frames)
+        and (decoder is None or decoder.numbers.keys() <= set(DECODER_NUMBERS))
+        and min(header.info.height, header.info.width, *header.stored) > 0
+    )
 
 
 def _store(cached: Path, key: list, index: VideoIndex) -> None:

@@ -137,6 +137,13 @@ class OpenIndex(NamedTuple):
         given = "num_frames" in self.table.column_names
         if missing := self.table["num_frames"].null_count if given else len(self.table):
             lines.append(f"{missing} of them without num_frames: `vae3d index --probe` stores it in the index")
+        folder = os.path.join((self.file if is_url(self.file) else os.path.abspath(self.file)).rpartition("/")[0], "")
+        made_here = Path(self.file).is_relative_to(cache_folder())
+        elsewhere = (
+            [] if made_here else [shard for shard in self.shards if not shard.startswith(folder) or "/../" in shard]
+        )
+        if elsewhere:
+            lines.append(f"{plural(len(elsewhere), 'shard')} that it lists are not beside it: {elsewhere[0]}, ...")
         return lines
 
 

@@ -101,7 +101,7 @@ class Claims:
     def clear(self) -> None:
         """Delete the claims of all other processes, once there is nothing left to claim."""
         own = {*self._own.values(), self._clock}
-        for file in self.folder.iterdir() if self.folder.is_dir() else ():
+        for file in self._listing():
             if file not in own:
                 file.unlink(missing_ok=True)
 
@@ -123,19 +123,29 @@ class Claims:
                     return False
                 except FileNotFoundError:  # another process, at its end, has just removed the folder
                     continue
-            with os.fdopen(descriptor, "w") as stream:
-                json.dump(_owner(self._token), stream)
+            try:
+                with os.fdopen(descriptor, "w") as stream:
+                    json.dump(_owner(self._token), stream)
+            except OSError:  # a full disk; the claim would block others until it is stale
+                file.unlink(missing_ok=True)
+                raise
         self._own[name] = file
         return True
 
     def _files(self) -> dict[str, dict[int, Path]]:
         """The files of each claim by generation."""
         found: dict[str, dict[int, Path]] = {}
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+        for path in self._listing():
             name, _, generation = path.name.rpartition(".")
             if name and generation.isdecimal():
                 found.setdefault(name, {})[int(generation)] = path
         return found
+
+    def _listing(self) -> list[Path]:
+        try:
+            return list(self.folder.iterdir())
+        except FileNotFoundError:  # the last process removes the folder
+            return []
 
     def _holder(self, name: str, file: Path) -> Holder | None:
         """The owner of a claim; None if it has just been released."""
@@ -157,12 +167,13 @@ class Claims:
     def _now(self) -> float:
         """The file system's time."""
         with naming(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._clock.open("wb") as stream:
-                stream.write(b"0")
-                stream.flush()
-                os.utime(stream.fileno())
-                return os.fstat(stream.fileno()).st_mtime
+            while True:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError), self._clock.open("wb") as stream:  # removed as in _make
+                    stream.write(b"0")
+                    stream.flush()
+                    os.utime(stream.fileno())
+                    return os.fstat(stream.fileno()).st_mtime
 
     @property
     def _clock(self) -> Path:

@@ -507,6 +507,10 @@ def finish(job: EncodeJob, digest: str, claims: Claims, wait: bool = True) -> bo
                 try:
                     if _is_complete(job) or _write_complete(job, digest, claims):
                         return True
+                except FileError:
+                    # As of a shard: who took over may have completed the cache, and deleted unfinished files.
+                    if claims.owns(FINISH) or not _is_complete(job):
+                        raise
                 finally:
                     claims.release(FINISH)
         if not wait:

@@ -42,7 +42,8 @@ class RemoteTensors:
         try:
             entry = self._entries[name]
             dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-            sound = end - start == math.prod(shape) * dtype.itemsize and 0 <= start < end <= self._size
+            whole = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+            sound = whole and end - start == math.prod(shape) * dtype.itemsize and start < end <= self._size
         except (KeyError, TypeError, ValueError) as error:
             raise SafetensorError(f"{self.url} has no tensor {name} of fp32, fp16 or bf16") from error
         if not sound:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ COLUMNS = {
     "number", "key", "shard", "frames", "height", "width", "latent", "label", "split", "text", "flip", "source", "crc32"
 }  # of a row
 # fmt: on
+TYPES = dict.fromkeys(("number", "shard", "frames", "height", "width", "crc32"), int) | {"key": str, "flip": bool}
+LATENT = re.compile(r"[1-9][0-9]{0,6}(x[1-9][0-9]{0,6}){3}")
 
 
 def latent_rows(shard: Shard) -> pa.Table:
@@ -59,13 +62,28 @@ def latent_rows(shard: Shard) -> pa.Table:
 def _row(path: str, sample: Sample) -> str:
     member = sample.members["json"]
     try:
-        row = json.loads(member.content)
+        text = member.content.decode()
+        _entry(text)
+    except ValueError as error:
+        raise DataError(f"{path}: {member.name} {error}; is it of vae3d encode?") from error
+    return text
+
+
+def _entry(text: str) -> dict[str, Any]:
+    """A row of index.csv, of the text in a .json member. Raises ValueError for one that no cache has."""
+    try:
+        row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: {member.name} is not JSON: {one_line(error, 100)}") from error
+        raise ValueError(f"is not JSON: {one_line(error, 100)}") from error
     if not isinstance(row, dict) or not row.keys() >= COLUMNS:
         lacking = sorted(COLUMNS - set(row)) if isinstance(row, dict) else sorted(COLUMNS)
-        raise DataError(f"{path}: {member.name} lacks {', '.join(lacking)}; is it of vae3d encode?")
-    return member.content.decode()
+        raise ValueError(f"lacks {', '.join(lacking)}")
+    for name, kind in TYPES.items():
+        if type(row[name]) is not kind or (kind is int and not 0 <= row[name] < 2**62):
+            raise ValueError(f"has {name}={row[name]!r:.40}")
+    if not isinstance(row["latent"], str) or not LATENT.fullmatch(row["latent"]):
+        raise ValueError(f"has latent={row['latent']!r:.40}, which is no shape of C x t x h x w")
+    return row
 
 
 class TarLatentCache(LatentCache):
@@ -97,7 +115,10 @@ class TarLatentCache(LatentCache):
         self.meta = read_meta_file(self._file(META))
         self._check_same_source(codec, transform)
         self.mode = self._mode(mode)
-        index = pd.DataFrame(map(json.loads, table["row"].to_pylist()))
+        try:
+            index = pd.DataFrame(map(_entry, table["row"].to_pylist()))
+        except ValueError as error:
+            raise CacheError(f"{self.name}: a row of its index {error}; delete the index") from error
         index[list(TEXT_COLUMNS)] = index[list(TEXT_COLUMNS)].fillna("").astype(str)
         self.shards = len(pc.unique(table["shard"]))
         index["_row"] = range(len(index))
@@ -127,7 +148,7 @@ class TarLatentCache(LatentCache):
                 stream = io.BytesIO(content)
                 stream.seek(offsets[index])
                 tensors[kind] = torch.from_numpy(np.load(stream, allow_pickle=False))
-        except (OSError, ValueError, EOFError, TypeError, MediaError) as error:
+        except (OSError, ValueError, EOFError, TypeError, OverflowError, MemoryError, MediaError) as error:
             raise CacheError(f"{self._members[index]} cannot be read: {one_line(error)}") from error
         return tensors
 

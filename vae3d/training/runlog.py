@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vae3d.errors import UserError
 from vae3d.io import hold_lock, open_nofollow, write_text, yaml_text
+from vae3d.progress import Bar
 from vae3d.report import score_names
 from vae3d.text import plural
 from vae3d.training.loggers import Loggers
@@ -44,7 +44,7 @@ class RunLog:
         self.folder, self.logger, self.rank = folder, logger, rank
         self.main = rank == 0
         self._broken: set[str] = set()
-        self._bar: tqdm | None = None
+        self._bar: Bar | None = None
         self._timer: Countdown | None = None
 
     def open(self, step: int, max_steps: int) -> None:
@@ -56,7 +56,7 @@ class RunLog:
         self._lock = ExitStack()
         self._lock.enter_context(hold_lock(self.folder / ".lock", in_use))
         self.logger.open(self.folder, step, self._drop_after(step))
-        self._bar = tqdm(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, leave=False)
+        self._bar = Bar(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, leave=False)
         self._timer = Countdown(step, max_steps)
 
     def launch(
