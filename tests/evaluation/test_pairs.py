@@ -34,6 +34,7 @@ def test_pairs_are_found_by_name_with_the_suffix_aside(tmp_path):
 def test_missing_and_empty_folders_are_refused_and_not_made(folders, tmp_path, capsys):
     ori, _ = folders
     assert f"{tmp_path}/none: no such folder" in refused(capsys, ori, tmp_path / "none")
+    assert "vae3d infer source=URL" in refused(capsys, "s3://bucket/ori", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     (tmp_path / "void").mkdir()
     assert f"{tmp_path}/void holds no video or image" in refused(capsys, ori, tmp_path / "void")

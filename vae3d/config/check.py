@@ -32,7 +32,7 @@ from vae3d.config.issues import (
     raise_if_any,
     walk,
 )
-from vae3d.config.sources import expand_sources, of_source, sources_of, without_inherited
+from vae3d.config.sources import class_issues, expand_sources, of_source, sources_of, without_inherited
 from vae3d.config.targets import target_issues
 
 C = TypeVar("C")
@@ -122,7 +122,7 @@ def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     tree = _resolve(cfg, OmegaConf.to_container(cfg, resolve=False), "", issues)
     issues += adapter_issues(tree)
     tree, given, beside = expand_sources(tree)
-    issues += beside
+    issues += [*beside, *class_issues(tree)]
     config, wrong = _typed(tree, schema)
     for found in (target_issues(tree), _number_issues(tree), wrong, _missing(tree, config)):
         issues = add_new(issues, found)

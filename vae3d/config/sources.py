@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vae3d.arguments import flatten
 from vae3d.config.fields import fields_of
-from vae3d.config.issues import MISSING, ConfigIssue, is_within, walk
+from vae3d.config.issues import MISSING, ConfigIssue, close_match, is_within, walk
 
 if TYPE_CHECKING:
     from vae3d.config.schema import Data
@@ -37,6 +37,27 @@ def expand_sources(tree: Any) -> tuple[Any, dict[str, list[str]], list[ConfigIss
     expanded = {name: _merged(inherited, own[name]) if name in own else node for name, node in sources.items()}
     given = {str(name): ["source", *flatten(node)] for name, node in own.items()}
     return {**tree, "data": {**data, "source": None, "sources": expanded}}, given, issues
+
+
+def class_issues(tree: Any) -> Iterator[ConfigIssue]:
+    """Sources without a class, such as one whose name in data.sources is misspelt."""
+    data = tree.get("data") if isinstance(tree, dict) else None
+    if not isinstance(data, dict):
+        return
+    sources = data.get("sources") or {}
+    sources = sources if isinstance(sources, dict) else {}
+    nodes = {name: node.get("source") for name, node in sources.items() if isinstance(node, dict)}
+    for name, source in nodes.items() if sources else [("", data.get("source"))]:
+        if source in (None, MISSING) or (isinstance(source, dict) and "_target_" in source):
+            continue
+        example = "{_target_: vae3d.data.sources.Table, path: videos.csv}"
+        hint = f"set data.source.path, or all of it: 'data.source={example}'"
+        if name:
+            close = close_match(str(name), [str(other) for other in nodes if other != name])
+            hint = f"did you mean {PREFIX}{close}? " if close else ""
+            hint += f"add a source by '{PREFIX}{name}={{source: {example}}}'"
+        key = f"{PREFIX}{name}.source" if name else "data.source"
+        yield ConfigIssue(key, source, "has no `_target_`, the class of the source", hint)
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

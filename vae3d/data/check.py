@@ -2,10 +2,10 @@
 
     python -m vae3d.data.check FILE
 
-FILE is a table, a JSON list, a folder or a Hugging Face dataset. Each image is decoded; each video (or part of one) at
-its first, middle and last frame, or completely with --full. --clean OUT.csv writes the good rows with num_frames,
-height, width and fps, so that training need not probe the files. Exit status: 1 if any row is bad, 2 if FILE cannot be
-read. --alpha checks files for a model of RGBA (model.pixel_channels=4): each must have alpha.
+FILE is a table, a JSON list, a folder, tar shards, a Hugging Face dataset, or a URL. Each image is decoded; each video
+(or part of one) at its first, middle and last frame, or completely with --full. --clean OUT.csv writes the good rows
+with num_frames, height, width and fps, so that training need not probe the files. Exit status: 1 if any row is bad, 2
+if FILE cannot be read. --alpha checks files for a model of RGBA (model.pixel_channels=4): each must have alpha.
 """
 
 from __future__ import annotations

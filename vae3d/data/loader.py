@@ -161,8 +161,7 @@ def check_files_exist(source: Source, max_broken: float) -> list[str]:
     lines = [f"data: {plural(len(table), 'row')}, {files.isna().sum()} of {len(files)} files exist"]
     if not valid.all():
         lines[0] += f", {plural((~valid).sum(), 'invalid row')}"
-    lines += [f"  {path}: {reason}" for path, reason in errors[:SHOWN]]
-    return lines + [f"  {note}" for note in getattr(source, "notes", ())]
+    return lines + [f"  {path}: {reason}" for path, reason in errors[:SHOWN]]
 
 
 def schedule_notes(schedule: Schedule) -> list[str]:

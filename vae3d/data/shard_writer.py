@@ -200,7 +200,7 @@ def check_broken(errors: Sequence[tuple[str, str]], rows: int, max_broken: float
     if len(errors) > max_broken * rows:
         listed = "\n".join(shown)
         raise DataError(
-            f"{len(errors)} of {plural(rows, 'row')} cannot be written, more than --max_broken {max_broken:g}:\n"
-            f"{listed}"
+            f"{len(errors)} of {plural(rows, 'row')} cannot be written, more than --max_broken {max_broken:g} "
+            f"(0.1 leaves out up to a tenth):\n{listed}"
         )
     return [f"left out: {len(errors)} of {plural(rows, 'row')}", *shown]

@@ -29,9 +29,18 @@ from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
-from vae3d.data.storage import find_objects, folder_of, is_stored, list_urls, local_name, split_member, suffix_of
+from vae3d.data.storage import (
+    find_objects,
+    folder_of,
+    is_stored,
+    is_url,
+    list_urls,
+    local_name,
+    split_member,
+    suffix_of,
+)
 from vae3d.data.tables import JSON, kind_of, read_table
-from vae3d.data.webdataset import TAR, WebDataset, is_shards, is_tar
+from vae3d.data.webdataset import TAR, WebDataset, is_indexed_url, is_shards, is_tar
 
 ARCHIVES = (".zip", ".gz", ".7z", ".rar")
 
@@ -45,8 +54,8 @@ class Source(Protocol):
 
 def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     """A Table for .csv, .tsv and .parquet, JsonClips for .json and .jsonl, HuggingFace for a dataset's folder,
-    WebDataset for tars, their index, and a folder of tars without videos and images, else a Folder. path: local or a
-    URL.
+    WebDataset for tars, their index, a folder of tars without videos and images, and a URL with an index of tars, else
+    a Folder. path: local or a URL.
 
     Raises DataError for a file of another kind.
     """
@@ -57,6 +66,8 @@ def open_source(path: str | Path, root: str | Path | None = None) -> Source:
     if not stored and holds_dataset(path):
         return HuggingFace(path)
     kind = kind_of(path)
+    if kind is None and is_url(path) and not is_media(str(path)) and is_indexed_url(str(path)):
+        return WebDataset(path)
     if kind is None or (not stored and Path(path).is_dir()):
         return Folder(path)
     return (JsonClips if kind in JSON else Table)(path, root)
@@ -148,7 +159,8 @@ def objects_under(url: str) -> tuple[list[str], list[str]]:
     names = [path.removeprefix(f"{top}/") for path in found]
     chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not re.search(r"(^|/)\.", name)]
     if not chosen:
-        tars = "; of its tars give a pattern, such as {000..999}.tar" if any(map(is_tar, found)) else ""
+        hint = "; of its tars, which have no index.arrow, give a pattern, such as {000..999}.tar"
+        tars = hint if any(map(is_tar, found)) else ""
         raise DataError(f"{url} lists no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}){tars}")
     return [found[i] for i in chosen], [names[i] for i in chosen]
 

@@ -506,11 +506,13 @@ async def _http(system: Any, url: str, offset: int, size: int | None) -> tuple[b
                 raise MediaError(url, "its server does not say how long it is (no Content-Range or Content-Length)")
             return b"", total, version
         if first is None and (offset, size) != (0, total):
-            raise MediaError(
-                url,
-                f"its server ignores ranges (status {response.status} for bytes {offset} to {last}); members of tars "
-                f"and objects of more than {PIECE // 2**20} MiB need a server that does not",
-            )
+            reason = f"its server ignores ranges (status {response.status} for bytes {offset} to {last})"
+            if _is_tar(url):  # none of its members can be read
+                raise StorageError(
+                    f"{url}: {reason}, by which the members of a tar are read. python -m http.server does so, nginx "
+                    "and object stores do not: use one of these, or copy the tars to this machine"
+                )
+            raise MediaError(url, f"{reason}, by which objects of more than {PIECE // 2**20} MiB are read")
         if total is not None and offset + size > total:
             raise MediaError(url, f"has {plural(total, 'byte')}; bytes {offset} to {last} were asked for")
         content = bytearray()
@@ -535,6 +537,10 @@ def _content_range(header: str) -> tuple[int | None, int | None]:
 
 def _is_http(url: str) -> bool:
     return url.lower().startswith(("http://", "https://"))
+
+
+def _is_tar(url: str) -> bool:
+    return urlsplit(url).path.lower().endswith(".tar")
 
 
 def _sync(system: Any, function: Callable, *args: Any) -> Any:

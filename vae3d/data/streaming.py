@@ -439,8 +439,8 @@ def stream_notes(stream: ShardedStream, shuffle: int, readers: int) -> list[str]
             f"all of it and uses one row of {readers}; write the dataset as at least {readers} files to read it once"
         )
     lines.append(
-        "the same command resumes with the same clips; with another number of ranks or workers clips are others, and "
-        "a new pass begins. Clips come about, not exactly, equally often. data.source.streaming=false promises both"
+        "samples are used about equally often. The same command resumes with the same clips, on another number of "
+        "ranks or workers with others. data.source.streaming=false does both exactly"
     )
     return lines
 

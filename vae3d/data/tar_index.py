@@ -182,10 +182,10 @@ def samples_of(shard: Shard, with_content: Callable[[int, str], bool] = lambda *
     try:
         with open_shard(shard) as stream:
             yield from _samples(shard.path, stream, with_content)
+    except DataError:  # a ValueError, too
+        raise
     except MediaError as error:
         raise DataError(str(error)) from error
-    except DataError:
-        raise
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
         raise DataError(f"{shard.path} is damaged or truncated: {one_line(error)}") from error
     except OSError as error:

@@ -215,6 +215,11 @@ def is_shards(path: str | Path) -> bool:
     return not is_url(path) and os.path.isdir(path) and bool(glob(os.path.join(escape(str(path)), "*.tar")))
 
 
+def is_indexed_url(url: str) -> bool:
+    """Whether a URL is that of a folder with an index of shards. Asks its store, unless it is a pattern."""
+    return not {"*", "{"} & set(url) and _exists(f"{url.rstrip('/')}/{INDEX}")
+
+
 def list_shards(path: str) -> list[str]:
     """The tars of a pattern, a folder or an index, absolute, or URLs. Raises DataError if there is none."""
     if path.endswith(".arrow"):

@@ -125,7 +125,9 @@ def _stems(folder: Path) -> dict[str, Path]:
 
 def _media(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise PairError(f"{folder}: no such folder")
+        is_url = re.match(r"[a-z0-9]+:/", str(folder))  # of which pathlib leaves one slash
+        hint = "; files are scored in local folders: vae3d infer source=URL writes originals and reconstructions"
+        raise PairError(f"{folder}: no such folder{hint if is_url else ''}")
     media = VIDEO_SUFFIXES + IMAGE_SUFFIXES
     files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in media and not f.name.startswith(".")]
     if not files:
