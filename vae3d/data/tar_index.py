@@ -667,21 +667,25 @@ def _check_index(table: pa.Table, header: Mapping[str, Any]) -> None:
     counts = [entry["rows"] for entry in entries]
     if not pa.types.is_dictionary(table["shard"].type) or sum(counts) != len(table):
         raise ValueError(f"it has {len(table)} rows of shards of {sum(counts)}")
-    shard = table["shard"].combine_chunks()
-    numbers = np.repeat(np.arange(len(entries)), counts)
-    if not np.array_equal(shard.indices.to_numpy(), numbers):
-        raise ValueError("its rows are not those of its shards in their order")
-    if shard.dictionary.to_pylist() != [entry["name"] for entry in entries]:
-        raise ValueError("its shards have two names")
-    offset, size = (table[name].to_numpy().astype(np.int64) for name in ("offset", "size"))
-    total = np.array([entry["bytes"] for entry in entries], np.int64)[numbers]
-    outside = (offset < 0) | (size < 0) | (size > total) | (offset > total - size)
-    if outside.any():
-        row = int(outside.argmax())
-        raise ValueError(
-            f"{table['key'][row]} is at bytes {offset[row]} + {size[row]} of {entries[numbers[row]]['name']}, which "
-            f"has {total[row]}"
-        )
+    names = [entry["name"] for entry in entries]
+    ends, sizes = np.cumsum(counts), np.array([entry["bytes"] for entry in entries], np.int64)
+    for first in range(0, len(table), ROWS_PER_BATCH):  # in little memory
+        piece = table.slice(first, ROWS_PER_BATCH)
+        shard = piece["shard"].combine_chunks()
+        numbers = np.searchsorted(ends, np.arange(first, first + len(piece)), side="right")
+        if not np.array_equal(shard.indices.to_numpy(), numbers):
+            raise ValueError("its rows are not those of its shards in their order")
+        if shard.dictionary.to_pylist() != names:
+            raise ValueError("its shards have two names")
+        offset, size = (piece[name].to_numpy().astype(np.int64) for name in ("offset", "size"))
+        total = sizes[numbers]
+        outside = (offset < 0) | (size < 0) | (size > total) | (offset > total - size)
+        if outside.any():
+            row = int(outside.argmax())
+            raise ValueError(
+                f"{piece['key'][row]} is at bytes {offset[row]} + {size[row]} of {names[numbers[row]]}, which has "
+                f"{total[row]}"
+            )
 
 
 def shard_paths(header: Mapping[str, Any], index: str | Path) -> list[str]:
