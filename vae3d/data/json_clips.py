@@ -101,7 +101,7 @@ class JsonClips:
     ) -> list[str]:
         """Warnings about the list, and lines with the number of clips and videos, in all and per split.
 
-        files: [rows] what tells files apart. usable: [rows] without an error. of_split: split -> [rows] its rows.
+        files: [rows] equal for rows of one file. usable: [rows] without an error. of_split: split -> [rows] its rows.
         """
         rule = f"by the hash of the path, val_share={self.val_share:g}"
         rule = rule if self.splits_by_hash(listed) else "by their `split`"

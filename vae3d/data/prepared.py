@@ -328,18 +328,26 @@ def _convert_list(source: JsonClips, folder: Path) -> None:
             named.append(np.array([seed_of(name) for name in piece["name"]], np.int64))
             yield piece
 
-    first = folder / ("unsplit.arrow" if by_hash else "table.arrow")
-    batches = (_arrays(piece, root, schema) for piece in looked_for())
-    rows, styles = _write(first, schema, batches, listed.rows, Path(source.path).name)
+    unsplit = pa.schema(
+        [field for field in schema if field.name not in ("identity", "facts", "split")], schema.metadata
+    )
+    first, first_schema = (folder / "unsplit.arrow", unsplit) if by_hash else (folder / "table.arrow", schema)
+    batches = (_arrays(piece, root, first_schema) for piece in looked_for())
+    rows, styles = _write(first, first_schema, batches, listed.rows, Path(source.path).name)
     hashes, files = np.concatenate(named), np.concatenate(files)
     table = FileTable(ArrowFile(first))
     if by_hash:
         everything = np.arange(rows)
         hashes = _equal_in_a_file(table, everything, hashes, files)
         split = np.where(source.held_out(hashes, table.missing("error")), "val", "train")
-        pieces = (everything[begin : begin + CHUNK] for begin in range(0, rows, CHUNK))
-        batches = (_arrays(_typed(table, piece).assign(split=split[piece]), root, schema) for piece in pieces)
-        _write(folder / "table.arrow", schema, batches, rows, f"the split of {Path(source.path).name}")
+
+        def with_split() -> Iterator[tuple[pa.RecordBatch, set[str]]]:
+            for begin in range(0, rows, CHUNK):
+                piece = everything[begin : begin + CHUNK]
+                yield _arrays(_typed(table, piece).assign(split=split[piece]), root, schema)
+                table.base.release()
+
+        _write(folder / "table.arrow", schema, with_split(), rows, f"the split of {Path(source.path).name}")
         first.unlink()
         table = FileTable(ArrowFile(folder / "table.arrow"))
     np.save(folder / "missing.npy", np.concatenate(missing))
@@ -451,13 +459,14 @@ def _arrays(table: pd.DataFrame, root: str, schema: pa.Schema) -> tuple[pa.Recor
         if name == "path":
             arrays[name] = pa.array(list(map(os.fsencode, table["path"])), NAMES)
         elif name == LABEL_IS_NUMBER:
-            arrays[name] = pa.array([_is_number(label) for label in table["label"].tolist()])
+            arrays[name] = pa.array([_is_number(label) for label in table["label"].tolist()], pa.bool_())
         elif name in TEXTS:
             given = table[name].where(table[name].isin(SPLITS), None) if name == "split" else table[name]
             arrays[name] = text_array(given)
         elif name in (*NUMBERS, *SEGMENT):
             arrays[name] = pa.array(table[name].to_numpy(dtype=float))
-    arrays["identity"], arrays["facts"] = pa.array(row_hashes(table)), pa.array(fact_hashes(table))
+    if "facts" in schema.names:
+        arrays["identity"], arrays["facts"] = pa.array(row_hashes(table)), pa.array(fact_hashes(table))
     if "file" in schema.names:
         arrays["file"] = pa.array([seed_of(name) for name in table["name"]], pa.int64())
     sound = table[table["error"].isna()]
