@@ -103,8 +103,8 @@ class JsonClips:
 
         files: [rows] equal for rows of one file. usable: [rows] without an error. of_split: split -> [rows] its rows.
         """
-        rule = f"by the hash of the path, val_share={self.val_share:g}"
-        rule = rule if self.splits_by_hash(listed) else "by their `split`"
+        by_hash = self.splits_by_hash(listed)
+        rule = f"by the hash of the path, val_share={self.val_share:g}" if by_hash else "by their `split`"
         parts = [(split, files[usable & rows]) for split, rows in of_split.items()]
         counts = [f"{split} {_clips_of(part)}" for split, part in parts if len(part)]
         lines = [f"{self.path} lists {_clips_of(files[usable])}"]

@@ -481,12 +481,16 @@ def _is_number(label: Any) -> bool:
     return isinstance(label, int | float | np.number) and not isinstance(label, bool) and label == label
 
 
+def _number(text: str) -> int | float:
+    return int(text) if text.removeprefix("-").isdigit() else float(text)
+
+
 def _typed(table: FileTable, rows: np.ndarray) -> pd.DataFrame:
     """table.to_pandas(rows), with those labels as numbers that were numbers, for their hashes."""
     found = table.to_pandas(rows)
     if LABEL_IS_NUMBER in table.base.table.column_names:
         numbers = take(table.base.table[LABEL_IS_NUMBER], rows).to_numpy()
-        found.loc[numbers, "label"] = found.loc[numbers, "label"].map(float)
+        found.loc[numbers, "label"] = found.loc[numbers, "label"].map(_number)
     return found
 
 
