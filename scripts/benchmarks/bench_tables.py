@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -32,12 +33,13 @@ from vae3d.argparse_types import positive_int
 
 MIB = 2**20
 DRAWS = 1000
+CLIPS_PER_FILE = 20  # of a JSON list, whose files must exist
 KINDS = ("csv", "parquet", "jsonl", "hf", "folder")
 
 
 def write_source(folder: Path, kind: str, rows: int) -> Path:
-    """A source of videos with their metadata, or of images: a table, whose files do not exist; a JSON list, whose files
-    are empty; parquet files of a Hugging Face dataset; a folder of empty images. Returns its path."""
+    """A source of videos with their metadata, or of images: a table, whose files do not exist; a JSON list of clips of
+    empty files; parquet files of a Hugging Face dataset; a folder of empty images. Returns its path."""
     import numpy as np
     import pandas as pd
     import pyarrow as pa
@@ -47,7 +49,8 @@ def write_source(folder: Path, kind: str, rows: int) -> Path:
     writer = None
     for first in range(0, rows, 500_000):
         numbers = np.arange(first, min(first + 500_000, rows))
-        names = [f"videos/{i // 1000:05}/clip_{i:08}.{'png' if kind == 'folder' else 'mp4'}" for i in numbers.tolist()]
+        files = numbers // CLIPS_PER_FILE if kind == "jsonl" else numbers
+        names = [f"videos/{i // 1000:05}/clip_{i:08}.{'png' if kind == 'folder' else 'mp4'}" for i in files.tolist()]
         table = pd.DataFrame({
             "path": names,
             "num_frames": 17 + numbers * 7919 % 200,
@@ -56,7 +59,7 @@ def write_source(folder: Path, kind: str, rows: int) -> Path:
             "fps": np.where(numbers % 5, 24.0, 29.97),
         })  # fmt: skip
         if kind in ("jsonl", "folder"):
-            make_files(path if kind == "folder" else folder, names)
+            make_files(path if kind == "folder" else folder, dict.fromkeys(names))
         if kind == "csv":
             table.to_csv(path, mode="a", header=first == 0, index=False)
         elif kind == "jsonl":
@@ -76,7 +79,7 @@ def write_source(folder: Path, kind: str, rows: int) -> Path:
     return path
 
 
-def make_files(folder: Path, names: list[str]) -> None:
+def make_files(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         file = folder / name
         if not file.parent.is_dir():

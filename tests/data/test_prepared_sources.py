@@ -15,7 +15,7 @@ from PIL import Image
 from tests import tiny
 from tests.data.test_prepared import SETTINGS, assert_same, large, rows  # noqa: F401
 from tests.http_server import serve
-from vae3d.data import dataset_rows, json_clips, prepared, storage
+from vae3d.data import check, dataset_rows, json_clips, prepared, storage
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.json_clips import JsonClips
@@ -295,3 +295,15 @@ def test_a_large_table_at_a_url_gives_what_a_small_one_gives(tmp_path, large, mo
         assert len(both(make, large).train) == len(one.train) + 1
         with pytest.raises(DataError, match=f"{store.url}/none.csv"):
             read_tables(Table(f"{store.url}/none.csv"), SETTINGS, 3, 0.5)
+
+
+# ---- checking
+
+
+def test_check_hands_out_some_files_at_a_time(pictures, monkeypatch, capsys):
+    monkeypatch.setattr(check, "AT_A_TIME", 10)
+    (pictures / "val/2/20.png").write_bytes(b"junk")
+    assert check.main([str(pictures), "--workers", "1"]) == 1
+    out = capsys.readouterr().out
+    assert f"row 24: {pictures}/val/2/20.png: " in out
+    assert "23 of 24 rows are good, 1 bad" in out
