@@ -32,7 +32,7 @@ def large(monkeypatch, tmp_path):
 
     def use(on: bool = True, processes: bool = False) -> None:
         monkeypatch.setattr(prepared, "SMALL_FILE", 0 if on else 2**60)
-        monkeypatch.setattr(prepared, "LARGE", 0)
+        monkeypatch.setattr(prepared, "LARGE", 0 if on else 2**60)
         monkeypatch.setattr(prepared, "CHUNK", 23)
         monkeypatch.setattr(prepared, "WORKERS", 2 if processes else 1)
         monkeypatch.setattr(tables, "CHUNK", 19)

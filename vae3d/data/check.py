@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from vae3d.data.segments import Bounds
 
 
+AT_A_TIME = 10_000  # files that a pool is given
+
+
 def examine(path: str, bounds: Bounds, full: bool, alpha: bool = False) -> MediaInfo | str:
     """Metadata of a file, or the reason why it, or its part within `bounds`, cannot be used: with alpha, as RGBA."""
     from vae3d.data.readers import MediaError, open_media
@@ -60,7 +63,8 @@ def examine_all(
         while (done := len(results)) < len(paths):
             try:
                 with ProcessPoolExecutor(workers) as pool:
-                    for result in pool.map(work, paths[done:], bounds[done:], chunksize=4):
+                    part = slice(done, done + AT_A_TIME)
+                    for result in pool.map(work, paths[part], bounds[part], chunksize=4):
                         results.append(result)
                         bar.update()
             except BrokenProcessPool:  # the next file crashed it, or one that another process had started

@@ -48,24 +48,40 @@ def member_name(split: str, column: str, row: int | str, kind: str) -> str:
     return f"{quote(split, '')}/{quote(column, '')}/{row}{SUFFIXES[kind]}"
 
 
-def row_paths(rows: datasets.Dataset, split: str, column: str, kind: str) -> tuple[list[str], np.ndarray]:
-    """(path of every row, [rows] whether it has no bytes). No bytes are read. Raises DataError."""
+def row_paths(
+    rows: datasets.Dataset, split: str, column: str, kind: str, size: int | None = None
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    """(paths of the rows, [rows] whether a row has no bytes), for at most `size` rows at a time; None: those of a file.
+    No bytes are read. Raises DataError."""
     before, after = member_name(split, column, "\0", kind).split("\0")
-    paths, empty = [], []
-    for file in (entry["filename"] for entry in rows.cache_files):
-        offsets, sizes, null = _ranges(file, column)
-        first = len(paths)
-        paths += [
-            f"{file}@{offset}+{size}/{before}{row}{after}"
-            for row, (offset, size) in enumerate(zip(offsets.tolist(), sizes.tolist(), strict=True), first)
-        ]
-        empty.append(null)
-    if len(paths) != len(rows):
+    files = [entry["filename"] for entry in rows.cache_files]
+    counts = list(map(_count, files))
+    if sum(counts) != len(rows):
         raise DataError(
-            f"the Arrow files of the split {split} ({rows.cache_files[0]['filename']}, ...) have "
-            f"{plural(len(paths), 'row')}, the dataset has {len(rows)}; write it again with save_to_disk"
+            f"the Arrow files of the split {split} ({files[0]}, ...) have {plural(sum(counts), 'row')}, the dataset "
+            f"has {len(rows)}; write it again with save_to_disk"
         )
-    return paths, np.concatenate([*empty, np.zeros(0, bool)])
+    begin = 0
+    for file, count in zip(files, counts, strict=True):
+        offsets, sizes, empty = _ranges(file, column)
+        for first in range(0, count, size or count or 1):
+            part = slice(first, first + (size or count))
+            yield (
+                [
+                    f"{file}@{offset}+{length}/{before}{row}{after}"
+                    for row, (offset, length) in enumerate(
+                        zip(offsets[part].tolist(), sizes[part].tolist(), strict=True), begin + first
+                    )
+                ],
+                empty[part],
+            )
+        begin += count
+
+
+def _count(file: str) -> int:
+    """Rows of an Arrow file."""
+    with pa.memory_map(file) as source:
+        return sum(batch.num_rows for batch in pa.ipc.open_stream(source))
 
 
 def _ranges(file: str, column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -108,8 +108,7 @@ class FileTable:
         piece, as the columns of a large table that is ready for training do."""
         if self._column(name) is None:
             return np.broadcast_to(np.nan, len(self) if rows is None else len(rows))
-        column = self._taken(name, rows)
-        return column.chunk(0).to_numpy(zero_copy_only=False) if column.num_chunks == 1 else column.to_numpy()
+        return _values(self._taken(name, rows))
 
     def missing(self, name: str, rows: np.ndarray | None = None) -> np.ndarray:
         """[rows] whether a column of texts has no value, of all rows or of some."""
@@ -145,7 +144,7 @@ class FileTable:
         made_for = self.view.table.schema.metadata or {}
         if settings is not None and not clip_rule(settings).items() <= made_for.items():
             return None
-        return self._taken(name).chunk(0).to_numpy()
+        return _values(self._taken(name))
 
     def select(self, rows: np.ndarray) -> FileTable:
         """The table of some rows, by index, in that order. Its indices are held in memory."""
@@ -233,6 +232,11 @@ class FileTable:
         for file in (self.base, self.view):
             if file is not None:
                 file.release()
+
+
+def _values(column: pa.ChunkedArray) -> np.ndarray:
+    """Not copied if they lie in one piece; of no rows, there is none."""
+    return column.chunk(0).to_numpy(zero_copy_only=False) if column.num_chunks == 1 else column.to_numpy()
 
 
 def take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:

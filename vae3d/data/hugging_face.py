@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -30,6 +30,7 @@ from vae3d.data.dataset_rows import (
 )
 from vae3d.data.media import DataError, StreamItem
 from vae3d.data.rows import rows_from_paths
+from vae3d.data.versions import file_stamp
 
 if TYPE_CHECKING:
     import datasets
@@ -77,20 +78,36 @@ class HuggingFace:
                 "data.source.streaming=true is for training an autoencoder; what needs a table of all rows reads the "
                 "dataset with data.source.streaming=false"
             )
+        table = pd.concat(list(self.pieces()), ignore_index=True)
+        table["row"] = np.arange(1, len(table) + 1)
+        return table
+
+    def pieces(self, size: int | None = None) -> Iterator[pd.DataFrame]:
+        """The table in pieces of at most `size` rows; None: one piece per Arrow file. Raises DataError as `table`."""
+        opened = self.open()
+        self.notes = opened.notes()
+        for name, role in opened.roles.items():
+            for piece in _pieces(opened, name, size):
+                yield piece.assign(split=role if opened.has_val else None)
+
+    def open(self) -> OpenDataset:
+        """The splits and columns that are used. Raises DataError."""
         folder = self._folder()
         splits = open_splits(folder)
         roles = self._roles(list(splits))
         rows = splits[next(iter(roles))]
         column, kind = self._column(folder, rows.features, lambda name: _first(rows, name))
-        text = self._text_column(folder, rows.features)
-        tables = {name: _rows(folder, name, column, kind, text) for name in roles}
-        table = pd.concat([rows.assign(split=roles[name]) for name, rows in tables.items()], ignore_index=True)
-        table["row"] = np.arange(1, len(table) + 1)
-        if "val" not in roles.values():
-            table["split"] = None
-        counts = ", ".join(f"{len(rows)} of {name} ({roles[name]})" for name, rows in tables.items())
-        self.notes = [f"{kind}s in the column {column} of {folder}: {counts}"]
-        return table
+        return OpenDataset(folder, splits, roles, column, kind, self._text_column(folder, rows.features))
+
+    def versions(self) -> list[Any]:
+        """What the table depends on: the settings, and name, size and time of every file in the folder."""
+        folder = self._folder()
+        found = []
+        for here, folders, names in os.walk(folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            files = (os.path.join(here, name) for name in sorted(names) if not name.startswith("."))
+            found += [[os.path.relpath(file, folder), file_stamp(file)] for file in files]
+        return [folder, self.split, self.val_split, self.column, self.text_column, found]
 
     def stream(self, role: str) -> HuggingFaceStream | None:
         """The rows for training (`train`) or validation (`val`); None if there are none. Raises DataError."""
@@ -147,6 +164,42 @@ class HuggingFace:
         return self.text_column
 
 
+class OpenDataset(NamedTuple):
+    """folder: of the dataset. roles: split of the dataset -> split of the table. column: of images or videos, as `kind`
+    says. text: column of captions, if there is one."""
+
+    folder: str
+    splits: dict[str, datasets.Dataset]
+    roles: dict[str, str]
+    column: str
+    kind: str
+    text: str | None
+
+    @property
+    def has_val(self) -> bool:
+        return "val" in self.roles.values()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of each split that is used."""
+        return {name: len(self.splits[name]) for name in self.roles}
+
+    def given(self) -> list[str]:
+        """The columns of the table that may have values."""
+        names = ["label"] * any("label" in self.splits[name].column_names for name in self.roles)
+        names += ["text"] * (self.text is not None) + ["split"] * self.has_val
+        return names + ["num_frames", "fps"] * (self.kind == IMAGE)
+
+    def files(self) -> list[str]:
+        """The Arrow files that hold the rows, which may lie in the cache of the library."""
+        return [entry["filename"] for name in self.roles for entry in self.splits[name].cache_files]
+
+    def notes(self) -> list[str]:
+        """Lines for the log."""
+        counts = ", ".join(f"{count} of {name} ({self.roles[name]})" for name, count in self.counts.items())
+        return [f"{self.kind}s in the column {self.column} of {self.folder}: {counts}"]
+
+
 class HuggingFaceStream:
     """The rows of a split, by shards (files, or parts of them); see streaming.ShardedStream. Opened where it is
     read."""
@@ -194,28 +247,33 @@ def _first(rows: datasets.Dataset, column: str) -> Any:
     return rows.with_format("arrow")[0][column][0].as_py() if len(rows) else None
 
 
-def _rows(folder: str, split: str, column: str, kind: str, text: str | None) -> pd.DataFrame:
+def _pieces(opened: OpenDataset, split: str, size: int | None) -> Iterator[pd.DataFrame]:
     """The rows of a split. Where only the path of an image or a video is stored, the row is that file."""
-    rows = open_splits(folder)[split]
-    paths, external = row_paths(rows, split, column, kind)
-    errors: list[str | None] = [None] * len(paths)
+    rows, column, kind, text = opened.splits[split], opened.column, opened.kind, opened.text
     columns = rows.with_format("arrow")
-    if len(external := np.flatnonzero(external)):
-        stored = columns.select_columns([column])[:][column]
-        files = pc.struct_field(stored, "path").take(pa.array(external)).to_pylist()
-        for row, file in zip(external.tolist(), files, strict=True):
-            if file:
-                paths[row] = os.path.join(folder, file)
-            else:
-                errors[row] = f"has no {kind}"
-    table = rows_from_paths(paths, [f"{split}/{row}" for row in range(len(paths))])
-    if "label" in columns.column_names:
-        table["label"] = _labels(columns.select_columns(["label"])[:]["label"])
-    if text is not None and text in columns.column_names:
-        table["text"] = columns.select_columns([text])[:][text].to_pylist()
-    if kind == IMAGE:
-        table = table.assign(num_frames=1.0, fps=0.0)
-    return table.assign(error=pd.Series(errors, dtype=object))
+    first = 0
+    for paths, empty in row_paths(rows, split, column, kind, size):
+        part = slice(first, first + len(paths))
+        errors: list[str | None] = [None] * len(paths)
+        if len(external := np.flatnonzero(empty)):
+            stored = columns.select_columns([column])[part][column]
+            files = pc.struct_field(stored, "path").take(pa.array(external)).to_pylist()
+            for row, file in zip(external.tolist(), files, strict=True):
+                if file:
+                    paths[row] = os.path.join(opened.folder, file)
+                else:
+                    errors[row] = f"has no {kind}"
+        table = rows_from_paths(paths, [f"{split}/{row}" for row in range(part.start, part.stop)])
+        if "label" in columns.column_names:
+            table["label"] = pd.Series(_labels(columns.select_columns(["label"])[part]["label"]), dtype=object)
+        if text is not None and text in columns.column_names:
+            table["text"] = columns.select_columns([text])[part][text].to_pylist()
+        if kind == IMAGE:
+            table = table.assign(num_frames=1.0, fps=0.0)
+        yield table.assign(error=pd.Series(errors, dtype=object))
+        first = part.stop
+    if not first:
+        yield rows_from_paths([], [])
 
 
 def _labels(labels: pa.ChunkedArray) -> list[int | str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -12,12 +12,13 @@ import pandas as pd
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.media import DataError
 from vae3d.data.readers import is_image
-from vae3d.data.rows import SPLITS, mark_missing_files, rows_from_paths
+from vae3d.data.rows import SPLITS, Listing, mark_missing_files
 from vae3d.data.sources import Folder, Source, files_under, holds_dataset, open_source
 from vae3d.data.storage import is_stored, suffix_of
 from vae3d.text import plural
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # name -> split
+IMAGE = {"num_frames": 1.0, "fps": 0.0}
 
 
 class ImageFolder:
@@ -35,33 +36,41 @@ class ImageFolder:
 
     def table(self) -> pd.DataFrame:
         """Raises DataError if there are no images. Invalid rows of a table get an `error`."""
+        if self.is_folder():
+            return self.listing().table()
         self.notes = []
-        if not is_stored(self.path) and self.path.is_dir() and not holds_dataset(self.path):
-            table = self._images_under_folder()
-        else:
-            table = self._images_of_source()
+        table = self._images_of_source()
         usable = table["error"].isna()
-        table.loc[usable, "num_frames"], table.loc[usable, "fps"] = 1.0, 0.0
-        counts = [f"{name} {count}" for name in SPLITS if (count := (usable & (table["split"] == name)).sum())]
-        self.notes.insert(0, f"{self.path}: {plural(usable.sum(), 'image')}{': ' if counts else ''}{', '.join(counts)}")
+        table.loc[usable, "num_frames"], table.loc[usable, "fps"] = IMAGE["num_frames"], IMAGE["fps"]
+        self._note_counts(usable.sum(), Counter(table.loc[usable, "split"]))
         return table
 
-    def _images_under_folder(self) -> pd.DataFrame:
+    def is_folder(self) -> bool:
+        """Whether the images are the files under a folder."""
+        return not is_stored(self.path) and self.path.is_dir() and not holds_dataset(self.path)
+
+    def listing(self) -> Listing:
+        """The images under a folder. Raises DataError if there are none."""
+        self.notes = []
         files, top = files_under(self.path), os.path.abspath(self.path)
         names = [name for name in files if is_image(name)]
         self._note_other_files([name for name in files if not is_image(name)], not names)
-        table = rows_from_paths([os.path.join(top, name) for name in names], names)
         splits = [FOLDERS.get(name.split(os.sep)[0].lower()) if os.sep in name else None for name in names]
-        if "train" not in splits or not {"val", "test"} & set(splits):
-            return table
-        table["split"] = splits
-        if "test" in splits and "val" not in splits:
-            self.notes.append("there is no folder val; test is used for validation")
-            table["split"] = table["split"].replace("test", "val")
-        outside = table["split"].isna()
-        if outside.any():
-            self.notes.append(f"skipped, because they are in no folder of a split: {plural(outside.sum(), 'image')}")
-        return table[~outside].reset_index(drop=True)
+        kept: list[str] | None = None
+        if "train" in splits and {"val", "test"} & set(splits):
+            if "val" not in splits:
+                self.notes.append("there is no folder val; test is used for validation")
+                splits = ["val" if split == "test" else split for split in splits]
+            names = [name for name, split in zip(names, splits, strict=True) if split is not None]
+            kept = [split for split in splits if split is not None]
+            if outside := len(splits) - len(kept):
+                self.notes.append(f"skipped, because they are in no folder of a split: {plural(outside, 'image')}")
+        self._note_counts(len(names), Counter(kept))
+        return Listing([os.path.join(top, name) for name in names], names, kept, IMAGE)
+
+    def _note_counts(self, images: int, of_split: Mapping[str, int]) -> None:
+        counts = [f"{name} {of_split[name]}" for name in SPLITS if of_split[name]]
+        self.notes.insert(0, f"{self.path}: {plural(images, 'image')}{': ' if counts else ''}{', '.join(counts)}")
 
     def _images_of_source(self) -> pd.DataFrame:
         source = open_source(self.path, self.root)
@@ -87,7 +96,7 @@ def open_images_or_source(path: str, root: str | None = None) -> Source:
     """The source of a path; a folder of images only is an ImageFolder, whose subfolders name splits."""
     source = open_source(path, root)
     is_folder = isinstance(source, Folder) and not is_stored(source.path) and source.path.is_dir()
-    images = is_folder and source.table()["path"].map(is_image).all()
+    images = is_folder and all(map(is_image, source.listing().names))
     return ImageFolder(path) if images else source
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ from vae3d.data.media import DataError
 from vae3d.data.rows import SPLITS, file_hashes, mark_missing_files, normalise_rows
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
 from vae3d.data.storage import folder_of, is_stored
-from vae3d.data.tables import read_entries
+from vae3d.data.tables import JsonLines, kind_of, of_copy, read_entries
 from vae3d.text import plural
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
@@ -56,66 +58,111 @@ class JsonClips:
 
     def table(self) -> pd.DataFrame:
         """Raises DataError if the file is no such list. Invalid clips get an `error`."""
-        entries, self.notes = _entries(self.path)
-        clips, errors = zip(*map(_checked, entries), strict=True)
-        keys = [key for key in KINDS if key == "path" or any(key in clip for clip in clips)]
-        raw = pd.DataFrame({key: [clip.get(key) for clip in clips] for key in keys}).assign(error=errors)
-        table = normalise_rows(raw.rename(columns={"frames": "num_frames"}), self.root)
+        listed = read_list(self.path)
+        table = self._rows(list(listed.entries), listed.given)
         mark_missing_files(table)
-        rule = "by their `split`"
-        if "split" not in keys and self.val_share is not None:
-            table["split"] = self._split(table)
-            rule = f"by the hash of the path, val_share={self.val_share:g}"
-        ignored = [f"{key} ({count})" for key, count in _keys(entries).items() if key not in KINDS]
-        if ignored:
-            self.notes.append(f"ignored keys of clips: {', '.join(ignored)}")
-        self.notes += _counts(table, str(self.path), rule)
+        usable = table["error"].isna().to_numpy()
+        if self.splits_by_hash(listed):
+            table["split"] = np.where(self.held_out(file_hashes(table), usable), "val", "train")
+        of_split = {split: (table["split"] == split).to_numpy() for split in SPLITS}
+        self.notes = self.notes_of(listed, table["path"].to_numpy(), usable, of_split)
         return table
 
-    def _split(self, table: pd.DataFrame) -> np.ndarray:
-        hashes = file_hashes(table)
-        usable = np.unique(hashes[table["error"].isna()])
-        if len(usable) < 2:
-            return np.full(len(table), "train")
-        return np.where(hashes <= max(usable[0], int(self.val_share * HASHES)), "val", "train")
+    def pieces(self, listed: ClipList, size: int) -> Iterator[pd.DataFrame]:
+        """`table` in pieces of `size` rows, without looking for the files, and without a split by hashes."""
+        entries = iter(listed.entries)
+        first = 0
+        while part := list(islice(entries, size)):
+            yield self._rows(part, listed.given, first)
+            first += len(part)
+
+    def _rows(self, entries: Sequence[Any], given: Sequence[str], first: int = 0) -> pd.DataFrame:
+        """first: number of the first entry in the list, from 0."""
+        clips, errors = zip(*map(_checked, entries), strict=True)
+        numbers = range(first, first + len(clips))
+        # Objects: whether a clip's label stays a whole number must not depend on the other clips.
+        raw = pd.DataFrame({key: [clip.get(key) for clip in clips] for key in given}, index=numbers, dtype=object)
+        raw["error"] = pd.Series(errors, index=numbers, dtype=object)
+        return normalise_rows(raw.rename(columns={"frames": "num_frames"}), self.root)
+
+    def splits_by_hash(self, listed: ClipList) -> bool:
+        """Whether val_share chooses the clips that are held out."""
+        return "split" not in listed.given and self.val_share is not None
+
+    def held_out(self, hashes: np.ndarray, usable: np.ndarray) -> np.ndarray:
+        """[rows] whether val_share holds a row out. hashes: of file_hashes. usable: [rows] whether it has no error."""
+        files = np.unique(hashes[usable])
+        if len(files) < 2:
+            return np.zeros(len(hashes), dtype=bool)
+        return hashes <= max(files[0], int(self.val_share * HASHES))
+
+    def notes_of(
+        self, listed: ClipList, files: np.ndarray, usable: np.ndarray, of_split: Mapping[str, np.ndarray]
+    ) -> list[str]:
+        """Warnings about the list, and lines with the number of clips and videos, in all and per split.
+
+        files: [rows] equal for rows of one file. usable: [rows] without an error. of_split: split -> [rows] its rows.
+        """
+        by_hash = self.splits_by_hash(listed)
+        rule = f"by the hash of the path, val_share={self.val_share:g}" if by_hash else "by their `split`"
+        parts = [(split, files[usable & rows]) for split, rows in of_split.items()]
+        counts = [f"{split} {_clips_of(part)}" for split, part in parts if len(part)]
+        lines = [f"{self.path} lists {_clips_of(files[usable])}"]
+        return [*listed.notes, *lines, *([f"{', '.join(counts)}, {rule}"] if counts else [])]
 
 
-def _counts(table: pd.DataFrame, where: str, rule: str) -> list[str]:
-    """Lines with the number of clips and videos, in all and per split."""
-    usable = table[table["error"].isna()]
-    parts = [(split, usable[usable["split"] == split]) for split in SPLITS]
-    counts = [f"{split} {_clips_of(part)}" for split, part in parts if len(part)]
-    return [f"{where} lists {_clips_of(usable)}", *([f"{', '.join(counts)}, {rule}"] if counts else [])]
+def _clips_of(files: np.ndarray) -> str:
+    return f"{plural(len(files), 'clip')} of {plural(len(pd.unique(files)), 'video')}"
 
 
-def _clips_of(table: pd.DataFrame) -> str:
-    return f"{plural(len(table), 'clip')} of {plural(table['path'].nunique(), 'video')}"
+class ClipList(NamedTuple):
+    """entries: of the list, which may be iterated over again. rows: how many. given: the keys of KINDS that a clip
+    has. notes: warnings about the list."""
+
+    entries: Iterable[Any]
+    rows: int
+    given: list[str]
+    notes: list[str]
 
 
-def _entries(path: str | Path) -> tuple[list[Any], list[str]]:
-    """The list in a file, and warnings about it. Raises DataError."""
-    content = read_entries(path)
+def read_list(path: str | Path, by_line: bool = False) -> ClipList:
+    """The list in a file. by_line: read JSON Lines again each time, and hold one line in memory. Raises DataError."""
+    content: Any
+    if by_line and kind_of(path) == ".jsonl":
+        content = JsonLines(of_copy(Path, path) if is_stored(path) else Path(path))
+    else:
+        content = read_entries(path)
     entries = content.get("list") if isinstance(content, dict) else content
-    if not isinstance(entries, list):
+    if not isinstance(entries, list | JsonLines):
         found = f"an object with the keys {', '.join(content)}" if isinstance(content, dict) else f"{content!r:.40}"
         raise DataError(f'{path} must be a list of clips, or an object {{"list": [...]}}; it is {found}')
-    if not entries:
+    keys: Counter[str] = Counter()
+    count, given = 0, {"path"}
+    for entry in entries:
+        count += 1
+        if isinstance(entry, dict):
+            keys.update(list(entry))
+            given.update(key for key in KINDS if key not in given and _is_valid(entry.get(key), KINDS[key][0]))
+    if not count:
         raise DataError(f"{path} lists no clips")
-    keys = _keys(entries)
     if "path" not in keys:
-        found = f"their keys are {', '.join(keys)}" if keys else f"they must be {{'path': ...}}, not {entries[0]!r:.40}"
+        found = f"their keys are {', '.join(keys)}" if keys else f"they must be {{'path': ...}}, not {_first(entries)}"
         hint = "; call their `full_path` `path`" if "full_path" in keys else ""
         raise DataError(f"{path}: no clip has the key `path`; {found}{hint}")
     claims = {key: content[key] for key in COUNTS if key in content} if isinstance(content, dict) else {}
-    return entries, [
-        f"`{key}` of {path} is {claim}, but its list has {plural(len(entries), 'clip')}"
+    notes = [
+        f"`{key}` of {path} is {claim}, but its list has {plural(count, 'clip')}"
         for key, claim in claims.items()
-        if claim != len(entries)
+        if claim != count
     ]
+    ignored = [f"{key} ({number})" for key, number in keys.items() if key not in KINDS]
+    if ignored:
+        notes.append(f"ignored keys of clips: {', '.join(ignored)}")
+    return ClipList(entries, count, [key for key in KINDS if key in given], notes)
 
 
-def _keys(entries: list[Any]) -> Counter[str]:
-    return Counter(key for entry in entries if isinstance(entry, dict) for key in entry)
+def _first(entries: Iterable[Any]) -> str:
+    return f"{next(iter(entries))!r:.40}"
 
 
 def _checked(entry: Any) -> tuple[dict[str, Any], str | None]:

@@ -21,7 +21,7 @@ from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
-from vae3d.data.prepared import is_large, prepare, select
+from vae3d.data.prepared import find_large, prepare, select
 from vae3d.data.probe import ProbeResults, Ranks, fill_metadata, probe, results_for_table
 from vae3d.data.readers import is_image
 from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
@@ -39,7 +39,6 @@ from vae3d.data.selection import (
     why_too_small,
 )
 from vae3d.data.sources import Source, Table
-from vae3d.data.webdataset import WebDataset
 from vae3d.data.workers import load
 from vae3d.distributed import is_distributed
 from vae3d.text import plural
@@ -77,7 +76,7 @@ def read_tables(
     With a `split` column: its `val` rows. Without: the `num_val_files` files whose names have the lowest hashes, at
     most a tenth (and at least one), with all their parts; so the choice stays when the table grows or moves.
     num_frames of a row with start or end becomes that of the part. Files below settings.min_side are skipped, and are
-    no errors. A table file of more than prepared.LARGE rows is prepared once, and then only mapped into memory.
+    no errors. A source of more than prepared.LARGE rows is prepared once, and then only mapped into memory.
     sizes: heights and widths of all files are needed.
     rank, world_size: ranks that call this at the same time share the files that must be opened. stat_files: the
     fingerprint has size and time of the files; of a large table, always as they were when they were probed.
@@ -85,12 +84,13 @@ def read_tables(
     """
     needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (sizes or settings.min_side is not None)
     ranks = Ranks(rank, world_size) if is_distributed() else Ranks()
-    if isinstance(source, Table | WebDataset) and is_large(source):
-        table = prepare(source)
-        chosen = select(source, table, settings, needed, num_val_files, max_broken, ranks)
+    large, listing = find_large(source, ranks)
+    if large is not None:
+        table = prepare(large)
+        chosen = select(large, table, settings, needed, num_val_files, max_broken, ranks)
         notes = [*getattr(source, "notes", ()), *chosen.notes]
         return Tables(chosen.train, chosen.val, chosen.errors, chosen.skipped, notes, chosen.fingerprint)
-    rows = source.table()
+    rows = source.table() if listing is None else listing.table()
     results = results_of(source)
     table, errors = fill_metadata(rows, needed, results, ranks=ranks)
     table, segment_errors = count_frames(table)

@@ -1,6 +1,9 @@
 """Large tables, prepared once: read, checked and hashed into $VAE3D_CACHE/tables/KEY, then mapped into memory.
 
-    KEY/table.arrow             every row of the table file, with hashes; KEY: of its path, size and time, and its root
+    KEY/table.arrow             every row of the source, with hashes; KEY: of the settings of the source, and path, size
+                                and time of its files
+    KEY/about.json              notes of the source, and other files that the rows lie in, with size and time
+    KEY/missing.npy             rows whose file was not there, of sources that look for their files
     KEY/selection-SETTINGS/     rows to train on and rows held out, for settings that choose them
         train.arrow, val.arrow  columns row (in table.arrow), num_frames, height, width, fps, length (frames of the
                                 longest clip) and by_length (rows in a stable order of their lengths)
@@ -13,6 +16,7 @@ longest ago if all together have more than KEPT_BYTES.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -25,14 +29,28 @@ from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from vae3d.data.file_table import CHUNK, NAMES, TEXT, ArrowFile, FileTable, clip_rule, compact, text_array, write_arrow
+from vae3d.data.file_table import (
+    CHUNK,
+    NAMES,
+    TEXT,
+    ArrowFile,
+    FileTable,
+    clip_rule,
+    compact,
+    take,
+    text_array,
+    write_arrow,
+)
 from vae3d.data.fingerprint import GroupedFingerprint, fact_hashes, grouped, row_hashes
+from vae3d.data.hugging_face import HuggingFace
+from vae3d.data.image_folder import ImageFolder
+from vae3d.data.json_clips import JsonClips, read_list
 from vae3d.data.media import DataError
 from vae3d.data.parts import path_hash
 from vae3d.data.probe import (
@@ -44,10 +62,21 @@ from vae3d.data.probe import (
     probe,
     read_files,
     read_metadata,
+    results_for_paths,
     results_for_table,
 )
 from vae3d.data.readers import is_image
-from vae3d.data.rows import NUMBERS, SPLITS, TEXTS, in_threads, invalid_rows, normalise_rows
+from vae3d.data.rows import (
+    NUMBERS,
+    SPLITS,
+    TEXTS,
+    Listing,
+    exists,
+    in_threads,
+    invalid_rows,
+    mark_missing_files,
+    normalise_rows,
+)
 from vae3d.data.segments import SEGMENT, count_frames
 from vae3d.data.selection import (
     PROBED_IMAGES,
@@ -60,8 +89,10 @@ from vae3d.data.selection import (
     upscaled_notes,
     why_too_small,
 )
+from vae3d.data.sources import Folder, Source, Table
 from vae3d.data.storage import cache_folder, is_stored, is_url, size_and_version
 from vae3d.data.tables import count_rows, of_copy, table_pieces
+from vae3d.data.versions import file_stamp
 from vae3d.data.webdataset import WebDataset
 from vae3d.hashing import json_hash
 from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json
@@ -72,14 +103,15 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from vae3d.data.clips import ClipSettings
-    from vae3d.data.sources import Table
 
+Preparable = Table | JsonClips | HuggingFace | WebDataset | Folder | ImageFolder
 LARGE = 100_000  # rows; every process reads a smaller table itself
 SMALL_FILE = 2**20  # bytes; a smaller file is not worth counting its rows
 KEPT_DAYS = 30
 KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
-VERSION = 1
+VERSION = 2
 WORKERS = 8
+LABEL_IS_NUMBER = "label_is_number"  # labels are stored as texts, and hashed as what they were
 LISTED = 1000  # files that a run names one by one
 
 
@@ -96,54 +128,125 @@ class Selection:
     notes: list[str]
 
 
-def is_large(table: Table | WebDataset) -> bool:
-    """Whether a table file or an index of shards has more than LARGE rows, or has been prepared before. Raises
-    DataError."""
-    if isinstance(table, WebDataset):
-        rows = sum(len(opened.table) for opened in table.indices())
-        return rows > LARGE or (folder_of(table) / "table.arrow").is_file()
-    file = _file(table)
-    if not file.is_file() or file.stat().st_size < SMALL_FILE:
-        return False
-    return (folder_of(table) / "table.arrow").is_file() or count_rows(file) > LARGE
+class Large(NamedTuple):
+    """A source of many rows. folder: of its prepared table. listing: what a Folder or ImageFolder lists; None: another
+    process has it, or it is another source."""
+
+    source: Preparable
+    folder: Path
+    listing: Listing | None = None
 
 
-def _file(table: Table) -> Path:
-    """The table's file; of one in a store, its copy in the cache."""
-    return of_copy(Path, table.path) if is_stored(table.path) else Path(table.path)
+def find_large(source: Source, ranks: Ranks) -> tuple[Large | None, Listing | None]:
+    """A source with more than LARGE rows, or that was prepared before, of those that can be prepared; else what was
+    listed of it, if anything was.
+
+    Folders are listed by the main process alone. All ranks must call it at the same time. Raises DataError.
+    """
+    if isinstance(source, Folder) or (isinstance(source, ImageFolder) and source.is_folder()):
+        listing: Listing | None = None
+        found: str | DataError | None = None
+        if ranks.rank == 0:
+            try:
+                listing = source.listing()
+                found = folder_of(source, listing).name if len(listing.names) > LARGE else None
+            except DataError as error:
+                found = error
+        name = ranks.of_main(found)
+        return (None, listing) if name is None else (Large(source, _tables() / name, listing), None)
+    folder = _folder_if_large(source)
+    return None if folder is None else Large(source, folder), None
 
 
-def _root(table: Table) -> str:
-    return str(table.root) if is_url(table.root) else os.path.abspath(table.root)
+def _folder_if_large(source: Source) -> Path | None:
+    if isinstance(source, Table | JsonClips):
+        file = _file(source)
+        if not file.is_file() or file.stat().st_size < SMALL_FILE:
+            return None
+        folder, count = folder_of(source), lambda: count_rows(file)
+    elif isinstance(source, WebDataset):
+        folder, count = folder_of(source), lambda: sum(len(opened.table) for opened in source.indices())
+    elif isinstance(source, HuggingFace) and os.path.isdir(source.path) and not source.streaming:
+        folder, count = folder_of(source), lambda: sum(source.open().counts.values())
+    else:  # if it cannot be read, its method `table` says why
+        return None
+    return folder if (folder / "table.arrow").is_file() or count() > LARGE else None
 
 
-def folder_of(table: Table | WebDataset) -> Path:
-    if isinstance(table, WebDataset):
-        files = [[opened.file, size_and_version(opened.file), opened.split] for opened in table.indices()]
-        return cache_folder() / "tables" / json_hash([table.paths, table.val_paths, files, VERSION])
-    file = _file(table)
+def _tables() -> Path:
+    return cache_folder() / "tables"
+
+
+def _file(source: Table | JsonClips) -> Path:
+    """The source's file; of one in a store, its copy in the cache."""
+    return of_copy(Path, source.path) if is_stored(source.path) else Path(source.path)
+
+
+def _top(source: Folder | ImageFolder) -> str:
+    return str(source.path) if is_stored(source.path) else os.path.abspath(source.path)
+
+
+def _root(source: Table | JsonClips) -> str:
+    return str(source.root) if is_url(source.root) else os.path.abspath(source.root)
+
+
+def folder_of(source: Preparable, listing: Listing | None = None) -> Path:
+    """Where its prepared table is. listing: of a Folder or ImageFolder."""
+    return _tables() / json_hash([*_versions(source, listing), VERSION])
+
+
+def _versions(source: Preparable, listing: Listing | None) -> list[Any]:
+    """What a source's table depends on."""
+    if isinstance(source, Folder | ImageFolder):
+        digest = hashlib.sha256()
+        for name in listing.names:
+            digest.update(os.fsencode(name) + b"\0")
+        return [type(source).__name__, _top(source), digest.hexdigest()]
+    if isinstance(source, WebDataset):
+        files = [[opened.file, size_and_version(opened.file), opened.split] for opened in source.indices()]
+        return [source.paths, source.val_paths, files]
+    if isinstance(source, HuggingFace):
+        return ["dataset", *source.versions()]
+    file = _file(source)
     stat = file.stat()
-    version = str(file) if is_stored(table.path) else stat.st_mtime_ns  # a copy is named by the version of the object
-    path = str(table.path) if is_stored(table.path) else os.path.abspath(table.path)
-    return cache_folder() / "tables" / json_hash([path, _root(table), stat.st_size, version, VERSION])
+    version = str(file) if is_stored(source.path) else stat.st_mtime_ns  # a copy is named by the version of the object
+    path = str(source.path) if is_stored(source.path) else os.path.abspath(source.path)
+    rule = ["list", source.val_share] if isinstance(source, JsonClips) else []
+    return [path, _root(source), stat.st_size, version, *rule]
 
 
 # --- the table
 
 
-def prepare(table: Table | WebDataset) -> FileTable:
-    """The rows of a table file or an index of shards, mapped into memory; prepared now if they are not yet. Raises
+def prepare(large: Large) -> FileTable:
+    """The rows of a source, mapped into memory; prepared now if they are not yet. Sets the notes of the source. Raises
     DataError as `table` of the source does, and FileError if the cache folder cannot be written."""
-    folder = folder_of(table)
-    if not (folder / "table.arrow").is_file():
+    source, folder, _ = large
+    if not _is_current(folder):
         with _alone(folder):
-            if not (folder / "table.arrow").is_file():
+            if not _is_current(folder):
                 delete_unused(folder.parent)
                 with naming(folder), atomic_dir(folder) as tmp:
-                    (_convert_index if isinstance(table, WebDataset) else _convert)(table, tmp)
+                    _convert(large, tmp)
     with suppress(OSError):  # of a folder that others wrote
         os.utime(folder)  # when it was last used
+    if (notes := json.loads((folder / "about.json").read_text()).get("notes")) is not None:
+        source.notes = notes
     return FileTable(ArrowFile(folder / "table.arrow"))
+
+
+def _is_current(folder: Path) -> bool:
+    """Whether a prepared table is there, the files that its rows lie in are as they were, and those that were not there
+    are still missing."""
+    if not (folder / "table.arrow").is_file():
+        return False
+    about = json.loads((folder / "about.json").read_text())
+    if any(file_stamp(file) != stamp for file, stamp in about.get("files", ())):
+        return False
+    if not (folder / "missing.npy").is_file():
+        return True
+    missing = FileTable(ArrowFile(folder / "table.arrow")).paths(np.load(folder / "missing.npy"))
+    return not any(in_threads(exists, missing).values())
 
 
 def delete_unused(folder: Path) -> None:
@@ -181,51 +284,139 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _convert(table: Table, folder: Path) -> None:
-    """Write table.arrow and about.json."""
+def _convert(large: Large, folder: Path) -> None:
+    """Write table.arrow, about.json and missing.npy."""
+    source = large.source
+    if isinstance(source, Folder | ImageFolder):
+        _convert_listing(large, folder)
+    elif isinstance(source, Table):
+        _convert_file(source, folder)
+    elif isinstance(source, JsonClips):
+        _convert_list(source, folder)
+    elif isinstance(source, HuggingFace):
+        _convert_dataset(source, folder)
+    else:
+        _convert_index(source, folder)
+
+
+def _convert_file(table: Table, folder: Path) -> None:
     file, root = _file(table), _root(table)
     pieces = table_pieces(file)
     first = next(pieces)
     table.check_columns(first.column_names, len(first))
     schema = _schema(first.column_names, root)
+    batches = _in_processes(chain([first], pieces), root, schema)
+    rows, styles = _write(folder / "table.arrow", schema, batches, count_rows(file), Path(table.path).name)
+    write_json(folder / "about.json", {"table": str(table.path), "rows": rows, "one_name_per_file": len(styles) <= 1})
+
+
+def _convert_list(source: JsonClips, folder: Path) -> None:
+    """The split by hashes needs all files: rows are written without it first."""
+    root, listed = _root(source), read_list(source.path, by_line=True)
+    names = ["num_frames" if name == "frames" else name for name in listed.given]
+    by_hash = source.splits_by_hash(listed)
+    schema = _schema([*names, *["split"] * by_hash], root)
+    files, named, missing = [], [], []
+
+    def looked_for() -> Iterator[pd.DataFrame]:
+        for piece in source.pieces(listed, CHUNK):
+            sound = piece["error"].isna()
+            mark_missing_files(piece)
+            missing.append(piece["row"][sound & piece["error"].notna()].to_numpy() - 1)
+            files.append(_path_hashes(piece["path"]))
+            named.append(np.array([seed_of(name) for name in piece["name"]], np.int64))
+            yield piece
+
+    unsplit = pa.schema(
+        [field for field in schema if field.name not in ("identity", "facts", "split")], schema.metadata
+    )
+    first, first_schema = (folder / "unsplit.arrow", unsplit) if by_hash else (folder / "table.arrow", schema)
+    batches = (_arrays(piece, root, first_schema) for piece in looked_for())
+    rows, styles = _write(first, first_schema, batches, listed.rows, Path(source.path).name)
+    hashes, files = np.concatenate(named), np.concatenate(files)
+    table = FileTable(ArrowFile(first))
+    if by_hash:
+        everything = np.arange(rows)
+        hashes = _equal_in_a_file(table, everything, hashes, files)
+        split = np.where(source.held_out(hashes, table.missing("error")), "val", "train")
+
+        def with_split() -> Iterator[tuple[pa.RecordBatch, set[str]]]:
+            for begin in range(0, rows, CHUNK):
+                piece = everything[begin : begin + CHUNK]
+                yield _arrays(_typed(table, piece).assign(split=split[piece]), root, schema)
+                table.base.release()
+
+        _write(folder / "table.arrow", schema, with_split(), rows, f"the split of {Path(source.path).name}")
+        first.unlink()
+        table = FileTable(ArrowFile(folder / "table.arrow"))
+    np.save(folder / "missing.npy", np.concatenate(missing))
+    of_split = {name: table.equals("split", name) for name in SPLITS}
+    notes = source.notes_of(listed, files, table.missing("error"), of_split)
+    about = {"table": str(source.path), "rows": rows, "one_name_per_file": len(styles) <= 1, "notes": notes}
+    write_json(folder / "about.json", about)
+
+
+def _convert_dataset(source: HuggingFace, folder: Path) -> None:
+    opened = source.open()
+    rows = sum(opened.counts.values())
+    files = [[file, file_stamp(file)] for file in opened.files()]
+    _write_rows(folder / "table.arrow", opened.given(), source.pieces(CHUNK), rows, "the dataset")
+    about = {"table": opened.folder, "rows": rows, "one_name_per_file": False, "notes": opened.notes(), "files": files}
+    write_json(folder / "about.json", about)
+
+
+def _convert_listing(large: Large, folder: Path) -> None:
+    source, listing = large.source, large.listing
+    if listing is None:  # the main process is another machine, with a cache of its own
+        listing = source.listing()
+        if folder_of(source, listing) != large.folder:
+            raise DataError(f"{source.path} does not hold the same files on all machines, or they change now")
+    rows = len(listing.names)
+    given = [*["split"] * (listing.splits is not None), *listing.numbers]
+    pieces = (listing.table(slice(first, first + CHUNK)) for first in range(0, rows, CHUNK))
+    _write_rows(folder / "table.arrow", given, pieces, rows, "the files of the folder")
+    about = {"table": str(source.path), "rows": rows, "one_name_per_file": True, "notes": getattr(source, "notes", [])}
+    write_json(folder / "about.json", about)
+
+
+def _convert_index(source: WebDataset, folder: Path) -> None:
+    given = [name for opened in source.indices() for name in opened.table.column_names]
+    given += ["split"] * any(opened.split is not None for opened in source.indices())
+    count = sum(len(opened.table) for opened in source.indices())
+    _write_rows(folder / "table.arrow", given, source.pieces(CHUNK), count, "the index")
+    about = {"table": [opened.file for opened in source.indices()], "rows": count, "one_name_per_file": True}
+    write_json(folder / "about.json", about)
+
+
+def _write_rows(file: Path, given: Sequence[str], pieces: Iterable[pd.DataFrame], count: int, name: str) -> None:
+    """Write rows whose paths do not follow from their names."""
+    schema = _schema(given, "").insert(0, pa.field("path", NAMES))
+    _write(file, schema, (_arrays(piece, "", schema) for piece in pieces), count, name)
+
+
+def _write(
+    file: Path, schema: pa.Schema, batches: Iterable[tuple[pa.RecordBatch, set[str]]], count: int, name: str
+) -> tuple[int, set[str]]:
+    """Write batches with a bar of the progress. Returns how many rows there were, and how files are named."""
     styles: set[str] = set()
     rows = 0
     with (
-        pa.OSFile(str(folder / "table.arrow"), "wb") as sink,
+        pa.OSFile(str(file), "wb") as sink,
         pa.ipc.new_file(sink, schema) as writer,
-        progress(total=count_rows(file), desc=f"preparing {Path(table.path).name}", unit="row", unit_scale=True) as bar,
+        progress(total=count, desc=f"preparing {name}", unit="row", unit_scale=True) as bar,
     ):
-        for batch, style in _in_processes(chain([first], pieces), root, schema):
+        for batch, style in batches:
             writer.write_batch(batch)
             styles |= style
             rows += batch.num_rows
             bar.update(batch.num_rows)
-    write_json(folder / "about.json", {"table": str(table.path), "rows": rows, "one_name_per_file": len(styles) <= 1})
-
-
-def _convert_index(source: WebDataset, folder: Path) -> None:
-    """Write table.arrow and about.json of an index of shards."""
-    given = [name for opened in source.indices() for name in opened.table.column_names]
-    given += ["split"] * any(opened.split is not None for opened in source.indices())
-    schema = _schema(given, "").insert(0, pa.field("path", NAMES))
-    count = sum(len(opened.table) for opened in source.indices())
-    with (
-        pa.OSFile(str(folder / "table.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, schema) as writer,
-        progress(total=count, desc="preparing the index", unit="row", unit_scale=True) as bar,
-    ):
-        for piece in source.pieces(CHUNK):
-            paths = pa.array(list(map(os.fsencode, piece["path"])), NAMES)
-            batch, _ = _arrays(piece, "", pa.schema(list(schema)[1:]))
-            writer.write_batch(pa.record_batch([paths, *batch.columns], schema=schema))
-            bar.update(len(piece))
-    about = {"table": [opened.file for opened in source.indices()], "rows": count, "one_name_per_file": True}
-    write_json(folder / "about.json", about)
+    return rows, styles
 
 
 def _schema(given: Sequence[str], root: str) -> pa.Schema:
     texts = [name for name in TEXTS if name in given or name == "error"]
     fields = [("name", NAMES), *((name, TEXT) for name in texts)]
+    fields += [(LABEL_IS_NUMBER, pa.bool_())] if "label" in given else []
     fields += [(name, pa.float64()) for name in (*NUMBERS, *SEGMENT) if name in given]
     fields += [("identity", pa.int64()), ("facts", pa.int64())]  # hashes
     fields += [] if "split" in given else [("file", pa.int64())]
@@ -264,12 +455,17 @@ def _arrays(table: pd.DataFrame, root: str, schema: pa.Schema) -> tuple[pa.Recor
     """_converted of rows as normalise_rows gives them."""
     arrays: dict[str, pa.Array] = {"name": pa.array([os.fsencode(name) for name in table["name"]], NAMES)}
     for name in schema.names:
-        if name in TEXTS:
+        if name == "path":
+            arrays[name] = pa.array(list(map(os.fsencode, table["path"])), NAMES)
+        elif name == LABEL_IS_NUMBER:
+            arrays[name] = pa.array([_is_number(label) for label in table["label"].tolist()], pa.bool_())
+        elif name in TEXTS:
             given = table[name].where(table[name].isin(SPLITS), None) if name == "split" else table[name]
             arrays[name] = text_array(given)
         elif name in (*NUMBERS, *SEGMENT):
             arrays[name] = pa.array(table[name].to_numpy(dtype=float))
-    arrays["identity"], arrays["facts"] = pa.array(row_hashes(table)), pa.array(fact_hashes(table))
+    if "facts" in schema.names:
+        arrays["identity"], arrays["facts"] = pa.array(row_hashes(table)), pa.array(fact_hashes(table))
     if "file" in schema.names:
         arrays["file"] = pa.array([seed_of(name) for name in table["name"]], pa.int64())
     sound = table[table["error"].isna()]
@@ -280,11 +476,28 @@ def _arrays(table: pd.DataFrame, root: str, schema: pa.Schema) -> tuple[pa.Recor
     return pa.record_batch([arrays[name] for name in schema.names], schema=schema), style if len(sound) else set()
 
 
+def _is_number(label: Any) -> bool:
+    return isinstance(label, int | float | np.number) and not isinstance(label, bool) and label == label
+
+
+def _number(text: str) -> int | float:
+    return int(text) if text.removeprefix("-").isdigit() else float(text)
+
+
+def _typed(table: FileTable, rows: np.ndarray) -> pd.DataFrame:
+    """table.to_pandas(rows), with those labels as numbers that were numbers, for their hashes."""
+    found = table.to_pandas(rows)
+    if LABEL_IS_NUMBER in table.base.table.column_names:
+        numbers = take(table.base.table[LABEL_IS_NUMBER], rows).to_numpy()
+        found.loc[numbers, "label"] = found.loc[numbers, "label"].map(_number)
+    return found
+
+
 # --- a selection of its rows
 
 
 def select(
-    source: Table | WebDataset,
+    large: Large,
     table: FileTable,
     settings: ClipSettings,
     needed: Sequence[str],
@@ -300,10 +513,10 @@ def select(
     """
     chosen_by = [needed, num_val_files, settings.stride, settings.fps, settings.min_side]
     sizes = [settings.height, settings.width, settings.short_side]  # of which a note depends
-    folder = folder_of(source) / f"selection-{json_hash([chosen_by, sizes])}"
+    folder = large.folder / f"selection-{json_hash([chosen_by, sizes])}"
     made = _time_of(folder)
     if not ranks.all(made is not None and not _opens_now(folder, ranks)):
-        results = results_for_table(source.indices()[0].file if isinstance(source, WebDataset) else source.path)
+        results = _results(large)
         probe_unknown(table, needed, results, ranks)
         with _alone(folder.parent):
             if _time_of(folder) == made:  # else another process has just made it again
@@ -320,6 +533,17 @@ def select(
         if len(listed) > LISTED:
             notes.append(f"{folder / name}.arrow lists all {len(listed)} files that {what}")
     return Selection(train, val, fingerprint, _pairs(errors, LISTED), _pairs(skipped, LISTED), notes)
+
+
+def _results(large: Large) -> ProbeResults:
+    """Where the probe's results of a source are kept: of a dataset, whose Arrow files may be written again with other
+    rows at the same places, apart for each version."""
+    source = large.source
+    if isinstance(source, HuggingFace):
+        return results_for_paths([str(large.folder)])
+    if isinstance(source, Folder | ImageFolder):
+        return results_for_paths([_top(source)])
+    return results_for_table(source.indices()[0].file if isinstance(source, WebDataset) else source.path)
 
 
 def _time_of(folder: Path) -> int | None:
@@ -433,7 +657,7 @@ def _filled(table: FileTable, needed: Sequence[str], results: ProbeResults, erro
         found = {"row": complete, "facts": table.numbers("facts", complete)}
         found |= {name: table.numbers(name, complete) for name in NUMBERS}
         if unknown.any():
-            probed, unread = fill_metadata(table.to_pandas(piece[unknown]), needed, results, trusted=True)
+            probed, unread = fill_metadata(_typed(table, piece[unknown]), needed, results, trusted=True)
             probed, outside = count_frames(probed)
             errors.add(unread, opened=True)
             errors.add(outside, opened=False)
@@ -514,7 +738,9 @@ def _splits(table: FileTable, rows: np.ndarray, num_val_files: int, folder: Path
     else:
         hashes = table.numbers("file", rows)
     if not json.loads((folder / "about.json").read_text())["one_name_per_file"]:
-        hashes = _equal_in_a_file(table, rows, hashes)
+        parts = (table.paths(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK))
+        files = np.concatenate([_path_hashes(part) for part in parts])
+        hashes = _equal_in_a_file(table, rows, hashes, files)
     is_val = is_held_out(hashes, num_val_files)
     return is_val, ~is_val
 
@@ -524,11 +750,14 @@ def _hashes_of_names(table: FileTable, rows: np.ndarray) -> np.ndarray:
     return np.concatenate([np.array([seed_of(name) for name in part], np.int64) for part in parts])
 
 
-def _equal_in_a_file(table: FileTable, rows: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-    """Hashes of names such that rows of one file have the same, though they name it differently: as file_hashes."""
-    parts = (table.paths(rows[first : first + CHUNK]) for first in range(0, len(rows), CHUNK))
-    paths = np.concatenate([np.array([path_hash(os.fsencode(path)) for path in part], np.int64) for part in parts])
-    _, file = np.unique(paths, return_inverse=True)
+def _path_hashes(paths: Iterable[str]) -> np.ndarray:
+    return np.array([path_hash(os.fsencode(path)) for path in paths], np.int64)
+
+
+def _equal_in_a_file(table: FileTable, rows: np.ndarray, hashes: np.ndarray, files: np.ndarray) -> np.ndarray:
+    """Hashes of names such that rows of one file have the same, though they name it differently: as file_hashes.
+    files: [rows] hashes of the paths."""
+    _, file = np.unique(files, return_inverse=True)
     lowest, highest = np.full(len(rows), np.iinfo(np.int64).max), np.full(len(rows), -1)
     np.minimum.at(lowest, file, hashes)
     np.maximum.at(highest, file, hashes)

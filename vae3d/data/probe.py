@@ -89,6 +89,13 @@ class Ranks:
         """Whether it is true on all ranks."""
         return value if self.world_size == 1 else all(self._exchange(value))
 
+    def of_main(self, value: Any) -> Any:
+        """The value of the main process, on all ranks. If that is an exception, it is raised."""
+        value = value if self.world_size == 1 else self._exchange(value)[0]
+        if isinstance(value, Exception):
+            raise value
+        return value
+
     def wait(self) -> None:
         """Return when all ranks have called it."""
         self.all(True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -101,6 +101,22 @@ def rows_from_paths(paths: list[str], names: list[str]) -> pd.DataFrame:
     """The table of files of which nothing else is known."""
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
     return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, error=None)
+
+
+class Listing(NamedTuple):
+    """Files that a source has listed: their paths and names. splits: of each; None: not given. numbers: column -> the
+    value that all have."""
+
+    paths: list[str]
+    names: list[str]
+    splits: list[str] | None = None
+    numbers: dict[str, float] = {}
+
+    def table(self, rows: slice = slice(None)) -> pd.DataFrame:
+        """The table of all files, or of some, whose rows then count from 1."""
+        table = rows_from_paths(self.paths[rows], self.names[rows])
+        table = table if self.splits is None else table.assign(split=self.splits[rows])
+        return table.assign(**self.numbers)
 
 
 def invalid_rows(table: pd.DataFrame) -> list[tuple[str, str]]:

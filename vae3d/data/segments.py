@@ -77,7 +77,8 @@ class Segment:
 
 def bounds_of(table: pd.DataFrame) -> list[Bounds]:
     """`start` and `end` of every row of a table, which need not have these columns."""
-    return list(map(tuple, table.reindex(columns=SEGMENT).to_numpy(dtype=float)))
+    bounds = table.reindex(columns=SEGMENT).to_numpy(dtype=float).tolist()
+    return [WHOLE if math.isnan(start) and math.isnan(end) else (start, end) for start, end in bounds]
 
 
 def is_segment(table: pd.DataFrame) -> pd.Series:

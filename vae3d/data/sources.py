@@ -28,7 +28,7 @@ from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.readers import VIDEO_SUFFIXES
-from vae3d.data.rows import absolute_paths, normalise_rows, rows_from_paths
+from vae3d.data.rows import Listing, absolute_paths, normalise_rows
 from vae3d.data.storage import (
     find_objects,
     folder_of,
@@ -118,9 +118,12 @@ class Folder:
         self.path = path if is_stored(path) else Path(path)
 
     def table(self) -> pd.DataFrame:
+        return self.listing().table()
+
+    def listing(self) -> Listing:
+        """Raises DataError if there is no such folder or file, or it holds no video or image."""
         if is_stored(self.path):
-            paths, names = objects_under(str(self.path))
-            return rows_from_paths(paths, names)
+            return Listing(*objects_under(str(self.path)))
         if is_sequence(self.path):
             top = next(parent for parent in self.path.parents if "*" not in str(parent))
             names = [str(path.relative_to(top)) for path in sequences(self.path)]
@@ -140,7 +143,7 @@ class Folder:
             raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
         if not names:
             raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
-        return rows_from_paths(absolute_paths(top, names), names)
+        return Listing(absolute_paths(top, names), names)
 
 
 def objects_under(url: str) -> tuple[list[str], list[str]]:

@@ -217,7 +217,7 @@ def is_shards(path: str | Path) -> bool:
 
 def is_indexed_url(url: str) -> bool:
     """Whether a URL is that of a folder with an index of shards. Asks its store, unless it is a pattern."""
-    return not {"*", "{"} & set(url) and _exists(f"{url.rstrip('/')}/{INDEX}")
+    return not {"*", "{"} & set(url) and exists(f"{url.rstrip('/')}/{INDEX}")
 
 
 def list_shards(path: str) -> list[str]:

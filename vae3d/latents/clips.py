@@ -88,7 +88,7 @@ class Transform:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class Item:
     """A clip to encode. bounds: start and end of the row's part of the file, in seconds. first: its first frame, after
     the stride; None: from the middle. row: number of its row in the source. shape: of its bucket, if there are any."""
