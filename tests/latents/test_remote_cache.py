@@ -241,7 +241,7 @@ def test_two_that_claim_at_once_do_not_both_get_it(bucket, tmp_path, monkeypatch
     assert not one.take("a")  # though it saw nothing before it wrote its own
 
 
-def test_a_claim_that_is_released_while_it_is_refreshed_is_gone(s3, tmp_path, monkeypatch):
+def test_a_claim_that_is_released_while_it_is_refreshed_is_gone(bucket, tmp_path, monkeypatch):
     claims = StoreClaims("s3://latents/beat", tmp_path / "claims", 60.0)
     assert claims.take("a")
     find, threads = objects.find, []
