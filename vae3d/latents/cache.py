@@ -87,18 +87,39 @@ class LatentCache(Dataset[Latent]):
         transform: Mapping[str, Any] | None = None,
         verify: bool = False,
     ) -> None:
-        self.is_remote, self.seed = is_url(folder), seed
-        self.folder = str(folder).rstrip("/") if self.is_remote else Path(folder)
+        self.seed = seed
+        self._locate(folder)
         no_cache = "is not a latent cache, which has {}; make one with scripts/encode_latents.py"
         self.meta = read_meta_file(self._file(META, no_cache))
         self._check_same_source(codec, transform)
-        complete = read_complete(
+        self._check_shards(verify)
+        self.mode = self._mode(mode)
+        self._select(self._read_index(), codec, split, flips)
+        if verify and not self._has_hashes:
+            for number in range(len(self)):
+                self.moments(number)
+
+    def _locate(self, folder: str | Path) -> None:
+        self.is_remote = is_url(folder)
+        self.folder = str(folder).rstrip("/") if self.is_remote else Path(folder)
+        self._open: dict[int, Any] = {}
+
+    @property
+    def _has_hashes(self) -> bool:
+        """Whether _check_shards compares the hashes of all files; else `verify` reads all entries."""
+        return not self.is_remote
+
+    def _check_shards(self, verify: bool) -> None:
+        self._complete = read_complete(
             self._file(COMPLETE, "is not complete; it has no {}: run the command that began it again")
         )
-        self.shards = complete["shards"]
+        self.shards = self._complete["shards"]
         if not self.is_remote:
             self._check_integrity(verify)
-        self.mode = self._mode(mode)
+
+    def _read_index(self) -> pd.DataFrame:
+        """The rows of all entries, checked against complete.json. Raises CacheError."""
+        complete = self._complete
         index = read_index(self._file(INDEX), self.meta["vae"]["channels"], self.shards)
         if len(index) != complete["entries"]:
             raise CacheError(
@@ -113,11 +134,7 @@ class LatentCache(Dataset[Latent]):
                 raise CacheError(
                     f"{self.folder}/{name} has changed since it was written: its sha256 differs; encode again"
                 )
-        self._open: dict[int, Any] = {}
-        self._select(index, codec, split, flips)
-        if self.is_remote and verify:
-            for number in range(len(self)):
-                self.moments(number)
+        return index
 
     def _select(self, index: pd.DataFrame, codec: LatentCodec | None, split: str | None, flips: bool) -> None:
         """Keep the rows of a split, with or without mirrored entries, and their classes."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from vae3d.data.media import DataError, MediaError, one_line
 from vae3d.data.storage import exists, is_url, local_range, member_path
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
 from vae3d.data.webdataset import is_shards, open_index
-from vae3d.latents.cache import TEXT_COLUMNS, LatentCache, read_meta_file
+from vae3d.latents.cache import TEXT_COLUMNS, LatentCache
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.shards import COMPLETE, KINDS, META, CacheError
 
@@ -89,44 +88,40 @@ def _entry(text: str) -> dict[str, Any]:
 class TarLatentCache(LatentCache):
     """A LatentCache whose entries are read from tar shards, local or at a URL, by one range read each.
 
-    path: a tar, a pattern of tars, a folder of them, or their index. With `verify`, all entries are read and compared
+    folder: a tar, a pattern of tars, a folder of them, or their index. With `verify`, all entries are read and compared
     with their checksums now. Other arguments and errors as of LatentCache.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        codec: LatentCodec | None = None,
-        *,
-        mode: str | None = None,
-        seed: int = 0,
-        split: str | None = None,
-        flips: bool = True,
-        transform: Mapping[str, Any] | None = None,
-        verify: bool = False,
-    ) -> None:
-        self.name, self.seed = str(path), seed
+    _has_hashes = False
+
+    def _locate(self, folder: str | Path) -> None:
+        self.folder = str(folder)
         try:
-            table, shards, _ = open_index([self.name], Settings("latents"), scan=latent_rows)
+            self._table, self._tars, _ = open_index([self.folder], Settings("latents"), scan=latent_rows)
         except DataError as error:
             raise CacheError(str(error)) from error
-        self._top = _folder_with_meta(shards[0])
-        self.folder = self.name
-        self.meta = read_meta_file(self._file(META))
-        self._check_same_source(codec, transform)
-        self.mode = self._mode(mode)
+        self._top = _folder_with_meta(self._tars[0])
+
+    def _check_shards(self, verify: bool) -> None:
+        """Nothing to do: open_index compares the tars with their index."""
+
+    def _read_index(self) -> pd.DataFrame:
         try:
-            index = pd.DataFrame(map(_entry, table["row"].to_pylist()))
+            index = pd.DataFrame(map(_entry, self._table["row"].to_pylist()))
         except ValueError as error:
-            raise CacheError(f"{self.name}: a row of its index {error}; delete the index") from error
+            raise CacheError(f"{self.folder}: a row of its index {error}; delete the index") from error
         index[list(TEXT_COLUMNS)] = index[list(TEXT_COLUMNS)].fillna("").astype(str)
-        self.shards = len(pc.unique(table["shard"]))
+        self.shards = len(pc.unique(self._table["shard"]))
         index["_row"] = range(len(index))
-        self._select(index, codec, split, flips)
-        table = table.drop_columns("row").take(pa.array(self.index.pop("_row")))
+        return index
+
+    def _select(self, index: pd.DataFrame, codec: LatentCodec | None, split: str | None, flips: bool) -> None:
+        super()._select(index, codec, split, flips)
+        table = self._table.drop_columns("row").take(pa.array(self.index.pop("_row")))
+        del self._table  # workers need the members only
         columns = (table["shard"].combine_chunks().indices, table["offset"], table["size"])
         self._members = [
-            member_path(shards[shard], offset, size, f"{number:09d}.npy")
+            member_path(self._tars[shard], offset, size, f"{number:09d}.npy")
             for shard, offset, size, number in zip(
                 *(column.to_pylist() for column in columns), self.index["number"], strict=True
             )
@@ -134,11 +129,8 @@ class TarLatentCache(LatentCache):
         store = self.meta["store"]
         for kind in KINDS[store]:
             if kind not in table.column_names or table[kind].null_count:
-                raise CacheError(f"{self.name} has entries without .{kind}.npy, but {META} says store={store}")
+                raise CacheError(f"{self.folder} has entries without .{kind}.npy, but {META} says store={store}")
         self._offsets = {kind: table[kind].to_pylist() for kind in KINDS[store]}  # within the member's range
-        if verify:
-            for number in range(len(self)):
-                self.moments(number)
 
     def _read(self, index: int) -> dict[str, Tensor]:
         try:
