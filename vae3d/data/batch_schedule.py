@@ -105,6 +105,11 @@ class OneStream:
     def micro_batch(self) -> int:
         return self.batch_size // (self.accumulate * self.world_size)
 
+    def positions(self, step: int, micro: int) -> range:
+        """This rank's places in the training order, of micro-batch `micro` of a step."""
+        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch
+        return range(first, first + self.micro_batch)
+
     @property
     def leaves(self) -> list[OneStream]:
         return [self]
@@ -180,11 +185,10 @@ class BatchSchedule(OneStream):
         """
         step = 0 if self.overfit else step
         frames = self.frames_at(step)
-        batches = []
-        for micro in range(self.accumulate):
-            first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch
-            batches.append([self.clip_at(position, frames) for position in range(first, first + self.micro_batch)])
-        return batches
+        return [
+            [self.clip_at(position, frames) for position in self.positions(step, micro)]
+            for micro in range(self.accumulate)
+        ]
 
     def micro_batches(self, first: int, last: int) -> Iterator[list[ClipIndex]]:
         """This rank's micro-batches of the steps first, ..., last - 1: the batch_sampler of a DataLoader."""

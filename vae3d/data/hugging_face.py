@@ -29,7 +29,7 @@ from vae3d.data.dataset_rows import (
     row_paths,
 )
 from vae3d.data.media import DataError, StreamItem
-from vae3d.data.rows import rows_from_paths
+from vae3d.data.rows import joined, rows_from_paths
 from vae3d.data.versions import file_stamp
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ class HuggingFace:
                 "data.source.streaming=true is for training an autoencoder; what needs a table of all rows reads the "
                 "dataset with data.source.streaming=false"
             )
-        table = pd.concat(list(self.pieces()), ignore_index=True)
-        table["row"] = np.arange(1, len(table) + 1)
-        return table
+        return joined(self.pieces())
 
     def pieces(self, size: int | None = None) -> Iterator[pd.DataFrame]:
         """The table in pieces of at most `size` rows; None: one piece per Arrow file. Raises DataError as `table`."""

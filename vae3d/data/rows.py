@@ -76,6 +76,12 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
     return table
 
 
+def joined(pieces: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """A table of its pieces, with the rows numbered."""
+    table = pd.concat(list(pieces), ignore_index=True)
+    return table.assign(row=np.arange(1, len(table) + 1))
+
+
 def _is_too_long(name: str) -> bool:
     return max(map(len, os.fsencode(name).split(b"/"))) > MAX_NAME and not is_stored(name)
 

@@ -186,9 +186,8 @@ class StreamingSchedule(OneStream):
     def clips(self, number: int) -> list[ClipIndex]:
         """Positions and frame counts of this rank's micro-batch `number`, of all its micro-batches."""
         step, micro = divmod(number, self.accumulate)
-        first = step * self.batch_size + (micro * self.world_size + self.rank) * self.micro_batch
         frames = self.frames_at(step)
-        return [ClipIndex(position, 0, frames) for position in range(first, first + self.micro_batch)]
+        return [ClipIndex(position, 0, frames) for position in self.positions(step, micro)]
 
 
 class StreamingClips(IterableDataset):

@@ -23,7 +23,7 @@ from filelock import FileLock
 
 from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.readers import is_image
-from vae3d.data.rows import NUMBERS, rows_from_paths
+from vae3d.data.rows import NUMBERS, joined, rows_from_paths
 from vae3d.data.segments import SEGMENT
 from vae3d.data.storage import cache_folder, exists, find_objects, is_url, list_urls, local_name, member_path
 from vae3d.data.tar_index import (
@@ -93,9 +93,7 @@ class WebDataset:
                 "data.source.streaming=true is for training an autoencoder; what needs a table of all rows reads the "
                 "shards with data.source.streaming=false"
             )
-        table = pd.concat(list(self.pieces()), ignore_index=True)
-        table["row"] = np.arange(1, len(table) + 1)
-        return table
+        return joined(self.pieces())
 
     def indices(self) -> list[OpenIndex]:
         """The indices of the shards: one, or with val_path two. Opened, or made, once. Raises DataError."""
