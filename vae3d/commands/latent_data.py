@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vae3d.commands.training_data import SourceData, build_schedule, read_sources
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts, Interleaved, Schedule
+from vae3d.data.batch_schedule import ClipIndex, FrameCounts, Interleaved, Schedule
 from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weights
 from vae3d.data.clips import MixedClips
 from vae3d.data.file_table import sizes_of
@@ -105,15 +105,15 @@ def cache_schedule(
             names,
         )
     streams = [
-        BatchSchedule(
+        build_schedule(
+            config,
             np.full(len(group.entries), bucket.frames),
             FrameCounts(bucket.frames, bucket.frames),
-            config.run.seed,
-            bucket.batch_size,
-            config.trainer.accumulate,
             rank,
             world_size,
+            batch_size=bucket.batch_size,
             rows=np.searchsorted(train, group.entries),
+            overfit=False,  # the whole schedule repeats its first step
         )
         for bucket, group in zip(buckets, groups, strict=True)
     ]
