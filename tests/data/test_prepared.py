@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from tests import tiny
-from vae3d.data import fingerprint, prepared, probe, tables
+from vae3d.data import fingerprint, prepared, prepared_rows, prepared_selection, probe, tables
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError
@@ -31,10 +31,11 @@ def large(monkeypatch, tmp_path):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
 
     def use(on: bool = True, processes: bool = False) -> None:
-        monkeypatch.setattr(prepared, "SMALL_FILE", 0 if on else 2**60)
+        monkeypatch.setattr(prepared_rows, "SMALL_FILE", 0 if on else 2**60)
         monkeypatch.setattr(prepared, "LARGE", 0 if on else 2**60)
-        monkeypatch.setattr(prepared, "CHUNK", 23)
-        monkeypatch.setattr(prepared, "WORKERS", 2 if processes else 1)
+        monkeypatch.setattr(prepared_rows, "CHUNK", 23)
+        monkeypatch.setattr(prepared_selection, "CHUNK", 23)
+        monkeypatch.setattr(prepared_rows, "WORKERS", 2 if processes else 1)
         monkeypatch.setattr(tables, "CHUNK", 19)
         monkeypatch.setattr(tables, "BLOCK", 900)
         monkeypatch.setattr(fingerprint, "PER_ROW", 13)
@@ -134,8 +135,9 @@ def test_a_prepared_table_is_opened_and_not_read_again(tmp_path, large, monkeypa
     rows().to_csv(tmp_path / "t.csv", index=False)
     source = Table(tmp_path / "t.csv")
     first = read_tables(source, SETTINGS, 3, 0.0)
-    for name in ("table_pieces", "_choose", "count_rows"):
-        monkeypatch.setattr(prepared, name, None)
+    for name in ("table_pieces", "count_rows"):
+        monkeypatch.setattr(prepared_rows, name, None)
+    monkeypatch.setattr(prepared_selection, "_choose", None)
     again = read_tables(source, SETTINGS, 3, 0.0)
     assert_same(again, first)
     copy = pickle.loads(pickle.dumps(again.train))
@@ -160,7 +162,7 @@ def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large, monkeyp
     for name in "abc":
         rows().to_csv(tmp_path / f"{name}.csv", index=False)
         read_tables(Table(tmp_path / f"{name}.csv"), SETTINGS, 3, 0.0)
-        folders.append(prepared.folder_of(Table(tmp_path / f"{name}.csv")))
+        folders.append(prepared.folder_of(prepared_rows.TableRows(Table(tmp_path / f"{name}.csv"))))
     old = time.time() - 31 * 86400
     os.utime(folders[0], (old, old))
     os.utime(folders[1], (old, old))
@@ -209,7 +211,7 @@ def test_files_and_parts_of_a_large_table_are_probed_once(tmp_path, large, monke
     assert len(one.errors) == 3
     probed = []
     original = probe.read_metadata
-    for module in (probe, prepared):
+    for module in (probe, prepared_selection):
         monkeypatch.setattr(module, "read_metadata", lambda path: probed.append(path) or original(path))
     read_tables(source, SETTINGS, 3, 0.5)
     assert sorted(os.path.basename(path) for path in probed) == ["absent.mp4", "broken.mp4"]

@@ -15,7 +15,7 @@ from PIL import Image
 from tests import tiny
 from tests.data.test_prepared import SETTINGS, assert_same, large, rows  # noqa: F401
 from tests.http_server import serve
-from vae3d.data import check, dataset_rows, json_clips, prepared, storage
+from vae3d.data import check, dataset_rows, json_clips, prepared, prepared_rows, prepared_selection, storage
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.json_clips import JsonClips
@@ -42,8 +42,8 @@ def both(make, large, settings=SETTINGS, **changes):  # noqa: F811
 
 
 def forbid_preparing(monkeypatch):
-    for name in ("_convert", "_choose"):
-        monkeypatch.setattr(prepared, name, None)
+    for module, name in ((prepared_rows, "_write"), (prepared_selection, "_choose")):
+        monkeypatch.setattr(module, name, None)
 
 
 # ---- JSON
@@ -259,16 +259,20 @@ def test_a_large_folder_is_listed_by_the_main_process_alone(pictures, large, mon
     monkeypatch.setattr(Folder, "listing", lambda self: listed.append(1) or original(self))
     main, _ = prepared.find_large(Folder(pictures), Ranks())
     table = prepared.prepare(main)
-    other, listing = prepared.find_large(Folder(pictures), Ranks(1, 2, lambda mine: [main.folder.name, mine]))
-    assert (len(listed), listing, other.folder) == (1, None, main.folder)
-    assert prepared.prepare(other).to_pandas().equals(table.to_pandas())
+
+    def on_another_rank():
+        other, listing = prepared.find_large(Folder(pictures), Ranks(1, 2, lambda mine: [main.folder.name, mine]))
+        assert (listing, other.folder) == (None, main.folder)
+        return prepared.prepare(other)
+
+    assert on_another_rank().to_pandas().equals(table.to_pandas())
     assert len(listed) == 1
     shutil.rmtree(main.folder)  # as on another machine, with a cache of its own
-    assert prepared.prepare(other).to_pandas().equals(table.to_pandas())
+    assert on_another_rank().to_pandas().equals(table.to_pandas())
     shutil.rmtree(main.folder)
     (pictures / "new.png").touch()
-    with pytest.raises(DataError, match="does not hold the same files on all machines"):
-        prepared.prepare(other)
+    with pytest.raises(DataError, match=f"{pictures} does not hold the same on all machines"):
+        on_another_rank()
     with pytest.raises(DataError, match="gone"):  # of the main process, on all
         prepared.find_large(Folder(pictures), Ranks(1, 2, lambda mine: [DataError("gone"), mine]))
 

@@ -23,7 +23,7 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import prepared, storage, tar_index
+from vae3d.data import prepared, prepared_rows, storage, tar_index
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
@@ -611,4 +611,4 @@ def test_large_indices_are_prepared_once_and_give_the_same_clips(shards, plain, 
             assert ours.numbers("num_frames").tolist() == theirs.numbers("num_frames").tolist()
         assert large.notes == small.notes
         assert len(list((tmp_path / "tables").glob("*/table.arrow"))) == 1
-        monkeypatch.setattr(prepared, "_convert_index", None)
+        monkeypatch.setattr(prepared_rows, "_write", None)

@@ -21,7 +21,8 @@ from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
-from vae3d.data.prepared import find_large, prepare, select
+from vae3d.data.prepared import find_large, prepare
+from vae3d.data.prepared_selection import select
 from vae3d.data.probe import ProbeResults, Ranks, fill_metadata, probe, results_for_table
 from vae3d.data.readers import is_image
 from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
