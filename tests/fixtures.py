@@ -21,7 +21,7 @@ from tests import compose_cache, tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config.schema import TrainConfig
-from vae3d.data import storage
+from vae3d.data import stores
 
 
 def pytest_collection_finish() -> None:
@@ -191,7 +191,7 @@ def s3() -> Iterator[Callable[[str], AbstractFileSystem]]:
             patch.setenv(f"AWS_{name}", value)
 
         def with_bucket(name: str) -> AbstractFileSystem:
-            system = storage.file_system(f"s3://{name}")[0]
+            system = stores.file_system(f"s3://{name}")[0]
             system.mkdir(name)
             return system
 

@@ -385,8 +385,8 @@ def shard_methods(rate: Fraction) -> dict[str, Method]:
     import webdataset as wds
 
     from vae3d.data.clips import resize_crop_params
+    from vae3d.data.paths import member_path
     from vae3d.data.readers import open_media
-    from vae3d.data.storage import member_path
 
     def ours(path: str | Path, start: int) -> np.ndarray:
         with closing(open_media(path)) as reader:

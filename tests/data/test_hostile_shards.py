@@ -13,9 +13,9 @@ import pytest
 
 from tests import http_server
 from tests.data.test_webdataset import samples, write_tar
-from vae3d.data import storage
+from vae3d.data import stores
 from vae3d.data.media import DataError
-from vae3d.data.storage import StorageError
+from vae3d.data.stores import StorageError
 from vae3d.data.tar_index import INDEX, KEY, find_shard, media_rows, read_index, samples_of
 from vae3d.data.webdataset import WebDataset
 
@@ -73,7 +73,7 @@ def test_many_empty_members_of_one_sample_are_read_in_bounded_time(tmp_path):
 
 
 def test_a_store_that_does_not_answer_does_not_make_its_tar_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "TRIES", 1)
+    monkeypatch.setattr(stores, "TRIES", 1)
     write_tar(tmp_path / "0.tar", samples(1))
     with http_server.serve(tmp_path) as store:
         shard = find_shard(f"{store.url}/0.tar")

@@ -26,10 +26,10 @@ from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import TrainingData, read_tables
+from vae3d.data.paths import name_of
 from vae3d.data.readers import open_media
 from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import DataError
-from vae3d.data.storage import name_of
 
 os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # before the package is imported
 hf = pytest.importorskip("datasets")

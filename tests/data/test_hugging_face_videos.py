@@ -24,9 +24,9 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.paths import name_of, split_member
 from vae3d.data.readers import is_image, media_info, open_media
 from vae3d.data.sources import open_source
-from vae3d.data.storage import name_of, split_member
 from vae3d.data.streaming import Position, ShuffledItems, StreamingData, StreamingSchedule, opened, stream_notes
 from vae3d.inference.scale import longest_clips
 

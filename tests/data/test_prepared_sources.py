@@ -15,7 +15,7 @@ from PIL import Image
 from tests import tiny
 from tests.data.test_prepared import SETTINGS, assert_same, large, rows  # noqa: F401
 from tests.http_server import serve
-from vae3d.data import check, dataset_rows, json_clips, prepared, prepared_rows, prepared_selection, storage
+from vae3d.data import check, dataset_rows, json_clips, prepared, prepared_rows, prepared_selection, storage, stores
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.json_clips import JsonClips
@@ -281,12 +281,12 @@ def test_a_large_folder_is_listed_by_the_main_process_alone(pictures, large, mon
 
 
 def test_a_large_table_at_a_url_gives_what_a_small_one_gives(tmp_path, large, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
     (tmp_path / "site").mkdir()
     lines = rows().to_csv(index=False)
     (tmp_path / "site/t.csv").write_text(lines)
     with serve(tmp_path / "site") as store:
-        storage.forget_versions()
+        stores.forget_versions()
         make = lambda: Table(f"{store.url}/t.csv")  # noqa: E731
         one = both(make, large)
         assert one.train.path(0).startswith(f"{store.url}/videos/")
@@ -295,7 +295,7 @@ def test_a_large_table_at_a_url_gives_what_a_small_one_gives(tmp_path, large, mo
         assert_same(read_tables(make(), SETTINGS, 3, 0.5), one)
         forbid.undo()
         (tmp_path / "site/t.csv").write_text(lines + "videos/new.mp4,9,20,20,24,cat,new\n")
-        storage.forget_versions()
+        stores.forget_versions()
         assert len(both(make, large).train) == len(one.train) + 1
         with pytest.raises(DataError, match=f"{store.url}/none.csv"):
             read_tables(Table(f"{store.url}/none.csv"), SETTINGS, 3, 0.5)

@@ -24,13 +24,15 @@ from torch.utils.data import DataLoader
 from tests import tiny
 from tests.http_server import NO_RANGE, RESET, SHORT, SLOW, Store, serve
 from vae3d.config.check import path_issues
-from vae3d.data import storage
+from vae3d.data import object_cache, paths, storage, stores
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.paths import member_path
 from vae3d.data.probe import fill_metadata
 from vae3d.data.readers import is_image, media_info, open_media
 from vae3d.data.rows import mark_missing_files
 from vae3d.data.sources import Folder, Table, open_source
-from vae3d.data.storage import StorageError, member_path, open_range
+from vae3d.data.storage import open_range
+from vae3d.data.stores import StorageError
 from vae3d.data.versions import file_stamp, source_version
 from vae3d.data.video_index import _kept, close_kept_sources, open_index
 from vae3d.data.webdataset import list_shards
@@ -73,9 +75,9 @@ def members_of(tar: Path, address: str | None = None) -> dict[str, str]:
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and no waiting between two tries."""
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
-    storage.forget_versions()
-    storage.retries.clear()
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
+    stores.forget_versions()
+    stores.retries.clear()
     close_kept_sources()
     return tmp_path / "cache"
 
@@ -111,15 +113,15 @@ def stored(files, store, bucket):
 
 def test_paths():
     path = member_path("https://host/0.tar?key=a@b", 1536, 20, "a@1+2/./ü b.MP4")
-    assert storage.split_member(path) == ("https://host/0.tar?key=a@b", 1536, 20, "a@1+2/./ü b.MP4")
-    assert storage.suffix_of(path) == storage.suffix_of("http://host/a.MP4?b=c.png") == ".mp4"
+    assert paths.split_member(path) == ("https://host/0.tar?key=a@b", 1536, 20, "a@1+2/./ü b.MP4")
+    assert paths.suffix_of(path) == paths.suffix_of("http://host/a.MP4?b=c.png") == ".mp4"
     assert is_image("https://host/a.JPG?x=1")
     assert not is_image("https://host/a.mp4?x=b.jpg")
-    assert storage.is_stored(path)
-    assert storage.is_stored("s3://a/b")
-    assert not storage.is_url("/data/0.tar@1+2/a.mp4")
+    assert paths.is_stored(path)
+    assert paths.is_stored("s3://a/b")
+    assert not paths.is_url("/data/0.tar@1+2/a.mp4")
     for local in ("/data/a@1+2/b.mp4", "a.tar", "/data/0.tar@1+2", "clip.mp4"):
-        assert not storage.is_stored(local)
+        assert not paths.is_stored(local)
     with pytest.raises(DataError, match=r"0\.zip"):
         member_path("0.zip", 0, 1, "a.mp4")
 
@@ -137,7 +139,7 @@ def test_paths():
     ],
 )
 def test_paths_are_relative_to_the_root(root, name, path):
-    assert storage.resolve(root, name) == path
+    assert paths.resolve(root, name) == path
 
 
 def test_names_of_results():
@@ -196,7 +198,7 @@ def test_a_member_is_one_range_read_and_stays(files, store):
     path = members_of(files / "0.tar", f"{store.url}/0.tar")["clips/photo.png"]
     for _ in range(2):
         open_media(path).read([0])
-    _, offset, size, _ = storage.split_member(path)
+    _, offset, size, _ = paths.split_member(path)
     assert store.requests == [("/0.tar", "bytes=0-0"), ("/0.tar", f"bytes={offset}-{offset + size - 1}")]
 
 
@@ -229,7 +231,7 @@ def test_a_rewritten_tar_is_indexed_again(files, tmp_path, cache):
 
 @pytest.mark.parametrize("fault", [408, 429, 500, 502, 503, 504, RESET, SHORT, SLOW])
 def test_passing_faults_cost_only_time(fault, files, store, monkeypatch):
-    monkeypatch.setattr(storage, "TIMEOUT", 0.1)
+    monkeypatch.setattr(stores, "TIMEOUT", 0.1)
     store.fail_every(2, fault)
     content = (files / "clip.mp4").read_bytes()
     assert all(
@@ -237,12 +239,12 @@ def test_passing_faults_cost_only_time(fault, files, store, monkeypatch):
     )
     assert store.faults[fault] > 2
     if fault != RESET:  # aiohttp tries once more itself if a connection that it used before is cut
-        assert storage.retries.total() == store.faults[fault]
+        assert stores.retries.total() == store.faults[fault]
 
 
 def test_retries_are_logged_once_in_a_while(store, caplog):
     store.fail_every(2, 500)
-    storage._last_log = time.monotonic() - storage.LOG_EVERY
+    stores._last_log = time.monotonic() - stores.LOG_EVERY
     for offset in range(4):
         open_range(f"{store.url}/clip.mp4", offset, 1)
     (record,) = [record for record in caplog.records if "retr" in record.message]
@@ -264,8 +266,8 @@ def test_lasting_errors_are_raised_at_once(status, word, store):
 @pytest.mark.parametrize(("fault", "word"), [(500, "500"), (SHORT, "gave 50 bytes of 100"), (SLOW, "in time")])
 def test_a_store_that_stays_away_stops_the_run(fault, word, store, monkeypatch):
     """It is no property of the file, which would be replaced by another."""
-    monkeypatch.setattr(storage, "TIMEOUT", 0.02)
-    monkeypatch.setattr(storage, "TRIES", 3)
+    monkeypatch.setattr(stores, "TIMEOUT", 0.02)
+    monkeypatch.setattr(stores, "TRIES", 3)
     store.fail_every(1, fault)
     with pytest.raises(StorageError) as error:
         open_range(f"{store.url}/clip.mp4", 7, 100)
@@ -277,7 +279,7 @@ def test_a_store_that_stays_away_stops_the_run(fault, word, store, monkeypatch):
 
 def test_a_range_beyond_the_end(files, store, bucket, monkeypatch):
     size = (files / "0.tar").stat().st_size
-    monkeypatch.setattr(storage, "TRIES", 2)
+    monkeypatch.setattr(stores, "TRIES", 2)
     for address in (files, store.url, bucket):
         with pytest.raises(MediaError, match=rf"bytes {size - 3} to {size + 2}.*3|{size}"):
             open_range(f"{address}/0.tar", size - 3, 5)
@@ -295,13 +297,13 @@ def test_a_server_without_ranges(files, store, monkeypatch):
     assert open_media(f"{store.url}/photo.png").read([0]).shape == (1, 32, 40, 3)
     with pytest.raises(StorageError, match=r"/0\.tar: its server ignores ranges"):
         open_range(f"{store.url}/0.tar", 512, 10)
-    monkeypatch.setattr(storage, "PIECE", 1000)
+    monkeypatch.setattr(stores, "PIECE", 1000)
     with pytest.raises(MediaError, match="ignores ranges"):
         open_media(f"{store.url}/clip.mp4")
 
 
 def test_large_objects_are_read_in_pieces(files, store, monkeypatch):
-    monkeypatch.setattr(storage, "PIECE", 1000)
+    monkeypatch.setattr(stores, "PIECE", 1000)
     store.fail_every(3, RESET)
     assert storage.local_range(f"{store.url}/clip.mp4").read() == (files / "clip.mp4").read_bytes()
     assert len(store.requests) > (files / "clip.mp4").stat().st_size / 1000
@@ -312,7 +314,7 @@ def test_settings_are_those_of_fsspec(store, monkeypatch):
     store.token = "Bearer abc"
     with pytest.raises(MediaError, match="denied"):
         open_media(f"{store.url}/photo.png")
-    monkeypatch.setattr(storage, "_systems", {})
+    monkeypatch.setattr(stores, "_systems", {})
     monkeypatch.setitem(fsspec.config.conf, "http", {"headers": {"Authorization": store.token}})
     assert open_media(f"{store.url}/photo.png").read([0]).shape == (1, 32, 40, 3)
 
@@ -335,9 +337,9 @@ def test_errors_of_backends_that_pass():
     ]
     lasting = [*map(s3, ("NoSuchKey", "NoSuchBucket", "AccessDenied", "InvalidRange", "ExpiredToken"))]
     lasting += [exceptions.NoCredentialsError(), ValueError("bad bucket"), KeyError("a bug")]
-    assert [storage._is_passing(error) for error in passing] == [True] * len(passing)
-    assert [storage._is_passing(error) for error in lasting] == [False] * len(lasting)
-    kinds = [type(storage._lasting(error, "s3://b/a", "s3://b/a")) for error in lasting]
+    assert [stores._is_passing(error) for error in passing] == [True] * len(passing)
+    assert [stores._is_passing(error) for error in lasting] == [False] * len(lasting)
+    kinds = [type(stores._lasting(error, "s3://b/a", "s3://b/a")) for error in lasting]
     assert kinds == [*[MediaError] * 5, StorageError, MediaError, KeyError]
 
 
@@ -375,8 +377,8 @@ def blobs(folder: Path, count: int, size: int = 10_000) -> dict[str, bytes]:
 def test_the_cache_is_bounded(tmp_path, cache, monkeypatch):
     """What was used last stays; a deleted copy can be read on, and is fetched again."""
     limit = 100_000
-    monkeypatch.setenv("VAE3D_CACHE_GIB", str((limit + 0.5) / storage.GIB))
-    monkeypatch.setattr(storage, "USED_AGAIN", -1)
+    monkeypatch.setenv("VAE3D_CACHE_GIB", str((limit + 0.5) / object_cache.GIB))
+    monkeypatch.setattr(object_cache, "USED_AGAIN", -1)
     contents = blobs(tmp_path, 30)
     with serve(tmp_path) as store:
         first = storage.local_range(f"{store.url}/0.bin")
@@ -399,11 +401,11 @@ def test_the_cache_is_bounded(tmp_path, cache, monkeypatch):
 def test_unfinished_files_stay_for_an_hour(cache, monkeypatch):
     folder = cache / "objects" / "ab"
     folder.mkdir(parents=True)
-    for name, age in {"new": 10, "old": 2 * storage.ABANDONED}.items():
-        (folder / f"{name}{storage.UNFINISHED}").write_bytes(bytes(1000))
-        os.utime(folder / f"{name}{storage.UNFINISHED}", (time.time() - age,) * 2)
-    assert storage._delete_oldest(cache / "objects", 0) == 1000
-    assert [file.name for file in objects(cache)] == [f"new{storage.UNFINISHED}"]
+    for name, age in {"new": 10, "old": 2 * object_cache.ABANDONED}.items():
+        (folder / f"{name}{object_cache.UNFINISHED}").write_bytes(bytes(1000))
+        os.utime(folder / f"{name}{object_cache.UNFINISHED}", (time.time() - age,) * 2)
+    assert object_cache._delete_oldest(cache / "objects", 0) == 1000
+    assert [file.name for file in objects(cache)] == [f"new{object_cache.UNFINISHED}"]
 
 
 def fetch(store_url: str, count: int, seed: int, failed) -> None:
@@ -415,7 +417,7 @@ def fetch(store_url: str, count: int, seed: int, failed) -> None:
 
 def test_processes_share_the_cache(tmp_path, cache, monkeypatch):
     """Forked after the parent used the store: each makes its own connections, and none sees half a file."""
-    monkeypatch.setenv("VAE3D_CACHE_GIB", str(50_000 / storage.GIB))
+    monkeypatch.setenv("VAE3D_CACHE_GIB", str(50_000 / object_cache.GIB))
     contents = blobs(tmp_path, 10)
     context = multiprocessing.get_context("fork")
     failed = context.Value("i", 0)
@@ -431,11 +433,11 @@ def test_processes_share_the_cache(tmp_path, cache, monkeypatch):
     assert [process.exitcode for process in processes] == [0] * 4
     assert failed.value == 0
     assert sum(file.stat().st_size for file in objects(cache)) <= 50_000
-    assert not list((cache / "objects").glob(f"*/*{storage.UNFINISHED}"))
+    assert not list((cache / "objects").glob(f"*/*{object_cache.UNFINISHED}"))
 
 
 def test_the_error_of_a_worker_is_one_line(store, monkeypatch):
-    monkeypatch.setattr(storage, "TRIES", 1)
+    monkeypatch.setattr(stores, "TRIES", 1)
     store.fail_every(1, 500)
     path = f"{store.url}/clip.mp4"
     with pytest.raises(StorageError) as error:
@@ -463,10 +465,10 @@ def test_workers_read_stored_videos(files, stored):
     paths = [stored[place, name] for name in NAMES[:2] for place in PLACES]
     expected = [Frames([str(files / name)])[0] for name in NAMES[:2] for _ in PLACES]
     np.testing.assert_array_equal(Frames(paths)[1], expected[1])
-    storage.forget_versions()
+    stores.forget_versions()
     loader = DataLoader(Frames(paths), batch_size=None, num_workers=2, timeout=30)
     np.testing.assert_array_equal(np.stack(list(loader)), expected)
-    storage.forget_versions()
+    stores.forget_versions()
     np.testing.assert_array_equal(Frames(paths)[3], expected[3])
 
 
@@ -475,19 +477,19 @@ def test_a_full_or_closed_disk_is_an_error(number, setting, store, cache, monkey
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(storage.os, "replace", fail)
+    monkeypatch.setattr(object_cache.os, "replace", fail)
     with pytest.raises(StorageError) as error:
         open_media(f"{store.url}/clip.mp4")
     assert setting in str(error.value)
     assert str(cache) in str(error.value)
-    assert not list((cache / "objects").glob(f"*/*{storage.UNFINISHED}"))
+    assert not list((cache / "objects").glob(f"*/*{object_cache.UNFINISHED}"))
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "much", "nan", "inf"])
 def test_the_limit_of_the_cache_is_checked(value, monkeypatch):
     monkeypatch.setenv("VAE3D_CACHE_GIB", value)
     with pytest.raises(DataError, match="VAE3D_CACHE_GIB"):
-        storage.cache_limit()
+        object_cache.cache_limit()
 
 
 def test_versions(tmp_path, cache):
@@ -501,7 +503,7 @@ def test_versions(tmp_path, cache):
         assert old[1][2]["sha256"] == old[2][2]["sha256"]
         assert old == [(file_stamp(path), source_version(path), source_version(path, hashed=True)) for path in paths]
         write_tar(tmp_path / "0.tar", {"a.png": b"new"})
-        storage.forget_versions()
+        stores.forget_versions()
         for path, (stamp, version, hashed) in zip(paths, old, strict=True):
             assert file_stamp(path) != stamp
             assert source_version(path) != version
@@ -574,9 +576,9 @@ def test_folders_at_urls(files, store, bucket):
         assert Folder(f"{address}/clip.mp4").table()["path"].tolist() == [f"{address}/clip.mp4"]
         with pytest.raises(DataError, match="no"):
             Folder(f"{address}/no_*.mp4").table()
-    (found,) = storage.list_urls(f"file://{files}/*.png")
+    (found,) = stores.list_urls(f"file://{files}/*.png")
     assert open_media(found).read([0]).shape == (1, 32, 40, 3)
-    assert storage.list_urls("s3://b/{000..002}.tar") == ["s3://b/000.tar", "s3://b/001.tar", "s3://b/002.tar"]
+    assert stores.list_urls("s3://b/{000..002}.tar") == ["s3://b/000.tar", "s3://b/001.tar", "s3://b/002.tar"]
 
 
 def test_errors_name_the_stored_path(files, tmp_path, cache):
@@ -681,7 +683,7 @@ class Odd(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def odd(cache, monkeypatch):
-    monkeypatch.setattr(storage, "TRIES", 2)
+    monkeypatch.setattr(stores, "TRIES", 2)
     Odd.sent = 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Odd)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -711,5 +713,5 @@ def test_content_is_read_as_it_is_stored(odd):
 
 
 def test_a_path_with_a_number_of_many_digits_is_no_member():
-    assert storage.split_member(f"a.tar@{'9' * 5000}+1/a.mp4") is None
-    assert not storage.is_stored(f"a.tar@1+{'9' * 19}/a.mp4")
+    assert paths.split_member(f"a.tar@{'9' * 5000}+1/a.mp4") is None
+    assert not paths.is_stored(f"a.tar@1+{'9' * 19}/a.mp4")

@@ -23,7 +23,7 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import prepared, prepared_rows, storage, tar_index
+from vae3d.data import prepared, prepared_rows, storage, stores, tar_index
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
@@ -123,7 +123,7 @@ def test_a_thousand_draws_over_http_with_a_tenth_of_the_requests_failing_are_tho
 ):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
     monkeypatch.setenv("VAE3D_CACHE_GIB", str(40_000 / 2**30))  # of 12 members of 4 to 7 kB
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
     copy = shutil.copytree(shards, tmp_path / "served", ignore=shutil.ignore_patterns(INDEX))
     with http_server.serve(copy) as store:
         store.fail_every(10, 503, http_server.RESET, http_server.SHORT, 429)
@@ -334,7 +334,7 @@ def test_the_member_to_read_can_be_chosen(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.thumb.jpg", "jj"), ("a.mp4", "v"), ("b.mp4", "vv"), ("b.thumb.jpg", "j")])
     for media, sizes in (("mp4", [1, 2]), (".THUMB.jpg", [2, 1])):
         paths = WebDataset(tmp_path / "0.tar", media=media).table()["path"]
-        assert [storage.split_member(path)[2] for path in paths] == sizes
+        assert [paths.split_member(path)[2] for path in paths] == sizes
     with pytest.raises(DataError, match=r"no member \.mkv"):
         WebDataset(tmp_path / "0.tar", media="mkv").table()
 
@@ -504,7 +504,7 @@ def plain(videos, tmp_path_factory) -> Path:
 
 def test_a_stream_gives_the_files_in_order(videos, plain, tmp_path, monkeypatch):
     files = [videos.parent / name for name in pd.read_csv(videos)["path"]]
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
     with http_server.serve(plain) as store:
         store.fail_every(5, 503, http_server.RESET, http_server.SHORT)
         for path in (str(plain), f"{store.url}/{{000000..000003}}.tar"):

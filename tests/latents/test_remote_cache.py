@@ -19,7 +19,7 @@ from tests.latents.processes import wait_for
 from vae3d.commands import encode_status, latent_stats
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
-from vae3d.data import objects, storage
+from vae3d.data import objects, stores
 from vae3d.data.workers import load
 from vae3d.latents import remote_tensors, shards
 from vae3d.latents.cache import LatentCache
@@ -40,7 +40,7 @@ def local(tmp_path_factory):
 @pytest.fixture
 def store(local, tmp_path, monkeypatch):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "objects"))
-    storage.forget_versions()
+    stores.forget_versions()
     with serve(local.parent) as store:
         yield store
 
@@ -69,7 +69,7 @@ def test_a_cache_over_http_is_read_by_one_range_per_tensor(first, store, local, 
 
 
 def test_a_server_that_fails_every_fifth_request_changes_nothing(store, local, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.01)
     store.fail_every(5, 503, SHORT, 429)
     assert_same(
         LatentCache(f"{store.url}/cache", split=None, flips=False, mode="mean"), local, flips=False, mode="mean"
@@ -101,16 +101,16 @@ def test_errors_of_a_remote_cache_name_what_is_missing_or_damaged(store, local, 
             (content[:8] + b"[" * 100, "is no safetensors file"),
         ]:
             file.write_bytes(damaged)
-            storage.forget_versions()
+            stores.forget_versions()
             with pytest.raises(CacheError, match=rf"{url}/shards/00001.safetensors.* {why}.*copy it again"):
                 LatentCache(url, verify=True)
         file.write_bytes(content)
-        storage.forget_versions()
+        stores.forget_versions()
         with pytest.raises(SafetensorError, match="has no tensor mean/x"):
             RemoteTensors(f"{url}/shards/00001.safetensors").get_tensor("mean/x")
         LatentCache(url, verify=True)
         (copy / "complete.json").unlink()
-        storage.forget_versions()
+        stores.forget_versions()
         with pytest.raises(CacheError, match=r"is not complete; it has no complete.json"):
             LatentCache(url)
     finally:
@@ -134,7 +134,7 @@ def test_errors_of_a_remote_cache_name_what_is_missing_or_damaged(store, local, 
 def test_a_header_that_a_stranger_made_is_an_error(store, local, entry):
     header = json.dumps({"a": entry}).encode()
     (local.parent / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
-    storage.forget_versions()
+    stores.forget_versions()
     tensors = RemoteTensors(f"{store.url}/odd.safetensors")
     with pytest.raises(SafetensorError, match=r"odd\.safetensors"):
         tensors.get_tensor("a")
@@ -200,7 +200,7 @@ def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(bucket, local,
     assert of_store(url, tmp_path) == caches.files(local)
     assert encode_status.main([url]) == 0
     objects.remove(f"{url}/complete.json")
-    storage.forget_versions()
+    stores.forget_versions()
     with pytest.raises(CacheError, match=r"s3://latents/photos is not complete; it has no complete.json"):
         open_cache(url)  # and is not taken for its tars
     with pytest.raises(CacheError, match=r"s3://latents/none is no latent cache"):

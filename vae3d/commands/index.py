@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vae3d.commands.flags import parse_index
 from vae3d.data.media import DataError
-from vae3d.data.storage import is_url
+from vae3d.data.paths import is_url
 from vae3d.data.tar_index import Settings, Shard, build_index, samples_of
 from vae3d.data.webdataset import cached_index, find_shards, index_of
 from vae3d.data.workers import processor_count

@@ -272,7 +272,7 @@ def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:
 
 def _is_stored(key: str, path: str) -> bool:
     """Whether it is a path of data in a store or in a tar, which are opened when the data are read."""
-    from vae3d.data.storage import is_stored  # imports numpy
+    from vae3d.data.paths import is_stored
 
     return (is_within(key, "data") or key in ("source", "root")) and is_stored(path)
 

@@ -450,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def bench(args: argparse.Namespace) -> int:
     """Measure, and print the table. Returns the exit status. Raises UserError."""
     from vae3d.data.clips import ClipSettings
-    from vae3d.data.storage import is_stored
+    from vae3d.data.paths import is_stored
     from vae3d.data.workers import processor_count
     from vae3d.io import write_json
 

@@ -26,7 +26,7 @@ import yaml
 
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, one_line
-from vae3d.data.storage import HF_IMAGE, HF_VIDEO
+from vae3d.data.paths import HF_IMAGE, HF_VIDEO
 from vae3d.data.tables import kind_of
 from vae3d.text import plural
 

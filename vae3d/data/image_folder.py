@@ -11,10 +11,10 @@ import pandas as pd
 
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.media import DataError
+from vae3d.data.paths import is_stored, suffix_of
 from vae3d.data.readers import is_image
 from vae3d.data.rows import SPLITS, Listing, mark_missing_files
 from vae3d.data.sources import Folder, Source, files_under, holds_dataset, open_source
-from vae3d.data.storage import is_stored, suffix_of
 from vae3d.text import plural
 
 FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # name -> split

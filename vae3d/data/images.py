@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vae3d.data.media import MediaError, MediaInfo, Size, check_indices
-from vae3d.data.storage import is_stored, local_range
+from vae3d.data.paths import is_stored
+from vae3d.data.storage import local_range
 from vae3d.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")

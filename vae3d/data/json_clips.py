@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from vae3d.data.media import DataError
+from vae3d.data.paths import folder_of, is_stored
 from vae3d.data.rows import SPLITS, file_hashes, mark_missing_files, normalise_rows
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
-from vae3d.data.storage import folder_of, is_stored
 from vae3d.data.tables import JsonLines, kind_of, of_copy, read_entries
 from vae3d.text import plural
 

@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vae3d.data import storage
+from vae3d.data import storage, stores
 from vae3d.data.media import MediaError
 
 SMALL = 2**25  # bytes of an object that is sent in one request
@@ -29,31 +29,31 @@ def put(file: Path, url: str) -> None:
     content = file.read_bytes() if file.stat().st_size <= SMALL else None
 
     def request() -> None:
-        system, path = storage.file_system(url)
+        system, path = stores.file_system(url)
         if content is None:
             system.put_file(str(file), path)
         else:
             system.pipe_file(path, content)
 
-    storage.with_retries(request, url, url)
+    stores.with_retries(request, url, url)
 
 
 def remove(url: str) -> None:
     """Delete an object, if it is there. Raises MediaError, StorageError."""
 
     def request() -> None:
-        system, path = storage.file_system(url)
+        system, path = stores.file_system(url)
         with suppress(FileNotFoundError):
             system.rm_file(path)
 
-    storage.with_retries(request, url, url)
+    stores.with_retries(request, url, url)
 
 
 def find(url: str) -> Object | None:
     """An object as it is now; None if it does not exist. Raises MediaError, StorageError."""
 
     def request() -> Object | None:
-        system, path = storage.file_system(url)
+        system, path = stores.file_system(url)
         system.invalidate_cache()
         try:
             info = system.info(path)
@@ -61,14 +61,14 @@ def find(url: str) -> Object | None:
             return None
         return None if info.get("type") == "directory" else _object(info)
 
-    return storage.with_retries(request, url, url)
+    return stores.with_retries(request, url, url)
 
 
 def listing(url: str) -> dict[str, Object]:
     """The objects under a URL as they are now, by their names from there. Raises MediaError, StorageError."""
 
     def request() -> dict[str, Object]:
-        system, path = storage.file_system(url)
+        system, path = stores.file_system(url)
         system.invalidate_cache()
         try:
             infos = system.find(path, detail=True)
@@ -80,7 +80,7 @@ def listing(url: str) -> dict[str, Object]:
             if info.get("type") != "directory"
         }
 
-    return storage.with_retries(request, url, url)
+    return stores.with_retries(request, url, url)
 
 
 def get(url: str, file: Path) -> bool:
@@ -90,8 +90,8 @@ def get(url: str, file: Path) -> bool:
         return False
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as stream:
-        for start in range(0, found.size, storage.PIECE):
-            stream.write(storage.open_range(url, start, min(storage.PIECE, found.size - start)))
+        for start in range(0, found.size, stores.PIECE):
+            stream.write(storage.open_range(url, start, min(stores.PIECE, found.size - start)))
     return True
 
 
@@ -102,4 +102,4 @@ def _object(info: dict[str, Any]) -> Object:
     if when is None:
         raise MediaError(str(info.get("name")), "its store does not say when it was written")
     modified = when.timestamp() if isinstance(when, datetime) else float(when)
-    return Object(info["size"], storage.version_of(info), modified)
+    return Object(info["size"], stores.version_of(info), modified)

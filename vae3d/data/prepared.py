@@ -29,11 +29,11 @@ from filelock import FileLock
 
 from vae3d.data.file_table import ArrowFile, FileTable
 from vae3d.data.media import DataError
+from vae3d.data.paths import cache_folder
 from vae3d.data.prepared_rows import FolderRows, Rows, is_folder, rows_of
 from vae3d.data.probe import Ranks
 from vae3d.data.rows import Listing, exists, in_threads
 from vae3d.data.sources import Source
-from vae3d.data.storage import cache_folder
 from vae3d.data.versions import file_stamp
 from vae3d.hashing import json_hash
 from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json

@@ -32,11 +32,12 @@ from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.json_clips import JsonClips, read_list
 from vae3d.data.parts import path_hash
+from vae3d.data.paths import is_stored, is_url
 from vae3d.data.probe import ProbeResults, results_for_paths, results_for_table
 from vae3d.data.rows import NUMBERS, SPLITS, TEXTS, Listing, mark_missing_files, normalise_rows
 from vae3d.data.segments import SEGMENT
 from vae3d.data.sources import Folder, Source, Table
-from vae3d.data.storage import is_stored, is_url, size_and_version
+from vae3d.data.storage import size_and_version
 from vae3d.data.tables import count_rows, of_copy, table_pieces
 from vae3d.data.versions import file_stamp
 from vae3d.data.webdataset import WebDataset

@@ -29,16 +29,8 @@ from torch import Tensor
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
-from vae3d.data.storage import (
-    HF_IMAGE,
-    HF_VIDEO,
-    FileRange,
-    RangeFile,
-    is_stored,
-    local_range,
-    size_and_version,
-    suffix_of,
-)
+from vae3d.data.paths import HF_IMAGE, HF_VIDEO, is_stored, suffix_of
+from vae3d.data.storage import FileRange, RangeFile, local_range, size_and_version
 from vae3d.data.video_index import (
     KEYS_BACK,
     MAX_REORDER,
@@ -63,7 +55,7 @@ AT_ONCE = 32  # frames that torchcodec decodes at full size before they are resi
 def open_media(path: str | Path, reader: str = "auto", threads: int = 1, alpha: bool | None = False) -> Reader:
     """Open a video or image by its extension, or an image sequence (`*` in the name).
 
-    path: a local file, a URL, a member of a tar, or a row of a dataset (see storage.py).
+    path: a local file, a URL, a member of a tar, or a row of a dataset (see paths.py).
 
     reader: pyav, decord, torchcodec, torchcodec_cuda, or auto, which is pyav: it reads all that the others read, and
     measures faster than those of the CPU (docs/speed.md). threads: for decoding.

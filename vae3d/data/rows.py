@@ -2,7 +2,7 @@
 
 Columns:
     path        absolute; with a `*` for the numbers of the images of a sequence; or a URL, a member of a tar or a row
-                of a dataset (see storage)
+                of a dataset (see paths.py)
     name        the path as the source gives it; its hash decides what is held out
     row         number of the row in the source, from 1, for messages
     num_frames, height, width, fps       of the whole file; NaN: unknown
@@ -26,8 +26,9 @@ import pandas as pd
 
 from vae3d.data.images import is_sequence
 from vae3d.data.media import MediaError
+from vae3d.data.paths import is_stored, is_url, resolve
 from vae3d.data.segments import SEGMENT, SEGMENT_ERROR
-from vae3d.data.storage import is_stored, is_url, resolve, size_and_version
+from vae3d.data.storage import size_and_version
 from vae3d.seeding import seed_of
 
 T = TypeVar("T")

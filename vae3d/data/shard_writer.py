@@ -17,11 +17,12 @@ import pandas as pd
 
 from vae3d.data.images import IMAGE_SUFFIXES, image_info, is_sequence
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.paths import HF_IMAGE, HF_VIDEO, suffix_of
 from vae3d.data.probe import probe
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import SEGMENT
-from vae3d.data.storage import HF_IMAGE, HF_VIDEO, local_range, suffix_of
+from vae3d.data.storage import local_range
 from vae3d.data.tar_index import INDEX, NAME, Settings, build_index, find_shard
 from vae3d.data.versions import file_stamps
 from vae3d.hashing import json_hash

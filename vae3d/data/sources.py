@@ -27,18 +27,10 @@ from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.images import IMAGE_SUFFIXES, is_sequence, numbered
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.paths import folder_of, is_stored, is_url, local_name, split_member, suffix_of
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import Listing, absolute_paths, normalise_rows
-from vae3d.data.storage import (
-    find_objects,
-    folder_of,
-    is_stored,
-    is_url,
-    list_urls,
-    local_name,
-    split_member,
-    suffix_of,
-)
+from vae3d.data.stores import find_objects, list_urls
 from vae3d.data.tables import JSON, kind_of, read_table
 from vae3d.data.webdataset import TAR, WebDataset, is_indexed_url, is_shards, is_tar
 
@@ -82,7 +74,7 @@ class Table:
     """A CSV, TSV (also .gz) or parquet file with a column `path`; optional text, label, num_frames, height, width,
     fps, start, end and split.
 
-    A path is a local file, a URL, or a member of a tar (see storage.py). path and root may be URLs themselves.
+    A path is a local file, a URL, or a member of a tar (see paths.py). path and root may be URLs themselves.
     root: what relative paths are relative to; None: the table's folder. A row with start or end (seconds) is that part
     of its file; num_frames is the whole file's nevertheless.
     """

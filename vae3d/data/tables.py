@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.storage import is_stored, is_url, local_copy
+from vae3d.data.paths import is_stored, is_url
+from vae3d.data.storage import local_copy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +46,7 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """The rows of a CSV, TSV or parquet file, or of a stored one (see storage.py). Text columns stay text; an empty
+    """The rows of a CSV, TSV or parquet file, or of a stored one (see paths.py). Text columns stay text; an empty
     field is None.
 
     The column `error` marks rows with more or fewer fields than the first line. No text means "missing": a label may be

@@ -32,19 +32,13 @@ import pyarrow.compute as pc
 from vae3d.arguments import Range, check_fields
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.paths import is_url, local_name, member_path
 from vae3d.data.probe import read_metadata
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import SPLITS
 from vae3d.data.segments import SEGMENT_ERROR
-from vae3d.data.storage import (
-    StorageError,
-    is_url,
-    local_copy,
-    local_name,
-    member_path,
-    open_range,
-    size_and_version,
-)
+from vae3d.data.storage import local_copy, open_range, size_and_version
+from vae3d.data.stores import StorageError
 from vae3d.io import atomic_write, naming
 from vae3d.progress import progress
 from vae3d.text import plural

@@ -8,8 +8,9 @@ from typing import Any
 
 from vae3d.data.images import is_sequence, sequence_files
 from vae3d.data.media import MediaError
+from vae3d.data.paths import is_stored, split_member
 from vae3d.data.rows import in_threads
-from vae3d.data.storage import is_stored, local_range, size_and_version, split_member
+from vae3d.data.storage import local_range, size_and_version
 from vae3d.hashing import file_hash, json_hash, stream_hash
 from vae3d.io import FileError
 from vae3d.seeding import seed_of

@@ -45,7 +45,8 @@ from av.video.stream import VideoStream
 from pydantic import TypeAdapter
 
 from vae3d.data.media import MediaError, MediaInfo, Size, one_line
-from vae3d.data.storage import FileRange, RangeFile, cache_folder, local_range
+from vae3d.data.paths import cache_folder
+from vae3d.data.storage import FileRange, RangeFile, local_range
 from vae3d.errors import UserError
 from vae3d.io import atomic_write
 

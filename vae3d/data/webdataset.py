@@ -1,6 +1,6 @@
 """Videos and images in tar shards, in the layout of webdataset, as a table: every sample is one range read.
 
-A row's path is TAR@OFFSET+SIZE/MEMBER (see storage.py), so that the order of training, resuming, validation and
+A row's path is TAR@OFFSET+SIZE/MEMBER (see paths.py), so that the order of training, resuming, validation and
 encoding are those of files. Nothing is extracted.
 """
 
@@ -22,10 +22,11 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from vae3d.data.media import DataError, MediaError, StreamItem
+from vae3d.data.paths import cache_folder, is_url, local_name, member_path
 from vae3d.data.readers import is_image
-from vae3d.data.rows import NUMBERS, joined, rows_from_paths
+from vae3d.data.rows import NUMBERS, exists, joined, rows_from_paths
 from vae3d.data.segments import SEGMENT
-from vae3d.data.storage import cache_folder, exists, find_objects, is_url, list_urls, local_name, member_path
+from vae3d.data.stores import find_objects, list_urls
 from vae3d.data.tar_index import (
     COMPRESSED_TAR,
     INDEX,

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vae3d.data.clips import read_resized, resize_crop_params, to_video
 from vae3d.data.images import is_sequence
+from vae3d.data.paths import is_stored, name_of
 from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.segments import WHOLE, Bounds, Segment
-from vae3d.data.storage import is_stored, name_of
 from vae3d.inference.pictures import scorable
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.metrics import MetricSet, VideoResult

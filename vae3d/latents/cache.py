@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from vae3d.arguments import Count, Range, Size, Width
 from vae3d.data.media import MediaError
-from vae3d.data.storage import is_url, local_range
+from vae3d.data.paths import is_url
+from vae3d.data.storage import local_range
 from vae3d.hashing import file_hash
 from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, read_text

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vae3d.data import objects
-from vae3d.data.storage import is_url
+from vae3d.data.paths import is_url
 from vae3d.hashing import file_hash
 from vae3d.inference.folder import has_results
 from vae3d.io import naming, remove, remove_unfinished

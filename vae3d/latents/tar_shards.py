@@ -21,7 +21,9 @@ from torch import Tensor
 
 from vae3d.data import objects
 from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.storage import exists, is_url, local_range, member_path
+from vae3d.data.paths import is_url, member_path
+from vae3d.data.rows import exists
+from vae3d.data.storage import local_range
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
 from vae3d.data.webdataset import is_shards, open_index
 from vae3d.latents.cache import TEXT_COLUMNS, LatentCache
