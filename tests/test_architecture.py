@@ -44,7 +44,7 @@ LAYERS = [
 HYDRA = {"config", "loading", "commands"}
 ACCELERATE = {"training", "commands", "distributed"}
 BROAD_EXCEPT = {
-    "vae3d.data.storage",  # backends of fsspec raise errors of their classes; what is no error of a store is raised again
+    "vae3d.data.stores",  # backends of fsspec raise errors of their classes; what is no error of a store is raised again
     "vae3d.training.loggers",  # trackers raise errors of their private classes, and must not stop a training
     "scripts.benchmarks.gpu",  # a case that fails is written down, and must not lose the others
     "scripts.benchmarks.bench_networks",  # likewise a line

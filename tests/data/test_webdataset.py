@@ -333,8 +333,8 @@ def test_compressed_tars_are_refused_by_name(tmp_path):
 def test_the_member_to_read_can_be_chosen(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.thumb.jpg", "jj"), ("a.mp4", "v"), ("b.mp4", "vv"), ("b.thumb.jpg", "j")])
     for media, sizes in (("mp4", [1, 2]), (".THUMB.jpg", [2, 1])):
-        paths = WebDataset(tmp_path / "0.tar", media=media).table()["path"]
-        assert [paths.split_member(path)[2] for path in paths] == sizes
+        found = WebDataset(tmp_path / "0.tar", media=media).table()["path"]
+        assert [paths.split_member(path)[2] for path in found] == sizes
     with pytest.raises(DataError, match=r"no member \.mkv"):
         WebDataset(tmp_path / "0.tar", media="mkv").table()
 

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from vae3d.data import stores
 from vae3d.data.media import DataError
 from vae3d.data.paths import cache_folder, suffix_of
-from vae3d.data.stores import PIECE, StorageError
+from vae3d.data.stores import StorageError
 
 DEFAULT_GIB = 20.0
 GIB = 2**30
@@ -65,8 +66,8 @@ def cached_copy(name: str, size: int, version: int | str, read: Callable[[int, i
     try:
         _reserve(part, size, name)
         with part.open("r+b") as stream:
-            for start in range(0, size, PIECE):
-                stream.write(read(start, min(PIECE, size - start)))
+            for start in range(0, size, stores.PIECE):
+                stream.write(read(start, min(stores.PIECE, size - start)))
         os.replace(part, file)
     except OSError as error:
         raise _unusable(error) from error
