@@ -30,6 +30,7 @@ from vae3d.data.fingerprint import fingerprint_of
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.paths import split_member
 from vae3d.data.readers import open_media
 from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Folder, Table, open_source
@@ -334,7 +335,7 @@ def test_the_member_to_read_can_be_chosen(tmp_path):
     write_tar(tmp_path / "0.tar", [("a.thumb.jpg", "jj"), ("a.mp4", "v"), ("b.mp4", "vv"), ("b.thumb.jpg", "j")])
     for media, sizes in (("mp4", [1, 2]), (".THUMB.jpg", [2, 1])):
         found = WebDataset(tmp_path / "0.tar", media=media).table()["path"]
-        assert [paths.split_member(path)[2] for path in found] == sizes
+        assert [split_member(path)[2] for path in found] == sizes
     with pytest.raises(DataError, match=r"no member \.mkv"):
         WebDataset(tmp_path / "0.tar", media="mkv").table()
 
