@@ -92,7 +92,7 @@ def test_the_api_page_has_every_public_name():
 @pytest.mark.parametrize(
     ("page", "link", "expected"),
     [
-        ("index.md", "docs/train.md#cost", "train.md#cost"),
+        ("index.md", "docs/train.md#stages", "train.md#stages"),
         ("index.md", "docs/speed.svg", "speed.svg"),
         ("wan.md", "../README.md#install", "index.md#install"),
         ("python.md", "../examples/own_loop.py", "examples/own_loop.py"),

@@ -54,6 +54,6 @@ def from_diffusers(name: str, module: str = "diffusers") -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except ImportError as error:
-        raise UserError(f"{name} needs diffusers, which is not installed: pip install -e .[diffusion]") from error
+        raise UserError(f"{name} needs diffusers, which is not installed: pip install -e '.[diffusers]'") from error
     except AttributeError as error:
         raise UserError(f"the installed diffusers has no {name}: pip install --upgrade diffusers") from error
