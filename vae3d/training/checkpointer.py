@@ -499,12 +499,14 @@ def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_
 def run_on_all_ranks(device: torch.device, stage: Callable[[], Any], runs: bool = True) -> str | None:
     """Run a stage of saving on the ranks that have `runs`; every rank must call it.
 
-    Returns the errors of any rank's disk or memory; other errors propagate.
+    Returns the UserErrors of any rank, and the errors of its disk or memory; other errors propagate.
     """
     reason = None
     try:
         if runs:
             _, reason = catch_out_of_memory(stage)
+    except UserError as error:  # such as FileError of a file that cannot be written
+        reason = str(error)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not is_disk_error(error):
             raise
