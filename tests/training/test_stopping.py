@@ -230,6 +230,20 @@ def test_a_stale_export_of_a_step_is_not_taken_for_the_new_checkpoints(videos, t
     assert (tmp_path / "exports/step-0000002/model.safetensors").read_bytes() != stale
 
 
+def test_what_a_deleted_checkpoint_wrote_goes_at_the_next_start_and_what_is_older_stays(videos, tmp_path, caplog):
+    often = {**PUBLISHES, "trainer.save_every": 1, "trainer.keep": 2}
+    trainer(videos, tmp_path, **often, **{"trainer.max_steps": 3}).fit()
+    assert steps(tmp_path, "exports") == [2, 3]
+    state.discard(tmp_path / "checkpoints", 3)
+    t = trainer(videos, tmp_path, **often, **{"trainer.max_steps": 6})
+    with caplog.at_level("INFO"):
+        t.checkpointer.complete_newest(t.step)
+    t.log.close()
+    assert steps(tmp_path, "exports") == [2]
+    assert sorted(path.name for path in tmp_path.glob("vae_*step*")) == ["vae_ema_step2.pt", "vae_step2.pt"]
+    assert "step-0000003" in caplog.text
+
+
 def test_loading_a_run_says_where_its_export_is_older_than_its_checkpoint(videos, tmp_path, monkeypatch, caplog):
     t = trainer(videos, tmp_path, **{"trainer.save_every": 1})
     t.fit()

@@ -390,6 +390,9 @@ class Checkpointer:
     def complete_newest(self, step: int) -> None:
         """At the start of a run, remove what a killed process left and write missing outputs of the newest checkpoint.
 
+        Outputs of later steps, whose checkpoints the user has deleted, are removed: the run takes these steps again,
+        and until then they would pass for the newest.
+
         Raises SaveError, on all ranks, if the disk fails.
         """
         newest = state.latest_state(self.root)
@@ -399,6 +402,10 @@ class Checkpointer:
         def clean() -> None:
             for folder in (self.folder, self.root, self.folder / "exports", *self.folder.glob(".hydra/rank*")):
                 remove_unfinished(folder)
+            for later in state.later(self.folder / "exports", step) if resumed else ():
+                self.log.say(f"removing {step_folder(self.folder / 'exports', later)}: the run resumes at step {step}")
+                for path in self._outputs(later):
+                    remove(path)
 
         if reason := run_on_all_ranks(self.device, clean, self.main):
             raise SaveError(f"{self.folder} cannot be written to: {reason}", "fix that, then run the same command")
