@@ -75,7 +75,7 @@ def test_a_step_waits_for_the_device_twice(data, request, tmp_path):
     """With classes, learned variances and weights by SNR from a cache; with rectified flow and noise on the fly."""
     process = ["process=flow"] if data == "encoded" else ["process=ddpm_learned_sigma", "process.min_snr=5"]
     t = latent_runs.trainer(tmp_path, *request.getfixturevalue(data), *process, "label_dropout=0.1")
-    t.setup()
+    t.setup(None)
     check_two_waits(t, steps=2)
 
 

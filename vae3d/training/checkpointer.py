@@ -134,17 +134,6 @@ class Checkpointer:
 
     # ---- loading
 
-    def find(self, resume_from: str | None) -> Path | None:
-        """The checkpoint that a run continues. Raises ResumeError, on all ranks, if they do not all find the same."""
-        found = state.starting_state(self.root, resume_from)
-        names = distributed.all_gather_object(None if found is None else found.name)
-        if len(set(names)) > 1:
-            raise ResumeError(
-                f"the ranks found the checkpoints {', '.join(sorted(map(str, set(names))))} in {self.folder}; all must "
-                "see the same folder, so put run.root on a shared disk"
-            )
-        return found
-
     def load(self, checkpoint: Path) -> int:
         """Load all registered objects; returns the step. Raises CheckpointError for another form, and ResumeError."""
         saved, own = state.load_state(checkpoint), state.load_rank(checkpoint, self.rank)
@@ -530,6 +519,21 @@ def check_may_start(folder: Path, resume: bool) -> None:
     check_run_folder(folder)
     if not resume and state.latest_state(folder / "checkpoints") is not None:
         raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
+
+
+def find_checkpoint(folder: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint from which a run starts, see state.starting_state. Every rank must call it.
+
+    Raises ResumeError, on all ranks, if they do not all find the same.
+    """
+    found = state.starting_state(folder / "checkpoints", resume_from)
+    names = set(distributed.all_gather_object(None if found is None else found.name))
+    if len(names) > 1:
+        raise ResumeError(
+            f"the ranks found the checkpoints {', '.join(sorted(map(str, names)))} in {folder}; all must see the same "
+            "folder, so put run.root on a shared disk"
+        )
+    return found
 
 
 def _try_to_remove(folder: Path) -> None:

@@ -206,12 +206,12 @@ class Trainer(ABC, Generic[Batch]):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.strategy.optimizer
 
-    def setup(self) -> None:
-        """Resume from the newest checkpoint, if there is one, lock the run's folder and open its log.
+    def setup(self, checkpoint: Path | None) -> None:
+        """Resume from `checkpoint`, see find_checkpoint, lock the run's folder and open its log.
 
         Raises ResumeError for a checkpoint of a different run, RunLocked if another process trains in the folder.
         """
-        changed = self.resume()
+        changed = {} if checkpoint is None else self.resume(checkpoint)
         self.prepare()
         self.log.open(self.step, self.config.trainer.max_steps)
         self.log.launch(self.step, asdict(self.config), changed, self.data_changes.lines)
@@ -220,11 +220,8 @@ class Trainer(ABC, Generic[Batch]):
             self.log.say(f"{key} changed at step {self.step} from {old} to {new}")
         self.log.errors(self.data.errors)
 
-    def resume(self) -> dict[str, tuple[Any, Any]]:
-        """Load the checkpoint that the run continues, if there is one. Returns the settings that changed since."""
-        checkpoint = self.checkpointer.find(self.config.run.resume_from)
-        if checkpoint is None:
-            return {}
+    def resume(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Load the checkpoint. Returns the settings that changed since."""
         changed = self.check_same_run(checkpoint)
         self.step = self.checkpointer.load(checkpoint)
         return changed

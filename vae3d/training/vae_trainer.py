@@ -130,8 +130,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         self.checkpointer.register("proximal", proximal)
         self.checkpointer.register("adversary", adversary, optional_rank_state=True, copy_rank_state=False)
 
-    def setup(self) -> None:
-        super().setup()
+    def setup(self, checkpoint: Path | None) -> None:
+        super().setup(checkpoint)
         self.log.skipped_files(self.data.skipped_files)
 
     def load_batches(self, stopping: Callable[[], bool]) -> Iterator[ClipBatch | Unreadable]:
