@@ -34,8 +34,7 @@ from vae3d.errors import UserError
 from vae3d.inference.scale import ScaleError
 from vae3d.latents.cache import CacheError
 from vae3d.training import diffusion_trainer
-from vae3d.training.checkpointer import SaveError
-from vae3d.training.failures import TooManyFailures
+from vae3d.training.failures import SaveError, TooManyFailures
 
 sys.path.insert(0, str(tiny.ROOT / "scripts"))
 FOUR = "model.channels=[8,8,8]"  # 4 x 4

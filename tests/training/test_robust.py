@@ -17,8 +17,8 @@ from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.losses.objective import ErrorMap, Term, WeightedTerm
 from vae3d.training import memory
-from vae3d.training.checkpointer import SaveError, run_on_all_ranks
-from vae3d.training.failures import TooManyFailures
+from vae3d.training.checkpointer import run_on_all_ranks
+from vae3d.training.failures import SaveError, TooManyFailures
 from vae3d.training.preflight import PreflightError
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}

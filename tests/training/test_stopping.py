@@ -21,8 +21,7 @@ from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.io import FileError, is_disk_error
 from vae3d.training import checkpointer
-from vae3d.training.checkpointer import SaveError
-from vae3d.training.failures import SpikeError
+from vae3d.training.failures import SaveError, SpikeError
 from vae3d.training.runlog import STOPS, stop_signals
 
 PUBLISHES = {"trainer.publish.prefix": "vae", "trainer.publish.layout": "native"}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -17,16 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vae3d import distributed
-from vae3d.arguments import ArgumentError, Size, check_fields, check_value
+from vae3d.arguments import ArgumentError, check_value
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError, step_folder
-from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
-from vae3d.metrics.base import Better, goodness
 from vae3d.restore import check_like
+from vae3d.training.best import BEST, BestExport
 from vae3d.training.ema import Ema, MultiEma
-from vae3d.training.failures import FailureCounter, SpikeError
+from vae3d.training.failures import FailureCounter, SaveError, SpikeError
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
 from vae3d.transfer import HostBuffers, host_copy, map_tensors
@@ -48,14 +46,6 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Any) -> object:
         """Raises ArgumentError for a state of another form, ResumeError for one that does not fit the run."""
-
-
-class SaveError(UserError):
-    """A checkpoint or an output of it could not be written. what: only that; lost: the consequence if the run ends."""
-
-    def __init__(self, what: str, lost: str) -> None:
-        super().__init__(f"{what}; {lost}")
-        self.what, self.lost = what, lost
 
 
 class Checkpointer:
@@ -525,74 +515,3 @@ def _try_to_remove(folder: Path) -> None:
         remove(folder)
     except OSError as error:
         log.warning("%s cannot be removed: %s", folder, error)
-
-
-# ---- state beside the objects that are trained
-
-BEST = "best"  # not step-*: it is neither pruned nor loaded as the newest export
-
-
-class _BestState(TypedDict):
-    column: str | None
-    value: float | None
-    step: int | None
-    missed: Annotated[Sequence[float], Size(2, 2)] | None
-
-
-class BestExport:
-    """The best validation score so far, whose weights are in exports/best.
-
-    column: name of the score; None keeps nothing. columns: all scores, and which values are better.
-    """
-
-    def __init__(self, column: str | None, columns: Mapping[str, Better]) -> None:
-        self.column, self.better = column, columns.get(column)
-        self.value: float | None = None
-        self.step: int | None = None
-        self.missed: tuple[float, int] | None = None  # value and step of a better export that could not be written
-
-    def beaten_by(self, value: float) -> bool:
-        """Whether `value` is better; an equal one is not."""
-        if not math.isfinite(value):
-            return False
-        return self.value is None or goodness(value, self.better) > goodness(self.value, self.better)
-
-    def require_written(self) -> None:
-        """Raises SaveError if exports/best is not of the best validation."""
-        if self.missed is None or not self.beaten_by(self.missed[0]):
-            return
-        value, step = self.missed
-        written = "there is none" if self.step is None else f"exports/{BEST} is of step {self.step}, {self.value:.6g}"
-        raise SaveError(
-            f"exports/{BEST} of step {step}, whose {self.column} is {value:.6g}, could not be written",
-            f"those weights are lost; {written}. Everything else of the run is complete",
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"column": self.column, "value": self.value, "step": self.step, "missed": self.missed}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The best under another score counts for nothing."""
-        check_fields(state, _BestState, key="best")
-        if state["column"] == self.column:
-            self.value, self.step, self.missed = state["value"], state["step"], state["missed"]
-
-
-class DataChanges:
-    """The rows of the training data, and after a load how they differ from those of the checkpoint."""
-
-    def __init__(self, fingerprint: Fingerprint | SourceFingerprints | None) -> None:
-        self.fingerprint = fingerprint
-        self.lines: list[str] = []
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {} if self.fingerprint is None else self.fingerprint.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        if self.fingerprint is None:
-            return
-        mixture = isinstance(self.fingerprint, SourceFingerprints)
-        if state and isinstance(state, Mapping) and any("/" in name for name in state) != mixture:
-            self.lines = [f"{'one source' if mixture else 'a mixture'} before, {'a mixture' if mixture else 'one'} now"]
-        else:
-            self.lines = self.fingerprint.changes_since(state)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.checkpoints import state
+from vae3d.data.fingerprint import DataChanges
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.io import read_json
@@ -29,7 +30,8 @@ from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.text import plural
-from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
+from vae3d.training.best import BestExport
+from vae3d.training.checkpointer import Checkpointer, Outputs, step_folder
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeGuard, TooManyFailures
 from vae3d.training.freeze import eval_mode, parameter_list
