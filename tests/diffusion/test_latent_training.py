@@ -34,8 +34,7 @@ from vae3d.errors import UserError
 from vae3d.inference.scale import ScaleError
 from vae3d.latents.cache import CacheError
 from vae3d.training import diffusion_trainer
-from vae3d.training.checkpointer import SaveError
-from vae3d.training.failures import TooManyFailures
+from vae3d.training.failures import SaveError, TooManyFailures
 
 sys.path.insert(0, str(tiny.ROOT / "scripts"))
 FOUR = "model.channels=[8,8,8]"  # 4 x 4
@@ -75,7 +74,7 @@ def test_a_step_waits_for_the_device_twice(data, request, tmp_path):
     """With classes, learned variances and weights by SNR from a cache; with rectified flow and noise on the fly."""
     process = ["process=flow"] if data == "encoded" else ["process=ddpm_learned_sigma", "process.min_snr=5"]
     t = latent_runs.trainer(tmp_path, *request.getfixturevalue(data), *process, "label_dropout=0.1")
-    t.setup()
+    t.setup(None)
     check_two_waits(t, steps=2)
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.quick import trainer
+from tests.training.quick import fill_disk, trainer
 from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
-from vae3d.checkpoints import export, state
+from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.losses.objective import ErrorMap, Term, WeightedTerm
 from vae3d.training import memory
-from vae3d.training.checkpointer import SaveError, run_on_all_ranks
-from vae3d.training.failures import TooManyFailures
+from vae3d.training.checkpointer import run_on_all_ranks
+from vae3d.training.failures import SaveError, TooManyFailures
 from vae3d.training.preflight import PreflightError
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
@@ -208,16 +208,26 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run_until_patience_ends(video
         t.checkpointer.save(t.step)
 
 
-def test_an_export_that_cannot_be_written_leaves_the_checkpoint(videos, tmp_path, monkeypatch, caplog):
-    t = trainer(videos, tmp_path, **LONG)
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(export, "write_export", full)
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize(
+    ("file", "complete"), [("state.pt", False), ("run.json", False), ("model.yaml", True), ("model.safetensors", True)]
+)
+def test_a_disk_too_full_for_any_file_of_a_checkpoint_does_not_end_the_run(
+    videos, tmp_path, monkeypatch, caplog, file, complete, mode
+):
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.async_mode": mode})
+    with monkeypatch.context() as patch:
+        fill_disk(patch, file)
+        t.checkpointer.save(t.step)
+        t.checkpointer.wait()
+    assert (state.latest_state(tmp_path / "checkpoints") is not None) == complete
+    assert not list((tmp_path / "exports").glob("*"))
+    assert "No space left on device" in caplog.text
+    assert "training goes on" in caplog.text
     t.checkpointer.save(t.step)
-    assert state.latest_state(tmp_path / "checkpoints").name == "step-0000000"
-    assert "step-0000000 is complete, but its outputs are not: rank 0: OSError" in caplog.text
+    t.checkpointer.wait()
+    assert (tmp_path / "exports/step-0000000/model.yaml").is_file()
 
 
 @pytest.mark.parametrize(("threshold", "compacts"), [(None, False), (4.0, False), (2.0, True)])

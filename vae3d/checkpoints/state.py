@@ -113,6 +113,11 @@ def superseded(root: Path, keep: int) -> list[int]:
     return [step_of(folder) for folder in _steps(root)[:-keep]] if keep else []
 
 
+def later(root: Path, step: int) -> list[int]:
+    """The steps of all step folders after `step`."""
+    return [number for number in map(step_of, _steps(root)) if number > step]
+
+
 def discard(root: Path, step: int) -> None:
     """Delete a step folder. It is renamed first, so that after a kill the rest does not look complete."""
     tmp = unfinished(root, step)

@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from vae3d.checkpoints.state import starting_state
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, summary
 from vae3d.commands.training_data import build_training_data
@@ -37,7 +36,7 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
-from vae3d.training.checkpointer import check_may_start
+from vae3d.training.checkpointer import check_may_start, find_checkpoint
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
 from vae3d.training.teacher import Distillation
@@ -145,9 +144,10 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
     check_may_start(folder, config.run.resume)
-    resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
+    checkpoint = find_checkpoint(folder, config.run.resume_from)
+    resumes = checkpoint is not None
     data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
     shapes = {shape._replace(stream=0) for shape in data.shapes()}
@@ -178,7 +178,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     teacher = None if config.teacher.path is None else place(load(config.teacher.path), accelerator.device)
     distillation = build_distillation(config, teacher, model)
     trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)
-    trainer.setup()
+    trainer.setup(checkpoint)
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         trainer.log.say(line)
     for line in data.warnings:

@@ -34,7 +34,7 @@ from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.precision import set_cudnn_benchmark
 from vae3d.text import plural
-from vae3d.training.checkpointer import check_may_start
+from vae3d.training.checkpointer import check_may_start, find_checkpoint
 from vae3d.training.diffusion_trainer import DiffusionTrainer
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     check_may_start(folder, config.run.resume)
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
+    checkpoint = find_checkpoint(folder, config.run.resume_from)
     codec = codec_of(config, accelerator.device)
     data = build_latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
@@ -67,7 +68,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
     logger, hint = loggers_of(config), scale_hint(config, data)
     trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
-    trainer.setup()
+    trainer.setup(checkpoint)
     return trainer
 
 

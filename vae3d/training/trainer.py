@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.checkpoints import state
+from vae3d.data.fingerprint import DataChanges
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.io import read_json
@@ -29,7 +30,8 @@ from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.text import plural
-from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
+from vae3d.training.best import BestExport
+from vae3d.training.checkpointer import Checkpointer, Outputs, step_folder
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeGuard, TooManyFailures
 from vae3d.training.freeze import eval_mode, parameter_list
@@ -206,12 +208,12 @@ class Trainer(ABC, Generic[Batch]):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.strategy.optimizer
 
-    def setup(self) -> None:
-        """Resume from the newest checkpoint, if there is one, lock the run's folder and open its log.
+    def setup(self, checkpoint: Path | None) -> None:
+        """Resume from `checkpoint`, see find_checkpoint, lock the run's folder and open its log.
 
         Raises ResumeError for a checkpoint of a different run, RunLocked if another process trains in the folder.
         """
-        changed = self.resume()
+        changed = {} if checkpoint is None else self.resume(checkpoint)
         self.prepare()
         self.log.open(self.step, self.config.trainer.max_steps)
         self.log.launch(self.step, asdict(self.config), changed, self.data_changes.lines)
@@ -220,11 +222,8 @@ class Trainer(ABC, Generic[Batch]):
             self.log.say(f"{key} changed at step {self.step} from {old} to {new}")
         self.log.errors(self.data.errors)
 
-    def resume(self) -> dict[str, tuple[Any, Any]]:
-        """Load the checkpoint that the run continues, if there is one. Returns the settings that changed since."""
-        checkpoint = self.checkpointer.find(self.config.run.resume_from)
-        if checkpoint is None:
-            return {}
+    def resume(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Load the checkpoint. Returns the settings that changed since."""
         changed = self.check_same_run(checkpoint)
         self.step = self.checkpointer.load(checkpoint)
         return changed

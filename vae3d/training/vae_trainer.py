@@ -31,7 +31,8 @@ from vae3d.metrics.registry import resolve
 from vae3d.models.interface import attach_decoder
 from vae3d.optim import can_fuse
 from vae3d.precision import DTYPES
-from vae3d.training.checkpointer import BestExport, Outputs, step_folder
+from vae3d.training.best import BestExport
+from vae3d.training.checkpointer import Outputs, step_folder
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
 from vae3d.training.failures import SpikeGuard
@@ -130,8 +131,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         self.checkpointer.register("proximal", proximal)
         self.checkpointer.register("adversary", adversary, optional_rank_state=True, copy_rank_state=False)
 
-    def setup(self) -> None:
-        super().setup()
+    def setup(self, checkpoint: Path | None) -> None:
+        super().setup(checkpoint)
         self.log.skipped_files(self.data.skipped_files)
 
     def load_batches(self, stopping: Callable[[], bool]) -> Iterator[ClipBatch | Unreadable]:
