@@ -26,7 +26,7 @@ from vae3d.adversarial.seraena import Seraena
 from vae3d.commands import train
 from vae3d.commands.training_data import frame_counts
 from vae3d.layout import place
-from vae3d.optim import can_fuse
+from vae3d.optim import adamw
 from vae3d.precision import DTYPES
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
@@ -34,7 +34,6 @@ from vae3d.training.memory import PeakMemory
 from vae3d.training.proximal import Proximal
 from vae3d.training.student import build_student, reconstruct
 from vae3d.training.teacher import StudentWithProjections
-from vae3d.training.trainer import adamw
 from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
@@ -131,7 +130,8 @@ class TrainingStep:
         self.student, groups = build_student(config, self.model, self.objective, self.distillation, self.frames)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
-        self.optimizer = adamw(groups, config.optim, fused=can_fuse(device))
+        optim = config.optim
+        self.optimizer = adamw(groups, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
 
     def prepare(self) -> None:
         """Build the EMA and the discriminator, as the trainer does before the first step."""

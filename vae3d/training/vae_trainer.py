@@ -28,7 +28,7 @@ from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
-from vae3d.optim import can_fuse
+from vae3d.optim import adamw
 from vae3d.precision import DTYPES
 from vae3d.training.checkpointer import BestExport, Outputs, step_folder
 from vae3d.training.deepspeed import DeepSpeedZero
@@ -42,7 +42,7 @@ from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
 from vae3d.training.student import build_student, reconstruct
 from vae3d.training.teacher import Distillation, StudentWithProjections
-from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer
 from vae3d.training.vae_validation import BETTER, ValidatedClip, group_scores, log_clips, mean_scores, validate
 from vae3d.types import ClipBatch
 
@@ -80,8 +80,9 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         proximal = Proximal(network, config.optim.proximal)
         adversary.load(network, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
-        fused = can_fuse(accelerator.device) and replicated  # DeepSpeed may step on another device
-        optimizer = adamw(groups, config.optim, fused=fused)
+        device = accelerator.device if replicated else None  # DeepSpeed may step on another
+        optim = config.optim
+        optimizer = adamw(groups, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
         if replicated:
             reduce_dtype = DTYPES[config.trainer.reduce_dtype]
             strategy = ReplicatedDataParallel(accelerator, student, optimizer, reduce_dtype)
