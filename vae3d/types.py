@@ -170,6 +170,8 @@ class ClipBatch:
         tensors = {name: getattr(self, name) for name in ("video", "valid", "depth_bounds", "weight")}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
-    def generators(self, seed: int, device: torch.device | str) -> list[torch.Generator]:
-        """One generator per clip, seeded by (seed, position)."""
-        return [generator_of(seed, position, "noise", device=device) for position in self.positions.tolist()]
+    def generators(self, seed: int, device: torch.device | str, purpose: str = "noise") -> Generators:
+        """One generator per clip, seeded by (seed, position, purpose); None on the meta device, which draws nothing."""
+        if torch.device(device).type == "meta":
+            return None
+        return [generator_of(seed, position, purpose, device=device) for position in self.positions.tolist()]

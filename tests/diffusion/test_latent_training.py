@@ -25,6 +25,8 @@ from vae3d.checkpoints import state
 from vae3d.commands import launch, train_diffusion
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.config.issues import ConfigError
+from vae3d.data.rows import file_hashes
+from vae3d.data.selection import is_held_out
 from vae3d.data.sources import DataError
 from vae3d.diffusion import data
 from vae3d.diffusion.base import Sampling
@@ -33,6 +35,7 @@ from vae3d.diffusion.sampling import sample_latents
 from vae3d.errors import UserError
 from vae3d.inference.scale import ScaleError
 from vae3d.latents.cache import CacheError
+from vae3d.latents.clips import Transform, items_of
 from vae3d.training import diffusion_trainer
 from vae3d.training.failures import SaveError, TooManyFailures
 
@@ -430,6 +433,25 @@ def test_entries_of_split_test_are_neither_trained_on_nor_held_out(splits):
     train, held_out = data.split_cache(index, num_val_files=3)
     assert sorted([*train, *held_out]) == list(range(35))
     assert len(held_out) == (5 if "val" in splits else 3)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_a_cache_holds_out_the_files_that_its_clips_would(count):
+    """Also where a file has several rows, and the cache windows and mirrored entries of each."""
+    names = [f"{i}.mp4" for i in range(count)]
+    rows = pd.DataFrame(
+        [(f"/videos/{name}", name, start, start + 1e-5) for name in names for start in (np.nan, 2.0)],
+        columns=["path", "name", "start", "end"],
+    )
+    expected = set(rows["path"][is_held_out(file_hashes(rows), num_val_files=3)])
+    assert len(expected) == {1: 0, 5: 1, 40: 3}[count]
+    rows = rows.assign(split=None, text=None, error=None, row=range(len(rows)))
+    items, _ = items_of(rows, Transform(16, 16), labels="none")
+    entries = [(item.key + end, item.path, "#" in end) for item in items for end in ("[0:9]", "[0:9]#flip")]
+    index = pd.DataFrame(entries, columns=["key", "source", "flip"]).assign(split="")
+    train, held_out = data.split_cache(index, num_val_files=3)
+    assert set(index["source"][held_out]) == expected
+    assert set(index["source"][train]) == set(rows["path"]) - expected
 
 
 def test_labels_of_a_cache_are_its_own(cached):

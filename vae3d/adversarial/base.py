@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean, reduction_buffer
 from vae3d.layout import place
-from vae3d.optim import can_fuse
+from vae3d.optim import adamw
 from vae3d.pixels import as_rgb
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
@@ -150,13 +150,8 @@ class DiscriminatorAdversary(Adversary):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed_of(seed, self.name))  # of the CPU only
             self.discriminator = place(self.build(), device)
-        self.optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(),
-            self.lr,
-            tuple(self.betas),
-            weight_decay=self.weight_decay,
-            fused=can_fuse(device),
-        )
+        params = self.discriminator.parameters()
+        self.optimizer = adamw(params, device, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         # Allocated before the first step, see ReplicatedDataParallel.
         statistics = [buffer for buffer in self.discriminator.buffers() if buffer.is_floating_point()]
         self._reduction_buffer = reduction_buffer([*self.discriminator.parameters(), *statistics, *also_reduce])

@@ -35,13 +35,14 @@ from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
 from vae3d.models.diffusers_vae import DiffusersVAE
-from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
+from vae3d.models.interface import nearest_frames, share_frames
 from vae3d.models.pruning import PruningError, match_layers
 from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
 from vae3d.schedules import ALL_ON
 from vae3d.text import plural
 from vae3d.training.freeze import PartError, parameters_behind, train_parts
+from vae3d.training.student import build_student, reconstruct
 from vae3d.training.teacher import Distillation
 from vae3d.types import ClipBatch
 
@@ -55,7 +56,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     """What does not fit between model, stage, losses and data."""
     found = list(_metric_issues(config))
     with torch.device("meta"):
-        model = built("model", config.model, loading.instantiate, found)
+        model = built("model", config, train.build_model, found)
         objective = built("loss", config.loss, train.build_objective, found)
     if model is None or objective is None:
         return found
@@ -376,13 +377,9 @@ def _step_issues(
         batch = ClipBatch(
             torch.zeros(1, model.pixel_channels, frames, height, width, device="meta"), torch.full((1,), -1), [""]
         )
-        student, settings = model, {"pixels": objective.needs_pixels}
         try:
-            if distillation is not None:
-                batch = distillation.compute_targets(batch)
-                student = distillation.wrap_student(model, frames)
-                settings |= {"latents": distillation.latents(batch, step=0), "encode": objective.needs_posterior}
-            out = attach_decoder(student(batch.video, **settings), model)
+            student, _ = build_student(config, model, objective, distillation, frames)
+            batch, out = reconstruct(config, student, model, objective, distillation, batch, ALL_ON)
             loss, _ = objective(batch, out, ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue(

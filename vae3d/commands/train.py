@@ -47,6 +47,14 @@ if TYPE_CHECKING:
     from vae3d.config.schema import Loss, TrainConfig
 
 
+def build_model(config: TrainConfig) -> VideoAutoencoder:
+    """With random weights; it codes clips whole with stage.no_micro_batching."""
+    model = instantiate(config.model)
+    if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
+        model.micro_frames = None
+    return model
+
+
 def build_objective(config: Loss) -> Objective:
     """The loss; terms of weight 0 are built only if they are logged."""
     terms = {
@@ -158,9 +166,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     measured = [*validation.metrics, *validation.slow_metrics] if validation.every else []
     metrics = build_metrics(measured, accelerator.device)
     torch.manual_seed(config.run.seed)
-    model = instantiate(config.model)
-    if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
-        model.micro_frames = None
+    model = build_model(config)
     anchored = config.optim.proximal > 0  # needs the initial weights also where a checkpoint replaces them
     started = []
     if isinstance(config.stage.init_from, dict) and "prune" in config.stage.init_from:

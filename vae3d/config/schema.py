@@ -6,6 +6,7 @@ class. All other keys are closed. `???` (MISSING) marks what only the user can g
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -431,6 +432,12 @@ class Launcher:
     )
     nproc: Int = setting(1, "Ranks on this machine.", ge=1)
     args: Strings = setting(list, "Further arguments of torchrun.")
+
+
+def world_of(config: Any) -> int:
+    """Ranks of the run: of the launch that this process is part of, or of the one that config.launcher would start."""
+    launcher = config.launcher
+    return int(os.environ.get("WORLD_SIZE", launcher.nproc if launcher.name == "torchrun" else 1))
 
 
 @dataclass(config=STRICT)

@@ -22,12 +22,15 @@ from vae3d.data.clips import MixedClips, Sample, Unreadable, collate
 from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.data.held_out import HeldOut, validation_clip
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.rows import file_hashes
+from vae3d.data.selection import is_held_out
 from vae3d.data.workers import load
 from vae3d.inference.scale import LatentStats, ScaleError
 from vae3d.latents.cache import NO_LABEL, LatentCache
+from vae3d.latents.clips import names_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.running_stats import RunningStats
-from vae3d.seeding import generator_of, seed_of
+from vae3d.seeding import generator_of
 from vae3d.text import plural
 from vae3d.transfer import to_device
 
@@ -253,15 +256,13 @@ def warn_of_untrained(classes: Sequence[str], train: Iterable[int], held_out: It
 def split_cache(index: pd.DataFrame, num_val_files: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training entries and of validation entries, the latter without mirrored ones.
 
-    Validation entries are those of split `val`, or without one those of the `num_val_files` files whose names hash
-    lowest, at most a tenth of all files. Split `test` is in neither.
+    Validation entries are those of split `val`, or without one those that is_held_out chooses: of a whole source the
+    same files as where its clips are trained on. Split `test` is in neither.
     """
     held_out, possible = index["split"] == "val", index["split"] != "test"
     if not held_out.any():
-        names = index.groupby("source")["key"].transform("min")
-        hashes = np.array([seed_of(name) for name in names], dtype=np.int64)
-        files = np.unique(hashes[possible])
-        held_out = possible & np.isin(hashes, files[: min(num_val_files, len(files) // 10)])
+        table = pd.DataFrame({"path": index["source"], "name": names_of(index["key"])})[possible]
+        held_out.loc[possible] = is_held_out(file_hashes(table), num_val_files)
     rest = possible & ~held_out
     if not rest.any():
         raise DataError("the cache has no entries to train on: all are of split `val` or `test`")

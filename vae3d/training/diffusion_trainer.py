@@ -26,7 +26,7 @@ from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.pictures import captioned_grid, displayable
 from vae3d.inference.scale import check_normalised
 from vae3d.layout import place
-from vae3d.optim import can_fuse
+from vae3d.optim import adamw
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
@@ -34,7 +34,7 @@ from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
-from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer
 from vae3d.transfer import to_device
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class DiffusionTrainer(Trainer[Batch]):
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
         network = place(network, accelerator.device)
-        optimizer = adamw(network.parameters(), config.optim, fused=can_fuse(accelerator.device))
+        params, device, optim = network.parameters(), accelerator.device, config.optim
+        optimizer = adamw(params, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
         super().__init__(
             config,
             folder,

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -45,7 +45,7 @@ from vae3d.transfer import InputCopies, read
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import Optim, TrainConfig
+    from vae3d.config.schema import TrainConfig
 
 MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
 STEP_TIMEOUT = timedelta(minutes=10)  # of a step's collectives, beside the time that a rank may wait for data
@@ -544,12 +544,6 @@ class Trainer(ABC, Generic[Batch]):
         except PixelError as raised:
             return None, str(raised)
         return result, error and f"{error}; {memory_hint}"
-
-
-def adamw(params: Iterable[Any], optim: Optim, *, fused: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        params, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
-    )
 
 
 class StepBatches(Generic[Batch]):
