@@ -124,6 +124,19 @@ def test_another_teacher_or_other_features_have_files_of_their_own(tmp_path):
         assert other.cache.hits == 0
 
 
+@pytest.mark.parametrize("setting", ["model.pad_w=circular", "model.latents_std=[2,2,2,2]"])
+def test_a_teacher_that_differs_in_a_setting_alone_has_files_of_its_own(tmp_path, setting):
+    student, teacher, other = tiny.model("wan"), tiny.model("wan"), tiny.model("wan", setting)
+    student.latent = "normalized"
+    other.load_state_dict(teacher.state_dict())
+    for network in (teacher, other):
+        Distillation(network, student, cache=str(tmp_path)).compute_targets(batch(1))
+    again = Distillation(other, student, cache=str(tmp_path))
+    z = again.compute_targets(batch(1)).targets.z
+    assert again.cache.hits == 1
+    assert torch.equal(z, Distillation(other, student).compute_targets(batch(1)).targets.z)
+
+
 def test_a_batch_with_a_new_clip_or_a_damaged_file_is_computed(tmp_path):
     given = Distillation(toy(0), toy(9), cache=str(tmp_path))
     z = given.compute_targets(batch(1, 2)).targets.z

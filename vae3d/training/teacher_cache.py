@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from vae3d.hashing import json_hash
 from vae3d.io import TMP_NAME, atomic_path, naming
 from vae3d.transfer import to_device
 from vae3d.types import TeacherTargets
@@ -31,16 +31,12 @@ class TargetCache:
     teacher, precision, batch size or choice of features has files of its own. It pays if clips repeat: no random crop,
     no flip. A file is complete from when it has its name; a damaged one is computed and written again.
 
-    folder: shared by any number of runs. of: what the targets depend on beside the teacher's weights. gib: GiB of files
-    after which nothing is added.
+    folder: shared by any number of runs. of: what the targets depend on, JSON-able. gib: GiB of files after which
+    nothing is added.
     """
 
-    def __init__(self, folder: str, teacher: nn.Module, of: Mapping[str, Any], gib: float) -> None:
-        digest = hashlib.blake2b(json.dumps(of, sort_keys=True).encode(), digest_size=16)
-        for name, tensor in sorted(teacher.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_bytes(tensor))
-        self.folder = Path(folder) / digest.hexdigest()
+    def __init__(self, folder: str, of: Mapping[str, Any], gib: float) -> None:
+        self.folder = Path(folder) / json_hash(of)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.room = int(gib * 2**30) - _clean(self.folder)
         self.hits = 0
