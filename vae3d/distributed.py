@@ -78,6 +78,10 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def shorten_timeout(timeout: timedelta) -> None:
     """Let collectives from now on fail after `timeout`: a rank that died is then noticed soon. Every rank must call it.
 
