@@ -18,6 +18,7 @@ from vae3d.adversarial.gan import Gan
 from vae3d.commands import meta_check
 from vae3d.config import validate
 from vae3d.config.check import check_rules
+from vae3d.training.memory import PeakMemory
 from vae3d.training.step_status import StepMetrics
 from vae3d.types import ClipBatch
 
@@ -277,6 +278,17 @@ def test_the_preflight_runs_both_updates_and_the_penalties(config, tmp_path):
     t.fit()
     assert seen[:2] == ["generator_loss", "penalties"]
     assert toy.same(t.adversary.state_dict(), before)
+
+
+def test_the_preflight_takes_the_memory_of_both_optimizers(config, tmp_path):
+    t = with_gan(config, tmp_path)
+    with PeakMemory([]) as tried:
+        t.preflight()
+    t.train_step(clips_of(t, 0))
+    with PeakMemory([]) as real:
+        t.forward_backward(clips_of(t, 1), t.adversary.update_phase(1), 1, StepMetrics())
+    moments = sum(2 * p.nbytes for network in (t.network, t.adversary.discriminator) for p in network.parameters())
+    assert tried.peak == pytest.approx(real.peak + moments, rel=0.01)
 
 
 def test_the_discriminators_learning_rate_is_of_its_own_steps(config, tmp_path):

@@ -114,8 +114,8 @@ class DeepSpeedZero(Strategy):
         self._in_backward = False
 
     @contextmanager
-    def no_update(self) -> Iterator[None]:
-        """Inside, a step has one micro-batch, whose gradients are computed without the engine, and dropped."""
+    def no_update(self, micro_batches: int) -> Iterator[None]:
+        """Inside, gradients are computed without the engine, and dropped."""
         accumulate, backward = self._accumulate, self.backward
 
         def compute_gradients(loss: Tensor) -> None:
@@ -126,7 +126,7 @@ class DeepSpeedZero(Strategy):
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             self._without_grad = [n for n, g in zip(parameters, gradients, strict=True) if g is None]
 
-        self.model, self._accumulate, self.backward = self.engine.module, 1, compute_gradients
+        self.model, self._accumulate, self.backward = self.engine.module, micro_batches, compute_gradients
         try:
             yield
         finally:

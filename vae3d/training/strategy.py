@@ -47,8 +47,8 @@ class Strategy(ABC):
     def backward(self, loss: Tensor) -> None: ...
 
     @abstractmethod
-    def no_update(self) -> AbstractContextManager[None]:
-        """Inside, a step of one micro-batch leaves no trace."""
+    def no_update(self, micro_batches: int) -> AbstractContextManager[None]:
+        """Inside, a step of so many micro-batches leaves no trace."""
 
     @abstractmethod
     def average_gradients(self) -> None:
@@ -143,7 +143,7 @@ class ReplicatedDataParallel(Strategy):
         self.accelerator.backward(loss)
 
     @contextmanager
-    def no_update(self) -> Iterator[None]:
+    def no_update(self, micro_batches: int) -> Iterator[None]:
         try:
             yield
         finally:
