@@ -6,6 +6,7 @@ ReplicatedDataParallel. Each rank saves its shard as plain tensors; DeepSpeed's 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ class DeepSpeedZero(Strategy):
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config={**config, **filled}, dist_init_required=False
         )
+        self.engine.optimizer.check_grad_overflow = True  # which DeepSpeed 0.19 turns off for fp32 weights
         self.model, self.sharded = self.engine, optimizer
         self.optimizer = EngineOptimizer(self.engine, optimizer)
         self._accumulate = accumulate
@@ -144,7 +146,9 @@ class DeepSpeedZero(Strategy):
         return True
 
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:
-        return self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
+        if not self.engine.was_step_applied():
+            return False, math.inf  # the engine's norm may be that of the step before
+        return True, float(self.engine.get_global_grad_norm())
 
     def discard_gradients(self) -> None:
         """Nothing: DeepSpeed cannot drop finite gradients, see can_skip_step."""
