@@ -268,7 +268,7 @@ class DiffusionTrainer(Trainer[Batch]):
 
     def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
         weights = {
-            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][f"{rate:g}"])}
+            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][str(rate)])}
             for rate, ema in self.ema.rates.items()
         }
         metadata = self._export_metadata(step)

@@ -204,6 +204,7 @@ def check_same_weights(model: nn.Module) -> None:
     if not distributed.is_distributed():
         return
     sums = torch.stack([p.detach().double().sum() for p in model.parameters()])
+    sums = sums.nan_to_num(1e300, 2e300, -2e300)  # numbers that compare: no NaN is greater than another number
     differs = distributed.max_minus_min(sums) > 1e-9 * (1 + sums.abs())  # different GPUs may add in another order
     if bool(differs.any()):
         names = [name for (name, _), bad in zip(model.named_parameters(), differs.tolist(), strict=True) if bad]
