@@ -24,7 +24,7 @@ from vae3d.commands import console
 from vae3d.config.issues import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
-from vae3d.diffusion.export import CONFIG, read_export, write_export
+from vae3d.diffusion.export import CONFIG, read_export, weights_file, write_export
 from vae3d.diffusion.quality import draw_reference_sets
 from vae3d.diffusion.sampling import decoded
 from vae3d.errors import UserError
@@ -250,6 +250,10 @@ def test_classes_and_averages_are_chosen(of_images, tmp_path):
         drawn(of_images, tmp_path / "d", "classes=[bird,cat]")
     with pytest.raises(CheckpointError, match=r"no averages of ema=0.5; it has 0.9, 0.99"):
         drawn(of_images, tmp_path / "d", "ema=0.5")
+
+
+def test_averages_at_rates_that_are_close_have_files_of_their_own(tmp_path):
+    assert len({weights_file(tmp_path, rate, first=False) for rate in (0.9, 0.9999995, 0.9999999)}) == 3
 
 
 def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures, vae, tmp_path, caplog):

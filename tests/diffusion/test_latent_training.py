@@ -223,6 +223,14 @@ def test_an_export_that_a_kill_left_out_is_written_at_the_next_start(cached, tmp
     assert whole == killed
 
 
+def test_steps_that_are_never_finite_stop_a_run_without_a_limit_of_failures(cached, tmp_path):
+    told = [*cached, "trainer.max_steps=40", "trainer.save_every=0", "validation.every=0"]
+    trainer = latent_runs.trainer(tmp_path, *told, "trainer.robust.max_consecutive_failures=0")
+    next(trainer.network.parameters()).data.fill_(torch.nan)
+    with pytest.raises(TooManyFailures, match="20 steps in a row were skipped"):
+        trainer.fit()
+
+
 @pytest.mark.parametrize("ends", ["signal", "data", "ruined"])
 def test_what_is_finished_is_saved_before_a_run_stops_but_not_while_steps_are_skipped(cached, tmp_path, ends):
     told = [

@@ -123,12 +123,12 @@ def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     for hook in hooks:
         hook.remove()
     t.preflight()
-    with torch.no_grad():
-        next(t.network.parameters()).add_(rank)
-    try:
-        strategy.check_same_weights(t.network)
-    except RanksDiffer as error:
-        values["weights"] = str(error)
+    for name, value in (("NaN on one rank", float("nan") if rank else 0.0), ("weights", float(rank))):
+        next(t.network.parameters()).data.fill_(value)
+        try:
+            strategy.check_same_weights(t.network)
+        except RanksDiffer as error:
+            values[name] = str(error)
     return values
 
 

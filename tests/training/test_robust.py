@@ -20,6 +20,7 @@ from vae3d.training import memory
 from vae3d.training.checkpointer import run_on_all_ranks
 from vae3d.training.failures import SaveError, TooManyFailures
 from vae3d.training.preflight import PreflightError
+from vae3d.training.step_status import StepMetrics
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
 
@@ -78,10 +79,23 @@ def test_preflight_needs_memory_for_the_optimizers_moments(videos, tmp_path, mon
         t.fit()
 
 
+def test_preflight_takes_the_memory_of_a_step_of_several_micro_batches(videos, tmp_path):
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.accumulate": 2})
+    with memory.PeakMemory([]) as tried:
+        t.preflight()
+    clips = list(t.data.clips(0, 2))
+    t.train_step(clips[:2])
+    with memory.PeakMemory([]) as real:
+        t.forward_backward(clips[2:], t.adversary.update_phase(1), 1, StepMetrics())
+    moments = sum(2 * p.nbytes for p in t.network.parameters() if p.requires_grad)
+    assert tried.peak == pytest.approx(real.peak + moments, rel=0.01)
+
+
 def test_preflight_leaves_no_trace(videos, tmp_path):
     runs = []
     for preflights in (False, True):
-        t = trainer(videos, tmp_path / str(preflights), **{"trainer.robust.preflight": preflights})
+        changes = {"trainer.robust.preflight": preflights, "trainer.accumulate": 2}
+        t = trainer(videos, tmp_path / str(preflights), **changes)
         t.fit()
         runs.append(weights(t))
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())

@@ -35,12 +35,16 @@ class UpdatePhase(NamedTuple):
 class Adversary:
     """Adversarial training: discriminators with their optimizer and state. The base class has none.
 
+    optimizer: the discriminators', from `load` on; None without any.
+
     The generator's loss uses a frozen discriminator, the discriminator's loss detached reconstructions. In each step
     the trainer computes and differentiates both for every micro-batch, then calls `sync_remaining`, and then, on all
     ranks alike, `average_gradients` and `step`, or `reset_step`. `average_gradients` and `generator_loss` may
     communicate between ranks; `sync_remaining` makes up for the calls of generator_loss that this rank skipped. None of
     them may wait for the device: the trainer reads what a decision needs, twice in a step.
     """
+
+    optimizer: torch.optim.Optimizer | None = None
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
         """Build on the device of training; called once, before anything else.

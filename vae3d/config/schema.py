@@ -327,7 +327,7 @@ class Teacher:
     cache: str | None = setting(
         None, "Folder that keeps its latents and features of every clip, for clips that come again. null: none."
     )
-    cache_gib: Float = setting(50.0, "GiB of the folder's disk after which nothing is added.", gt=0)
+    cache_gib: Float = setting(50.0, "GiB of the folder's disk, by all ranks, after which nothing is added.", gt=0)
 
 
 @dataclass(config=STRICT)

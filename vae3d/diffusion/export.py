@@ -77,7 +77,7 @@ class Export:
 
 
 def weights_file(folder: Path, decay: float, first: bool) -> Path:
-    return folder / ("model.safetensors" if first else f"ema_{decay:g}.safetensors")
+    return folder / ("model.safetensors" if first else f"ema_{decay}.safetensors")
 
 
 def write_export(folder: Path, config: Mapping[str, Any], weights: Mapping[float, Mapping[str, Tensor]]) -> None:
@@ -108,7 +108,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         config, network = _read_config(folder / CONFIG)
     rates = config["ema"]
     if decay is not None and decay not in rates:
-        raise CheckpointError(f"{folder} has no averages of ema={decay:g}; it has {', '.join(f'{r:g}' for r in rates)}")
+        raise CheckpointError(f"{folder} has no averages of ema={decay}; it has {', '.join(map(str, rates))}")
     file = weights_file(folder, decay or rates[0], first=decay in (None, rates[0]))
     try:
         weights = read_weights(file)

@@ -40,6 +40,8 @@ from vae3d.transfer import to_device
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
 
+MAX_SKIPS = 20  # limit of steps that are not finite where failures have none: such a run would never end, nor learn
+
 # Settings that a resumed run must share with its checkpoint.
 MUST_MATCH = (
     *("denoiser", "process", "vae.sample", "labels", "data.frames", "data.height", "data.width", "data.stride"),
@@ -79,7 +81,7 @@ class DiffusionTrainer(Trainer[Batch]):
             MultiEma(network, **asdict(config.trainer.ema)),
             data,
             logger,
-            spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures),
+            spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures or MAX_SKIPS),
             metadata={CLIPS_PER_STEP: data.clips_per_step()},
         )
         identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
@@ -267,7 +269,7 @@ class DiffusionTrainer(Trainer[Batch]):
 
     def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
         weights = {
-            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][f"{rate:g}"])}
+            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][str(rate)])}
             for rate, ema in self.ema.rates.items()
         }
         metadata = self._export_metadata(step)

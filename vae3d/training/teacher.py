@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.hashing import weights_hash
 from vae3d.models.interface import convert_latents, latent_space
+from vae3d.models.registry import config_of
 from vae3d.precision import cast_keep_stats
 from vae3d.seeding import seed_of
 from vae3d.text import plural
@@ -76,8 +78,14 @@ class Distillation:
 
         self.cache = None
         if cache is not None and not next(teacher.parameters()).is_meta:
-            of = {"precision": str(dtype), "features": self.features, "student": latent_space(student)}
-            self.cache = TargetCache(cache, self.teacher, of, cache_gib)
+            of = {
+                "config": config_of(teacher),  # also padding and latent scale, which no weight holds
+                "weights": weights_hash(self.teacher.state_dict()),
+                "precision": str(dtype),
+                "features": self.features,
+                "student": latent_space(student),
+            }
+            self.cache = TargetCache(cache, of, cache_gib)
 
     def compute_targets(self, batch: ClipBatch, pixels: Tensor | None = None) -> ClipBatch:
         """The clip with targets: the teacher's latents in the student's convention, and features. No gradients.

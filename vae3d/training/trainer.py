@@ -103,6 +103,12 @@ class Trainer(ABC, Generic[Batch]):
             "for memory raise trainer.accumulate or lower data.batch_size, data.frames.max, data.height or data.width; "
             f"for files see {folder}/data_errors*.jsonl",
         )
+        self.discriminator_failures = FailureCounter(
+            spikes.max_consecutive_skips,
+            "trainer.spike.max_consecutive_skips",
+            "updates of the discriminator in a row had a loss or gradient that is not finite",
+            "lower adversary.lr, or use adversary=none",
+        )
         self.zero_gradient = FailureCounter(
             max_zero_gradients,
             "trainer.robust.zero_gradient",
@@ -136,6 +142,7 @@ class Trainer(ABC, Generic[Batch]):
         self.checkpointer.register("ema", self.ema)
         self.checkpointer.register("spikes", self.spikes)
         self.checkpointer.register("failed_steps", self.failed_steps)
+        self.checkpointer.register("discriminator_failures", self.discriminator_failures)
         self.checkpointer.register("zero_gradient", self.zero_gradient)
         self.checkpointer.register("reads", self.read_errors)
         self.checkpointer.register("meter", self.meter)
@@ -372,7 +379,7 @@ class Trainer(ABC, Generic[Batch]):
             if self.rank in decision.ranks:
                 self.log_own_failure(batches, metrics, out_of_memory)
         result = StepResult(status, averages, applied, reason)
-        self.count_failures(result)
+        self.count_failures(result, scalars.get("discriminator", math.nan) if phase.discriminator else None)
         return result
 
     def sync_status(
@@ -405,9 +412,10 @@ class Trainer(ABC, Generic[Batch]):
         cause = out_of_memory or terms or "no readable file"
         self.log.warn(f"step {self.step}, rank {self.rank}: {cause}; clips: {clips}", any_rank=True)
 
-    def count_failures(self, result: StepResult) -> None:
+    def count_failures(self, result: StepResult, discriminator: float | None = None) -> None:
         """End the run, after saving, if a failure repeats too often. All ranks count the same.
 
+        discriminator: norm of its gradient, NaN if there is none; None in a step that does not train it.
         Raises DataError for too many unreadable files, SpikeError for too many steps that are not finite, otherwise
         TooManyFailures.
         """
@@ -426,6 +434,11 @@ class Trainer(ABC, Generic[Batch]):
                 )
             if not result.applied:
                 self.spikes.check_limit(result.reason)
+            if status.completed and discriminator is not None:
+                if math.isfinite(discriminator):
+                    self.discriminator_failures.reset()
+                else:
+                    self.discriminator_failures.record(status.failure() or f"gradient norm {discriminator:g}")
             if status.completed:
                 self.failed_steps.reset()
             else:

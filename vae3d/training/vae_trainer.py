@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,7 +203,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         return means
 
     def validate_clips(self, metrics: MetricSet) -> list[ValidatedClip]:
-        """The held-out clips of all ranks, in order; none, with a warning, if a rank fails."""
+        """The held-out clips of all ranks, in order, on the first rank with panels; none, with a warning, if a rank
+        fails."""
         config, depth = self.config.validation, self.config.data.depth.mapping
 
         def compute() -> list[ValidatedClip]:
@@ -211,8 +212,13 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             return validate(self.network, held_out, metrics, self.device, shown, roll=config.roll, depth=depth)
 
         clips = self.validate_on_all_ranks(compute, memory_hint="lower validation.frames")
-        ranks = [] if clips is None else distributed.all_gather_object(clips)
-        return sorted((clip for rank in ranks for clip in rank), key=lambda clip: clip.index)
+        if clips is None:
+            return []
+        ranks = distributed.gather_to_main({clip.index: clip.panels for clip in clips})  # large
+        panels = {index: shown for rank in ranks for index, shown in rank.items()}
+        ranks = distributed.all_gather_object([replace(clip, panels=None) for clip in clips])
+        clips = [replace(clip, panels=panels.get(clip.index)) for rank in ranks for clip in rank]
+        return sorted(clips, key=lambda clip: clip.index)
 
     # ---- checkpoints
 
