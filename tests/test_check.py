@@ -93,6 +93,9 @@ FAULTS = {
     "a near choice": (["optim.schedule=cosin"], "optim.schedule=cosin", "did you mean cosine?"),
     "a folder's name": (["run.name=a/b"], "run.name=a/b", "without /"),
     "no learning rate of a part": (["stage.train.encoder=0"], "stage.train.encoder=0", "above 0"),
+    "a size of a bucket": (["data.buckets=[[1,16,-1]]"], "data.buckets.shapes[0].width=-1", "at least 1"),
+    "a size of a listed bucket": (["data.buckets.shapes=[[1,16,16],[1,16,-1]]"], "data.buckets.shapes[1].width=-1", "at least 1"),
+    "an unknown key of a bucket": (["data.buckets.shapes=[{frames: 1, height: 16, widht: 16}]"], "data.buckets.shapes[0].widht", "did you mean data.buckets.shapes[0].width?"),
 }  # fmt: skip
 
 

@@ -202,9 +202,10 @@ def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
             if issue.value != MISSING:
                 issues.append(issue)
             parent = present
-            for depth, name in enumerate(path):
+            for depth, part in enumerate(path):
+                name = part if part in parent else part.partition("[")[0]  # a section of a list goes with the list
                 if depth == len(path) - 1 or not isinstance(parent.get(name), dict):
-                    parent.pop(name, None)  # with all that is in it, if that is a list
+                    parent.pop(name, None)
                     break
                 parent = parent[name]
         return adapter.validate_python(present), issues
