@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vae3d.checkpoints.location import cached_repository, exists, hub_hint
 from vae3d.config.adapter import adapter_issues
-from vae3d.config.fields import allowed, allowed_entry, fields_of, nested_schema
+from vae3d.config.fields import allowed, allowed_entry, bare, fields_of, nested_schema
 from vae3d.config.issues import (
     MISSING,
     NO_VALUE,
@@ -232,14 +232,14 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
             hint = nearest(name, fields, prefix)
             return ConfigIssue(f"{prefix}{name}", NO_VALUE, "unknown key", hint, malformed=True), path
         field = fields[name]
-        schema = nested_schema(field.annotation)
-        if typing.get_origin(field.annotation) is dict and loc:
+        schema, container = nested_schema(field.annotation), typing.get_origin(bare(field.annotation))
+        is_entry = container in (dict, list) and bool(loc)
+        if container is dict and loc:
             path.append(loc.pop(0))
             if schema and loc == ["[key]"]:  # as pydantic calls a wrong name
                 schema, loc = None, []
         elif schema and loc and loc[0].isdigit():
             path[-1] += f"[{loc.pop(0)}]"
-    is_entry = typing.get_origin(field.annotation) is list and loc
     message, hint = f"must be {allowed_entry(field) if is_entry else allowed(field)}", ""
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
@@ -307,7 +307,7 @@ def _download_hint(key: str, path: str) -> str:
 def resume_issues(config: Any) -> Iterator[ConfigIssue]:
     """Of a path in run.resume_from. Names of checkpoints are looked up later, in the run's folder."""
     path = config.run.resume_from
-    if path in (None, "latest") or re.fullmatch(r"(step|checkpoint)-\d+", Path(path).name) or Path(path).is_file():
+    if path in (None, "latest") or re.fullmatch(r"step-\d+", Path(path).name) or Path(path).is_file():
         return
     if not Path(path).is_dir():
         yield ConfigIssue("run.resume_from", path, "no such file or folder")
