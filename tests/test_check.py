@@ -66,6 +66,10 @@ FAULTS = {
     "unknown part": (["stage.train={temporal_encodr: 1.0}"], "stage.train", "temporal_encodr; it has spatial_encoder, spatial_decoder, temporal_encoder"),
     "params_without_grad part": (["loss=latent"], "stage.train", "spatial_decoder, decoder on clips of 1 frame"),
     "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "stage.init_from=random", "spatial_encoder, spatial_decoder, temporal_encoder, encoder, decoder"),
+    "no starting point": (["stage.init_from=null"], "stage.init_from=null", "random, or a checkpoint"),
+    "a list of starting points": (["stage.init_from=[a]"], "stage.init_from=[a]", "random, or a checkpoint"),
+    "no starting point of a part": (["stage.init_from={spatial_vae: null}"], "stage.init_from={'spatial_vae': None}", "random, or a checkpoint"),
+    "several models to prune": (["stage.init_from={prune: [a, b]}"], "stage.init_from={'prune': ['a', 'b']}", "random, or a checkpoint"),
     "unknown submodule": (["stage.init_from={spatial: random}"], "stage.init_from.spatial", "spatial_vae, temporal_vae"),
     "nothing to train on": (["loss.terms.l1.weight=0", "loss.terms.kl.weight=0"], "loss.terms", "weight above 0"),
     "unknown metric": (["validation.metrics=[psnr,vmaf]"], "validation.metrics=[psnr, vmaf]", "vmaf; there are psnr, ssim, ms_ssim"),
@@ -418,6 +422,11 @@ def test_a_rule_is_skipped_where_a_value_is_wrong_itself():
 
     assert "data.frames.max" in keys("data.frames.min=9", "data.frames.max=5")
     assert "data.frames.max" not in keys("data.frames.min=0", "data.frames.max=-1")
+
+
+def test_a_number_for_a_network_has_no_shortcut():
+    overrides = ("model=temporal_vae", "stage.fit_shortcut=3", "model.temporal=5")
+    assert "stage.fit_shortcut" in {issue.key for issue in training_issues(tiny.compose(*overrides))[1]}
 
 
 def test_reduce_dtype_is_not_for_deepspeed():

@@ -77,6 +77,14 @@ def _prefix(value: str) -> str:
     return value
 
 
+def _starts(value: Any) -> Any:
+    """One error for the whole value, where pydantic has one for each type that it may have."""
+    starts = value.values() if isinstance(value, dict) else [value]
+    if not all(isinstance(start, str | int | float) and not isinstance(start, bool) for start in starts):
+        raise ValueError("must be random, or a checkpoint, or a dict of these by submodule")
+    return value
+
+
 def _ascending(value: list[float]) -> list[float]:
     if value != sorted(value):
         raise ValueError("must be in ascending order")
@@ -109,6 +117,7 @@ Aspects = Annotated[
 Name = Annotated[str, AfterValidator(_name)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
+InitFrom = Annotated[str | dict[str, str], BeforeValidator(_starts)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Reader = Literal["auto", "pyav", "decord", "torchcodec", "torchcodec_cuda"]
 Split = Literal["train", "val", "test"]
