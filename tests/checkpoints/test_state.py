@@ -57,6 +57,17 @@ def test_an_older_checkpoint_is_another_run_where_they_are_on(tmp_path, changed,
         check_same_run(folder, new(**changed))
 
 
+def test_a_run_resumes_with_settings_that_change_memory_only(tmp_path):
+    """The advice for a run that does not fit. micro_frames changes results."""
+    memory = {"gradient_checkpointing": False, "chunk_latents": None, "spatial": {"frame_batch": 4}}
+    folder = saved(tmp_path, 3, {"model": {**memory, "micro_frames": 17}})
+    less = {"gradient_checkpointing": True, "chunk_latents": 1, "spatial": {"frame_batch": 1}}
+    changed = check_same_run(folder, {"model": {**less, "micro_frames": 17}})
+    assert sorted(changed) == ["model.chunk_latents", "model.gradient_checkpointing", "model.spatial.frame_batch"]
+    with pytest.raises(ResumeError, match=r"model\.micro_frames"):
+        check_same_run(folder, {"model": {**memory, "micro_frames": 9}})
+
+
 @pytest.mark.parametrize(
     "content",
     [

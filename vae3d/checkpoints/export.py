@@ -21,7 +21,7 @@ from vae3d.checkpoints.published import State, rename_keys
 from vae3d.io import atomic_dir, atomic_path, atomic_write, write_json, write_text, yaml_text
 from vae3d.models.diffusers_vae import PREFIX, DiffusersVAE
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.registry import target_of
+from vae3d.models.registry import RUNNING, target_of
 from vae3d.models.spatial import SpatialVAE, per_channel
 from vae3d.models.taehv import TAEHV
 from vae3d.models.taesd import TAESD
@@ -29,8 +29,6 @@ from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
 LDM_GROUPS = 32  # of the normalisation, hard-coded in latent-diffusion
-# Settings of an Open-Sora VAE that change how it runs, not what its weights compute.
-RUNTIME_SETTINGS = ("scaling_factor", "shift_factor", "frame_batch", "gradient_checkpointing")
 
 
 # ---- this project's export
@@ -305,7 +303,7 @@ def _require_published_size(config: dict[str, Any]) -> None:
     for part, network in (("spatial", SpatialVAE), ("temporal", TemporalVAE)):
         published = _defaults(network) | {"_target_": target_of(network)}
         for name, value in config[part].items():
-            if name not in RUNTIME_SETTINGS and value != published.get(name):
+            if name not in ("scaling_factor", "shift_factor", *RUNNING) and value != published.get(name):
                 raise CheckpointError(
                     f"the original code builds one network only: {part} {name} is {value}, not {published[name]}; "
                     "use the layout export"

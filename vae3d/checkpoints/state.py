@@ -25,6 +25,7 @@ from vae3d.arguments import ArgumentError, Range, check_fields, flatten, without
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
+from vae3d.models.registry import RUNNING
 
 META = "run.json"  # a folder without it is incomplete
 STATE = "state.pt"
@@ -35,10 +36,11 @@ MUST_MATCH = (
     "data.buckets.shapes", "data.buckets.aspects", "data.buckets.frames", "data.buckets.multiple",
     "data.stride", "data.fps", "data.panorama", "data.depth.mapping", "teacher.features", "run.seed",
 )  # fmt: skip
-# Exceptions, which may change as optim may: the discriminator's learning rate is often tied to optim.
+# Exceptions, beside those of RUNNING, which may change as optim may: the discriminator's learning rate is often tied to
+# optim.
 MAY_CHANGE = (
     *(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power")),
-    *("denoiser.gradient_checkpointing", "denoiser.dropout"),
+    "denoiser.dropout",
 )
 
 # What reading damaged files raises, in addition to the documented errors: found by changing random bytes.
@@ -296,6 +298,7 @@ def check_same_run(
         for key, pair in changed.items()
         if without_source_name(key).startswith(must_match)
         and key not in MAY_CHANGE
+        and key.rpartition(".")[2] not in RUNNING
         and not _of_new_source(key, changed)
     }
     if fatal:
