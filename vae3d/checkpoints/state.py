@@ -23,6 +23,8 @@ import torch
 
 from vae3d.arguments import ArgumentError, Range, check_fields, flatten, without_source_name
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
+from vae3d.checkpoints.location import step_folders as _steps
+from vae3d.checkpoints.location import step_of
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
 from vae3d.models.registry import RUNNING
@@ -127,11 +129,6 @@ def prune(root: Path, keep: int) -> None:
     """Delete all step folders but the newest `keep`; 0 keeps all."""
     for step in superseded(root, keep):
         discard(root, step)
-
-
-def step_of(folder: Path) -> int:
-    """1000 for .../step-0001000."""
-    return int(folder.name.removeprefix("step-"))
 
 
 def latest_state(root: Path) -> Path | None:
@@ -314,7 +311,3 @@ def _of_new_source(key: str, changed: Mapping[str, tuple[Any, Any]]) -> bool:
     """Whether a setting is of a source of a mixture that was added or taken out, as files may be."""
     name = re.match(r"data\.sources\.[^.]+\.", key)
     return name is not None and None in changed.get(f"{name[0]}weight", ())
-
-
-def _steps(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d+", folder.name))
