@@ -15,7 +15,7 @@ from vae3d import argparse_types
 from vae3d.commands import cli
 from vae3d.commands.cli import check_training
 from vae3d.commands.launch import RunFolders
-from vae3d.config.check import read
+from vae3d.config.check import path_issues, read
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
 from vae3d.config.issues import NO_VALUE, ConfigError, close_match, is_within
 from vae3d.config.latents import EncodeConfig, check_encoding
@@ -456,6 +456,19 @@ def test_a_signature_read_from_the_source_is_that_of_the_class(target):
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     signature = signature_of(target)
     assert signature.arguments == {key: parameter.default is parameter.empty for key, parameter in parameters.items()}
+
+
+def test_a_pattern_of_very_many_files_is_not_expanded_where_its_ends_are_missing(tmp_path):
+    for name in ("0.tar", "1.tar", "2.tar", "08.tar", "09.tar", "10.tar"):
+        (tmp_path / name).touch()
+    missing = {
+        pattern: len([*path_issues({"data.source.path": f"{tmp_path}/{pattern}.tar"})])
+        for pattern in ("{0..2}", "{2..0}", "{08..10}", "{0..2..2}", "{0..3}", "{0..999999999}", "{1,0}", "{08,10..11}")
+    }
+    assert missing == {
+        "{0..2}": 0, "{2..0}": 0, "{08..10}": 0, "{0..2..2}": 0, "{0..3}": 1, "{0..999999999}": 1, "{1,0}": 0,
+        "{08,10..11}": 1,
+    }  # fmt: skip
 
 
 def test_a_root_that_cannot_be_made_is_one_message(tmp_path, capsys):

@@ -50,6 +50,7 @@ EXAMPLES = {
     "cache": "cache=FOLDER of the latents (the same command resumes)",
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 CHECKPOINT_KEYS = ("checkpoint", "teacher.path", "vae", "vae.path", "stage.init_from")
 
 
@@ -284,6 +285,8 @@ def _exists(path: str) -> bool:
     if "{" in path and not exists(path):
         from braceexpand import UnbalancedBracesError, braceexpand
 
+        if (ends := RANGE.sub(_ends, path)) != path and not _exists(ends):  # a range may have very many names
+            return False
         try:
             names = list(braceexpand(path))
         except UnbalancedBracesError:
@@ -291,6 +294,13 @@ def _exists(path: str) -> bool:
         if names != [path]:
             return all(map(_exists, names))
     return exists(path) or ("*" in path and any(glob.iglob(glob.escape(path).replace("[*]", "*"))))
+
+
+def _ends(match: re.Match[str]) -> str:
+    """{08,10} for {08..10}, padded with zeros as braceexpand does."""
+    ends = match.groups()
+    padded = any(len(end) > 1 and end.startswith("0") for end in ends)
+    return f"{{{','.join(end.zfill(max(map(len, ends)) if padded else 0) for end in ends)}}}"
 
 
 def _download_hint(key: str, path: str) -> str:
