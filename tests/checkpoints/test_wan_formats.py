@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -143,6 +144,15 @@ def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):
     assert vae3d.load(tmp_path / "pipeline").latents_mean.flatten().tolist() == pytest.approx(
         saved.config["latents_mean"]
     )
+
+
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_one_of_mean_and_standard_deviation_alone_is_refused(tmp_path, name):
+    WRITERS["diffusers"](checkpoint("wan", tmp_path), tmp_path / "vae")
+    config_json = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**config_json, name: None}))
+    with pytest.raises(CheckpointError, match="both latents_mean and latents_std"):
+        read_checkpoint(tmp_path / "vae")
 
 
 def test_renaming_is_one_to_one_both_ways(saved):
