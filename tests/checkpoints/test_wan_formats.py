@@ -200,6 +200,19 @@ def test_wan22_is_not_wan21(tmp_path):
     assert "set model" not in str(why.value)
 
 
+@pytest.mark.parametrize("style", wan.STYLES)
+def test_a_smaller_decoder_is_written_under_its_own_keys_and_not_for_programs_that_cannot_build_it(tmp_path, style):
+    saved = checkpoint(style, tmp_path, decoder_widths=[8, 8, 4, 4])
+    for layout in ("native", "videox_fun"):
+        write_flat(saved, layout, tmp_path / "flat.pt")
+        assert len(torch.load(tmp_path / "flat.pt", weights_only=True)) == len(saved.state)
+    for layout in ("wan", "videox_fun", "diffusers"):
+        with pytest.raises(CheckpointError, match=rf"decoder_widths=\[8, 8, 4, 4\], which the {layout} layout"):
+            WRITERS[layout](saved, tmp_path / layout)
+    with pytest.raises(CheckpointError, match=r"the diffusers layout .*; use native"):
+        write_flat(saved, "diffusers", tmp_path / "flat.pt")
+
+
 @pytest.mark.parametrize(("style", "channels"), [("wan", 1), ("wan", 4), ("wan22", 1), ("wan22", 4)])
 def test_files_of_a_run_may_have_other_channels_of_pixels(tmp_path, style, channels):
     """Depth and RGBA: the averaged weights of a run, and diffusers' folders, which hold the number."""
