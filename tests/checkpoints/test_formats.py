@@ -306,6 +306,41 @@ def test_a_part_starts_from_its_own_checkpoint_or_from_a_whole_one(tmp_path):
     assert torch.equal(model.temporal_vae.quant_conv.conv.weight, whole.state["temporal_vae.quant_conv.conv.weight"])
 
 
+WITH_STATS = {
+    "wan": tiny.MODEL["wan"][:-2],
+    "taesd": ["model.variant=taef2"],
+    "taehv": ["model.variant=taecvx", *tiny.MODEL["taehv"][1:]],
+    "opensora_v1_3": [key for key in tiny.MODEL["opensora_v1_3"] if "latents_" not in key],
+}
+
+
+@pytest.mark.parametrize("name", WITH_STATS)
+def test_a_mean_and_deviation_of_latents_that_would_be_lost_are_refused(tmp_path, name):
+    def built(mean, std):
+        stats = (f"model.latents_mean={[mean] * channels}", f"model.latents_std={[std] * channels}")
+        return vae3d.build(name, *WITH_STATS[name], *stats)
+
+    null = ("model.latents_mean=null", "model.latents_std=null")
+    channels = vae3d.build(name, *WITH_STATS[name], *null).spec.channels
+    vae3d.save(built(0.3, 3.0), tmp_path / "e")
+    with pytest.raises(CheckpointError) as error:
+        initialize(built(0.3, 1.0), str(tmp_path / "e"))
+    assert f"model.latents_std=[{','.join(['3.0'] * channels)}]" in str(error.value)
+    assert "model.latents_mean=" not in str(error.value)
+    initialize(built(0.3, 3.0), str(tmp_path / "e"))
+    vae3d.save(vae3d.build(name, *WITH_STATS[name], *null), tmp_path / "none")
+    initialize(built(0.3, 3.0), str(tmp_path / "none"))  # which has none to lose
+
+
+def test_the_mean_and_deviation_of_the_2d_latents_are_compared_too(tmp_path):
+    def built(std):
+        return vae3d.build("temporal_taef2", *tiny.MODEL["temporal_taef2"], f"model.spatial.latents_std={[std] * 32}")
+
+    vae3d.save(built(2.0), tmp_path / "e")
+    with pytest.raises(CheckpointError, match=r"set model\.spatial\.latents_std=\[2\.0,"):
+        initialize(built(1.0), str(tmp_path / "e"))
+
+
 def test_weights_made_for_another_latent_scale_are_refused(tmp_path):
     write_export(checkpoint("temporal_vae", tiny.MODEL["temporal_vae"], tmp_path), tmp_path)
     with pytest.raises(CheckpointError, match=r"scaling_factor is 0.13025 in the checkpoint and 0.18215 in the model"):

@@ -120,6 +120,8 @@ def test_bare_files_of_the_published_width_have_the_published_constants(tmp_path
     read = read_checkpoint(tmp_path / "Wan2.1_VAE.pth")
     assert read.config["latents_mean"] == loading.model_config("wan")["latents_mean"]
     assert "of the published weights are used" in read.notes[0]
+    model = wan.model(latent_channels=16)  # of 0 and 1: it loads, since the file says nothing of them
+    assert "starts from" in initialize(model, str(tmp_path / "Wan2.1_VAE.pth"))[0]
 
 
 def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):

@@ -47,6 +47,7 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         mean, std = published_constants(latents, shortcuts)
         used = "those of the published weights" if any(mean) else "0 and 1"
         weights.notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
+        weights.assumed += ["latents_mean", "latents_std"]
     pixel_channels, patch = _pixels(state["encoder.conv1.weight"].shape[1], shortcuts)
     config = {
         "_target_": "vae3d.models.wan.WanVAE",
