@@ -168,7 +168,11 @@ def test_an_export_keeps_what_the_weights_do_not_tell(tmp_path):
     model = vae3d.load(tmp_path / "e")
     assert (model.borders.width, model.borders.height, model.chunk_latents) == ("circular", "pole", 2)
     assert vae3d.load(tmp_path / "e", pad_h="zeros").borders.height == "zeros"
-    WRITERS["wan"](read_checkpoint(tmp_path / "e"), tmp_path / "VAE.pth")
+    for layout, name in (("wan", "VAE.pth"), ("videox_fun", "fun.pth"), ("diffusers", "d"), ("qwen_image", "q")):
+        saved = read_checkpoint(tmp_path / "e")
+        WRITERS[layout](saved, tmp_path / name)
+        notes = [note for note in saved.notes if "published" not in note]
+        assert [note.partition(" ")[0] for note in notes] == ["pad_w=circular", "pad_h=pole"]
     assert vae3d.load(tmp_path / "VAE.pth").borders.width == "zeros"
     assert vae3d.load(tmp_path / "VAE.pth", pad_w="circular").borders.width == "circular"
 

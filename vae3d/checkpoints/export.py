@@ -29,6 +29,13 @@ from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
 LDM_GROUPS = 32  # of the normalisation, hard-coded in latent-diffusion
+# Settings that change results, and that files of other programs do not hold.
+LOST: dict[type[nn.Module], Sequence[str]] = {
+    WanVAE: ("pad_w", "pad_h"),
+    TAEHV: ("decoder_space_upscale",),
+    TAESD: ("latents_mean", "latents_std"),
+    DiffusersVAE: ("pad_w", "decode_timestep"),
+}
 
 
 # ---- this project's export
@@ -48,6 +55,17 @@ def replace_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
 
 
 # ---- layouts of other programs
+
+
+def lost_settings(checkpoint: Checkpoint) -> list[str]:
+    """Notes on what a file of another program's layout does not say about this model, and changes its results."""
+    network = next((kind for kind in LOST if _is_a(checkpoint, kind)), None)
+    if network is None:
+        return []
+    config, defaults = checkpoint.config, _defaults(network)
+    changed = {name: config[name] for name in LOST[network] if config.get(name) not in (None, defaults[name])}
+    settings = [f"{name}={str(value).replace(' ', '')}" for name, value in changed.items()]
+    return [f"{setting} is not in the file; set it where the file is used" for setting in settings]
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
@@ -72,6 +90,7 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         if config["scaling_factor"] is None:
             raise CheckpointError(f"{checkpoint.path}: the latents' scaling factor is not known; give --scaling_factor")
         config_json = ldm.diffusers_config(config) | _diffusers_factors(config)
+    checkpoint.notes += lost_settings(checkpoint)
     _save(state, folder / "diffusion_pytorch_model.safetensors")
     write_json(folder / "config.json", config_json)
 
@@ -87,6 +106,7 @@ def write_qwen_image(checkpoint: Checkpoint, folder: Path) -> None:
         config_json = wan.qwen_image_config(_wan_config(checkpoint))
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}; use the layout diffusers") from error
+    checkpoint.notes += lost_settings(checkpoint)
     _save(wan.to_diffusers(checkpoint.state), folder / "diffusion_pytorch_model.safetensors")
     write_json(folder / "config.json", config_json)
 
@@ -153,6 +173,7 @@ def write_wan(checkpoint: Checkpoint, file: Path) -> None:
     """
     _require(checkpoint, WanVAE, "wan")
     _require_whole_decoder(checkpoint, "wan")
+    checkpoint.notes += lost_settings(checkpoint)
     _save(_with_published_constants(checkpoint, "wan"), file)
 
 
@@ -160,12 +181,14 @@ def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file for VideoX-Fun's AutoencoderKLWan; constants as in write_wan."""
     _require(checkpoint, WanVAE, "videox_fun")
     _require_whole_decoder(checkpoint, "videox_fun")
+    checkpoint.notes += lost_settings(checkpoint)
     _save(wan.to_videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
 
 
 def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file like the published ones. Its metadata is in the file, or in <its stem>.json beside it."""
     config = _require(checkpoint, TAEHV, "taehv")
+    checkpoint.notes += lost_settings(checkpoint)
     _save(checkpoint.state, file, taehv.to_metadata(config))
     if file.suffix != ".safetensors":
         write_json(file.with_suffix(".json"), taehv.info_of(config))
@@ -174,6 +197,7 @@ def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
 def write_taesd(checkpoint: Checkpoint, folder: Path) -> None:
     """Write VARIANT_encoder.pth and VARIANT_decoder.pth, like the published ones, in fp32."""
     variant = _require(checkpoint, TAESD, "taesd")["variant"]
+    checkpoint.notes += lost_settings(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("encoder", "decoder"):
         state = rename_keys({k: t for k, t in checkpoint.state.items() if k.startswith(part)}, [(f"^{part}.", "^")])

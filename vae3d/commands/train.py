@@ -13,6 +13,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from vae3d.checkpoints.export import lost_settings
+from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import starting_state
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, summary
@@ -192,6 +194,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
             f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
             "will open the exports of this run"
         )
+    if config.trainer.publish.prefix is not None:
+        for note in lost_settings(Checkpoint(config.model, {}, folder, "export")):
+            trainer.log.say(f"published weights: {note}")
     if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (error := slow_conv3d()):
         trainer.log.say(error)
     return trainer
