@@ -23,8 +23,11 @@ import torch
 
 from vae3d.arguments import ArgumentError, Range, check_fields, flatten, without_source_name
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
+from vae3d.checkpoints.location import step_folders as _steps
+from vae3d.checkpoints.location import step_of
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
+from vae3d.models.registry import RUNNING
 
 META = "run.json"  # a folder without it is incomplete
 STATE = "state.pt"
@@ -35,10 +38,11 @@ MUST_MATCH = (
     "data.buckets.shapes", "data.buckets.aspects", "data.buckets.frames", "data.buckets.multiple",
     "data.stride", "data.fps", "data.panorama", "data.depth.mapping", "teacher.features", "run.seed",
 )  # fmt: skip
-# Exceptions, which may change as optim may: the discriminator's learning rate is often tied to optim.
+# Exceptions, beside those of RUNNING, which may change as optim may: the discriminator's learning rate is often tied to
+# optim.
 MAY_CHANGE = (
     *(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power")),
-    *("denoiser.gradient_checkpointing", "denoiser.dropout"),
+    "denoiser.dropout",
 )
 
 # What reading damaged files raises, in addition to the documented errors: found by changing random bytes.
@@ -130,11 +134,6 @@ def prune(root: Path, keep: int) -> None:
     """Delete all step folders but the newest `keep`; 0 keeps all."""
     for step in superseded(root, keep):
         discard(root, step)
-
-
-def step_of(folder: Path) -> int:
-    """1000 for .../step-0001000."""
-    return int(folder.name.removeprefix("step-"))
 
 
 def latest_state(root: Path) -> Path | None:
@@ -301,6 +300,7 @@ def check_same_run(
         for key, pair in changed.items()
         if without_source_name(key).startswith(must_match)
         and key not in MAY_CHANGE
+        and key.rpartition(".")[2] not in RUNNING
         and not _of_new_source(key, changed)
     }
     if fatal:
@@ -316,7 +316,3 @@ def _of_new_source(key: str, changed: Mapping[str, tuple[Any, Any]]) -> bool:
     """Whether a setting is of a source of a mixture that was added or taken out, as files may be."""
     name = re.match(r"data\.sources\.[^.]+\.", key)
     return name is not None and None in changed.get(f"{name[0]}weight", ())
-
-
-def _steps(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d+", folder.name))

@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import nn
 from vae3d import loading
 from vae3d.adversarial.base import Adversary
 from vae3d.adversarial.seraena import Seraena
-from vae3d.checkpoints.export import to_layout
-from vae3d.checkpoints.formats import CheckpointError, meta_model, read_checkpoint
+from vae3d.checkpoints.export import check_final_model, flat_state
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, meta_model, read_checkpoint
 from vae3d.commands import train
 from vae3d.commands.training_data import clip_sizes, pixel_channels
 from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
@@ -37,7 +38,6 @@ from vae3d.models.compiled import blocks_of
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import nearest_frames, share_frames
 from vae3d.models.pruning import PruningError, match_layers
-from vae3d.models.taehv import TAEHV
 from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
 from vae3d.schedules import ALL_ON
 from vae3d.text import plural
@@ -146,14 +146,18 @@ def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
     publish = config.trainer.publish
     if config.trainer.compile and not blocks_of(model):
         yield ConfigIssue("trainer.compile", True, f"a {type(model).__name__} has no blocks to compile", "use false")
-    if publish.final_model and not isinstance(model, TAEHV):
-        hint = "use trainer.publish.prefix, or the export"
-        yield ConfigIssue("trainer.publish.final_model", True, "is for TAEHV only", hint)
+    weights = Checkpoint(config.model, model.state_dict(), Path("the model"), "export")
+    if publish.final_model:
+        try:
+            check_final_model(weights)
+        except CheckpointError as error:
+            hint = "use trainer.publish.prefix, or the export"
+            yield ConfigIssue("trainer.publish.final_model", True, str(error), hint)
     if publish.measure_scale and (why := scale.unscalable_reason(model)):
         yield ConfigIssue("trainer.publish.measure_scale", publish.measure_scale, why, "use 0")
     if publish.prefix is not None:
         try:
-            to_layout(model.state_dict(), publish.layout)
+            flat_state(weights, publish.layout)
         except CheckpointError as error:
             yield ConfigIssue("trainer.publish.layout", publish.layout, str(error))
 

@@ -13,6 +13,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
+from vae3d.checkpoints.export import lost_settings
+from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, summary
 from vae3d.commands.training_data import build_training_data
@@ -23,7 +25,7 @@ from vae3d.distributed import all_gather_object, check_ranks_agree, init_trainin
 from vae3d.errors import UserError
 from vae3d.inference.scale import longest_clips
 from vae3d.layout import place
-from vae3d.loading import initialize, instantiate, load, load_with_checkpoint
+from vae3d.loading import check_scale, initialize, instantiate, load, load_with_checkpoint
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
@@ -130,13 +132,15 @@ def prune_everywhere(
         try:
             with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
                 variant = {"variant": model.variant} if hasattr(model, "variant") else {}
-                larger = load_with_checkpoint(path, changes=variant, adapter=isinstance(model, DiffusersVAE))[1]
+                checkpoint, larger = load_with_checkpoint(path, None, variant, adapter=isinstance(model, DiffusersVAE))
+            scale = check_scale(model, checkpoint)
             larger = larger.to(device)
             clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
             if not clips:
                 raise UserError(f"{path} cannot be pruned: no clip could be read")
             options = {"importance": settings.importance, "refit": settings.refit, "seed": config.run.seed}
-            lines = [f"{path} {line}" for line in prune(larger, model.to(device), torch.cat(clips), **options)]
+            pruned = prune(larger, model.to(device), torch.cat(clips), **options)
+            lines = [*scale, *(f"{path} {line}" for line in pruned)]
         except UserError as error:
             failure = error
         model.cpu()
@@ -196,6 +200,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
             f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
             "will open the exports of this run"
         )
+    if config.trainer.publish.prefix is not None:
+        for note in lost_settings(Checkpoint(config.model, {}, folder, "export")):
+            trainer.log.say(f"published weights: {note}")
     if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (error := slow_conv3d()):
         trainer.log.say(error)
     return trainer

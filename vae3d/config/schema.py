@@ -21,6 +21,7 @@ from vae3d.config.fields import (
     Counts,
     Float,
     FolderName,
+    InitFrom,
     Int,
     Name,
     PathPrefix,
@@ -76,7 +77,7 @@ class Stage:
     train: dict[str, Annotated[Float, Field(gt=0)]] = setting(
         MISSING, "Part of the model -> its multiple of `optim.lr`. All other parts are frozen, in eval mode."
     )
-    init_from: Any = setting(
+    init_from: InitFrom = setting(
         MISSING, "random, a checkpoint, {submodule: checkpoint}, or {prune: checkpoint of a larger model}."
     )
     prune: Prune = Field(default_factory=Prune)

@@ -137,7 +137,8 @@ def _adversary(config: TrainConfig) -> dict[str, Any]:
 def _has_shortcut(config: TrainConfig) -> bool:
     """Of the temporal VAE, if there is one."""
     model = config.model if isinstance(config.model, dict) else {}
-    return bool(model.get("temporal", model).get("shortcut"))
+    coder = model.get("temporal", model)
+    return isinstance(coder, dict) and bool(coder.get("shortcut"))
 
 
 def _deepspeed(config: TrainConfig) -> bool:
