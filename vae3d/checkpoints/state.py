@@ -23,8 +23,7 @@ import torch
 
 from vae3d.arguments import ArgumentError, Range, check_fields, flatten, without_source_name
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
-from vae3d.checkpoints.location import step_folders as _steps
-from vae3d.checkpoints.location import step_of
+from vae3d.checkpoints.location import step_folders, step_of
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
 from vae3d.models.registry import RUNNING
@@ -114,12 +113,12 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 def superseded(root: Path, keep: int) -> list[int]:
     """The steps of all step folders but the newest `keep`; none if `keep` is 0."""
-    return [step_of(folder) for folder in _steps(root)[:-keep]] if keep else []
+    return [step_of(folder) for folder in step_folders(root)[:-keep]] if keep else []
 
 
 def later(root: Path, step: int) -> list[int]:
     """The steps of all step folders after `step`."""
-    return [number for number in map(step_of, _steps(root)) if number > step]
+    return [number for number in map(step_of, step_folders(root)) if number > step]
 
 
 def discard(root: Path, step: int) -> None:
@@ -138,7 +137,7 @@ def prune(root: Path, keep: int) -> None:
 
 def latest_state(root: Path) -> Path | None:
     """The newest complete checkpoint."""
-    complete = [folder for folder in _steps(root) if (folder / META).is_file()]
+    complete = [folder for folder in step_folders(root) if (folder / META).is_file()]
     return complete[-1] if complete else None
 
 
@@ -157,7 +156,7 @@ def find_state(root: Path, asked: str) -> Path:
     if asked != "latest" and (step_name is None or path.name != asked):
         folder = path.parent if step_name else path
         folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
-    complete = [step for step in _steps(folder) if (step / META).is_file()]
+    complete = [step for step in step_folders(folder) if (step / META).is_file()]
     found = complete[-1:] if step_name is None else [step for step in complete if step_of(step) == int(step_name[1])]
     if not found:
         existing = ", ".join(step.name for step in complete) or "no complete checkpoint"
