@@ -30,6 +30,7 @@ from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import clips_of, extend_time, frames_of, pad_space
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.spatial import Downsample, Upsample
+from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
 from vae3d.text import plural
@@ -52,6 +53,8 @@ class OpenSoraV13VAE(VideoAutoencoder):
     The network takes 1 + n * time_stride frames; clips are extended by their last frame.
     Raises ValueError if the lists do not fit together, or micro_frames is no such number above 1.
     """
+
+    whole_frames = "GroupNorm and attention"
 
     @check_arguments
     def __init__(
@@ -119,11 +122,21 @@ class OpenSoraV13VAE(VideoAutoencoder):
         """As encode, of any number of frames without chunks. Sides must be multiples of the space stride."""
         frames = video.shape[2] + -(video.shape[2] - 1) % self.spec.time_stride
         x = extend_time(video, frames).to(self.decoder.conv_out.weight.dtype)
-        return Posterior.from_moments(self.encoder(x, self.gradient_checkpointing and needs_grad(self.encoder, x)))
+        if self.tiling is None:
+            return self._encode(x)
+        return code_in_tiles(self.tiling, lambda x, _: (self._encode(x), None), x, None, self.spec.space_stride)[0]
 
     def decode_chunk(self, z: Tensor) -> Tensor:
         """As decode, without chunks."""
         z = z.to(self.decoder.conv_out.weight.dtype)
+        if self.tiling is None:
+            return self._decode(z)
+        return self.tiling("decoder", lambda z, _: (self._decode(z), None), z, None, 1, self.spec.space_stride)[0]
+
+    def _encode(self, x: Tensor) -> Posterior:
+        return Posterior.from_moments(self.encoder(x, self.gradient_checkpointing and needs_grad(self.encoder, x)))
+
+    def _decode(self, z: Tensor) -> Tensor:
         video = self.decoder(z, self.gradient_checkpointing and needs_grad(self.decoder, z))
         return video[:, :, self.spec.time_stride - 1 :]
 
