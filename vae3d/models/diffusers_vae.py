@@ -38,7 +38,6 @@ from vae3d.models.layers.frames import extend_time
 from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
-from vae3d.text import plural
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
 log = logging.getLogger("vae3d")
@@ -145,13 +144,9 @@ class DiffusersVAE(VideoAutoencoder):
         """Raw latents [B, C, t, h, w] -> video, not clamped."""
         check_latents(z, self.spec.channels)
         length = z.shape[2]
-        max_frames = self.frame_rule.frames(length)
-        frames = max_frames if num_frames is None else num_frames
-        if max_frames < 1 or self.latent_frames(frames) != length:
-            raise ValueError(
-                f"num_frames is {num_frames}, which does not fit {plural(length, 'latent frame')}; a {self.kind} takes "
-                f"{self.frame_rule.text} frames, and others extended to the next of these"
-            )
+        frames = self.frame_rule.frames(length) if num_frames is None else num_frames
+        rule = f"; a {self.kind} takes {self.frame_rule.text} frames, and others extended to the next of these"
+        self.check_frames(frames, length, rule)
         video, cache = [], None
         for chunk in z.to(self.vae.dtype).split([t for t, _ in self._chunks(length)], 2):
             part, cache = self._decode_chunk(chunk, cache)

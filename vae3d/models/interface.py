@@ -17,6 +17,7 @@ from vae3d.errors import UserError
 from vae3d.models.tiling import Tiling, make_tiling, measure_reach
 from vae3d.pixels import check_video
 from vae3d.seeding import Generators, randn_like, uniform
+from vae3d.text import plural
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
 if TYPE_CHECKING:
@@ -141,6 +142,11 @@ class VideoAutoencoder(nn.Module):
     def latent_frames(self, frames: int) -> int:
         """Latents of a clip of this length, along time."""
         return -(-frames // self.spec.time_stride)
+
+    def check_frames(self, frames: int, latents: int, note: str = "") -> None:
+        """Raises ValueError unless a clip of so many frames has so many latent frames. note: the message's end."""
+        if frames < 1 or self.latent_frames(frames) != latents:
+            raise ValueError(f"num_frames is {frames}, which does not fit {plural(latents, 'latent frame')}{note}")
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of the latents of a clip of this size."""

@@ -123,11 +123,7 @@ class OpenSoraVAE(VideoAutoencoder):
         size = self.temporal_vae.latent_frames(self.micro_frames)
         whole, rest = divmod(z.shape[2], size)
         frames = whole * self.micro_frames + rest * self.temporal_vae.stride if num_frames is None else num_frames
-        if self.latent_frames(frames) != z.shape[2]:
-            raise ValueError(
-                f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')} in chunks of "
-                f"{plural(self.micro_frames, 'frame')}"
-            )
+        self.check_frames(frames, z.shape[2], f" in chunks of {plural(self.micro_frames, 'frame')}")
         lengths = [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
         return torch.cat([self._decode_chunk(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)
 

@@ -33,7 +33,6 @@ from vae3d.models.spatial import Downsample, Upsample
 from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
-from vae3d.text import plural
 from vae3d.types import LatentSpec, Posterior, Reconstruction
 
 EPS = 1e-6  # of norms, but for those of Growth
@@ -106,8 +105,7 @@ class OpenSoraV13VAE(VideoAutoencoder):
         parts = z.split(size, 2)
         longest = 1 + stride * (count - len(parts))
         frames = longest if num_frames is None else num_frames
-        if self.latent_frames(frames) != count:
-            raise ValueError(f"num_frames is {frames}, which does not fit {plural(count, 'latent frame')}")
+        self.check_frames(frames, count)
         video: list[Tensor] = []
         for part in parts:
             chunk = self.decode_chunk(part)

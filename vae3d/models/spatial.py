@@ -300,7 +300,7 @@ class SpatialVAE(VideoAutoencoder):
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], not clamped. num_frames must be T or None."""
         check_latents(z, self.spec.channels)
-        assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
+        self.check_frames(z.shape[2] if num_frames is None else num_frames, z.shape[2])
         z = z.to(self.module.decoder.conv_in.weight.dtype)
         trains = needs_grad(self.module.decoder, z)
         recompute = self.gradient_checkpointing and trains

@@ -182,11 +182,8 @@ class TAEHV(VideoAutoencoder):
         frames = longest_clip(self.rule, z.shape[2], self.spec.time_stride) if num_frames is None else num_frames
         if frames is None:
             raise ValueError(f"no number of frames fits {plural(z.shape[2], 'latent frame')} of {self.variant}")
+        self.check_frames(frames, z.shape[2], f" of {self.variant}")
         plan = self.plan(frames)
-        if plan.latents != z.shape[2]:
-            raise ValueError(
-                f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')} of {self.variant}"
-            )
         videos = []
         cache = None
         for start, stop in self._chunks(plan.latents):

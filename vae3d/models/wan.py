@@ -142,8 +142,7 @@ class WanVAE(VideoAutoencoder):
         """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default 1 + (t - 1) * time_stride."""
         check_latents(z, self.spec.channels)
         frames = 1 + (z.shape[2] - 1) * self.spec.time_stride if num_frames is None else num_frames
-        if self.latent_frames(frames) != z.shape[2]:
-            raise ValueError(f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')}")
+        self.check_frames(frames, z.shape[2])
         video = self._in_chunks(self._pixels, z.split(self.chunk_latents or z.shape[2], 2), self.decoder)
         return video[:, :, :frames]
 
