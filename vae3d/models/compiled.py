@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.models import opensora_v1_3, taesd
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.layers import taehv_blocks, wan_blocks
 from vae3d.models.opensora import OpenSoraVAE
@@ -33,6 +34,9 @@ BLOCKS = (
     wan_blocks.Upsample,
     taehv_blocks.MemBlock,
     taehv_blocks.UpConv,
+    taesd.Block,
+    opensora_v1_3.ResBlock,
+    opensora_v1_3.Growth,
 )
 BACKEND = "inductor"
 RECOMPILE_LIMIT = 64  # graphs per class of blocks, or step: one per shape, with and without gradients
