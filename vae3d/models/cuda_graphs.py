@@ -11,11 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae3d.errors import UserError
-from vae3d.models.taehv import TAEHV
-from vae3d.models.wan import WanVAE
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.types import Posterior
 
 WARM_UP = 3  # runs before the capture, in which torch.compile compiles and cuDNN chooses its algorithms
@@ -25,14 +24,14 @@ Step = Callable[[Tensor, Any], tuple[Any, Any]]  # (chunk, cache) -> (result, ca
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]  # run -> (its result's buffers, replay)
 
 
-def graph_steps(model: nn.Module, capture: Capture | None = None) -> None:
+def graph_steps(model: VideoAutoencoder, capture: Capture | None = None) -> None:
     """Replay encode_chunk and decode_chunk of a model on a GPU as CUDA graphs, from a stream's second chunk on.
 
     After compile_steps, if both are wanted. The weights may change in place, but not move: do not call `to` afterwards.
     capture: by default capture_cuda.
     Raises UserError for a model that is not on a GPU, or that has no such steps.
     """
-    if not isinstance(model, WanVAE | TAEHV):
+    if not model.cached_steps:
         raise UserError(f"a {type(model).__name__} has no cache from chunk to chunk, and so no CUDA graphs of a chunk")
     if capture is None:
         device = next(model.parameters()).device

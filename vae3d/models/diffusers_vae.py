@@ -80,8 +80,7 @@ class DiffusersVAE(VideoAutoencoder):
         self.table = entry_of(kind)
         self.kind = kind
         self.vae = _build(kind, config or {})
-        if self.table.chunks is frame_batches:
-            self.frame_batch = frame_batch
+        self.frame_batch = frame_batch  # of table.chunks = frame_batches
         self.decode_timestep = decode_timestep
         self.latent = self.table.latent
         self.input_channels = self.vae.config.get("in_channels", self.vae.config.get("input_channels", 3))
@@ -234,6 +233,13 @@ class DiffusersVAE(VideoAutoencoder):
         smallest = space * (self.table.min_latents - 1) + 1
         if min(height, width) < smallest:
             raise ValueError(f"the frames are {height}x{width}; a {self.kind} takes sides of at least {smallest}")
+
+    def set_frame_batch(self, frames: int) -> bool:
+        self.frame_batch = frames
+        return self.table.chunks is frame_batches
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        return [(self, "_encode_chunk"), (self, "_decode_chunk")]
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         vae = self.vae

@@ -38,6 +38,10 @@ class VideoAutoencoder(nn.Module):
     whole_frames: str = ""  # what makes a result depend on whole frames, such as GroupNorm; "": nothing, or see tiling
     circular: bool = False  # whether frames are closed at their sides, as panoramas are
     tiling: Tiling | None = None  # see set_tiles
+    cached_steps: bool = False  # whether encode_chunk and decode_chunk code a clip chunk by chunk, with a cache
+    chunk_latents: int | None = None  # with cached_steps, of a chunk; None: as fit_chunks chose, or the whole clip
+    fixed_chunks: bool = False  # with cached_steps: streams give them chunks of two shapes only
+    fitted_latents: int | None = None  # by fit_chunks
 
     def encode(self, video: Tensor) -> Posterior | Delta:
         """Posterior over raw (not normalised) latents. Raises PixelError as pixels.check_video does."""
@@ -113,6 +117,35 @@ class VideoAutoencoder(nn.Module):
     def tile_reach(self) -> tuple[dict[str, int], str]:
         """See tiling.measure_reach."""
         return measure_reach(self)
+
+    def set_frame_batch(self, frames: int) -> bool:
+        """Let a network of single frames take so many at once from now on. Returns whether there is such a network."""
+        return False
+
+    def set_chunk_frames(self, frames: int) -> None:
+        """Code about so many frames at once from now on, at least one latent. Changes memory, not results.
+
+        Raises ValueError for a model that cannot.
+        """
+        if self.cached_steps:
+            self.chunk_latents = max(1, frames // self.spec.time_stride)
+        elif not self.set_frame_batch(frames):
+            raise ValueError(f"a {type(self).__name__} cannot code clips in chunks; leave out chunk_frames")
+
+    def fit_chunks(self, height: int, width: int) -> None:
+        """Let encode and decode take frames of this size in the chunks of a stream, unless chunk_latents is set."""
+        if self.cached_steps and self.chunk_latents is None:
+            self.fitted_latents = self.stream(height, width).chunk_latents
+
+    @property
+    def clip_latents(self) -> int | None:
+        """Of a chunk in which encode and decode code a clip; None: at once."""
+        return self.chunk_latents or self.fitted_latents
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        """(module, method) of everything that codes a chunk of a stream, without loops over frames."""
+        names = ("encode_chunk", "decode_chunk") if self.cached_steps else ("encode", "decode")
+        return [(self, name) for name in names]
 
     def coded_size(self, height: int, width: int) -> tuple[int, int]:
         """Size in pixels of what the decoder runs on at once, of frames of this size: a tile, or the frames."""

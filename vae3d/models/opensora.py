@@ -145,6 +145,13 @@ class OpenSoraVAE(VideoAutoencoder):
         super().set_tiles(tile, overlap)
         self.spatial_vae.set_tiles(tile, overlap if self.spatial_vae.whole_frames else None)
 
+    def set_frame_batch(self, frames: int) -> bool:
+        return self.spatial_vae.set_frame_batch(frames)
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        temporal = self.temporal_vae
+        return [*self.spatial_vae.chunk_steps(), (temporal, "encode"), (temporal, "decode")]
+
     def pixel_layers(self) -> PixelLayers:
         inputs, outputs, grey = self.spatial_vae.pixel_layers()
         return PixelLayers(*([f"spatial_vae.{name}" for name in names] for names in (inputs, outputs)), grey)

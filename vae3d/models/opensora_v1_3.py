@@ -159,6 +159,9 @@ class OpenSoraV13VAE(VideoAutoencoder):
     def latent_frames(self, frames: int) -> int:
         return sum(1 + -(-(end - start - 1) // self.spec.time_stride) for start, end in self.chunks(frames))
 
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        return [(self, "encode_chunk"), (self, "decode_chunk")]
+
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> OverlappingChunks:
         """Chunks of micro_frames; without micro_frames the whole video."""
         return OverlappingChunks(self)

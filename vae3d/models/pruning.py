@@ -945,7 +945,12 @@ def _prepared(model: VideoAutoencoder) -> Iterator[None]:
     mode, grads = model.training, [p.requires_grad for p in model.parameters()]
     changed = []
     for module in model.modules():
-        for name, value in (("frame_batch", None), ("gradient_checkpointing", False), ("chunk_latents", None)):
+        for name, value in (
+            ("frame_batch", None),
+            ("gradient_checkpointing", False),
+            ("chunk_latents", None),
+            ("fitted_latents", None),
+        ):
             if name in vars(module):
                 changed.append((module, name, getattr(module, name)))
                 setattr(module, name, value)

@@ -347,6 +347,13 @@ class SpatialVAE(VideoAutoencoder):
             inputs, outputs = [*inputs, "shortcut_in.weight"], [*outputs, "shortcut_out"]
         return PixelLayers(inputs, [f"{name}.{kind}" for name in outputs for kind in ("weight", "bias")])
 
+    def set_frame_batch(self, frames: int) -> bool:
+        self.frame_batch = frames
+        return True
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        return [(self.module, "encode"), (self.module, "decode")]
+
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""
         return IndependentChunks(self, self.frame_batch or 16)

@@ -221,6 +221,10 @@ class TAESD(VideoAutoencoder):
         last = f"decoder.{len(self.decoder) - 1}"
         return PixelLayers(["encoder.0.weight"], [f"{last}.weight", f"{last}.bias"], grey=0.5)
 
+    def set_frame_batch(self, frames: int) -> bool:
+        self.frame_batch = frames
+        return True
+
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""
         return IndependentChunks(self, self.frame_batch or 16)

@@ -78,7 +78,7 @@ class WanVAE(VideoAutoencoder):
     Raises ValueError if the lists do not fit together.
     """
 
-    fixed_chunks = False  # streams give encode_chunk and decode_chunk two shapes only; see CausalStream
+    cached_steps = True
 
     @check_arguments
     def __init__(
@@ -135,7 +135,8 @@ class WanVAE(VideoAutoencoder):
         self.require_closed_seam(video.shape[-1])
         frames = video.shape[2] + -(video.shape[2] - 1) % stride
         video = pad_space(extend_time(video, frames), self.spec.space_stride)
-        lengths = [frames] if self.chunk_latents is None else chunk_lengths(frames, self.chunk_latents, stride)
+        size = self.clip_latents
+        lengths = [frames] if size is None else chunk_lengths(frames, size, stride)
         return Posterior.from_moments(self._in_chunks(self._moments, video.split(lengths, 2), self.encoder))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
@@ -143,7 +144,7 @@ class WanVAE(VideoAutoencoder):
         check_latents(z, self.spec.channels)
         frames = 1 + (z.shape[2] - 1) * self.spec.time_stride if num_frames is None else num_frames
         self.check_frames(frames, z.shape[2])
-        video = self._in_chunks(self._pixels, z.split(self.chunk_latents or z.shape[2], 2), self.decoder)
+        video = self._in_chunks(self._pixels, z.split(self.clip_latents or z.shape[2], 2), self.decoder)
         return video[:, :, :frames]
 
     def encode_chunk(self, video: Tensor, cache: Cache | None) -> tuple[Posterior, Cache]:
