@@ -55,8 +55,6 @@ class DiffusersVAE(VideoAutoencoder):
     timestep (LTX-Video from 0.9.1) are given; 0 decodes latents as they are, diffusers' default.
     pad_w: original is the class's own padding; circular closes the seam of 360 degree panoramas, with the same weights.
     The width must then be a multiple of the space stride.
-    channels_last: keep the weights of convolutions in channels-last memory, in which convolutions then run. The same
-    results but for rounding; on CPUs no faster.
 
     Clips are extended by their last frame to what the class takes, sides by their edge to multiples of the space
     stride; reconstructions are cropped. Inputs are cast to the dtype of the weights. Output is not clamped.
@@ -74,7 +72,6 @@ class DiffusersVAE(VideoAutoencoder):
         frame_batch: Count | None = 4,
         decode_timestep: Annotated[float, Range(0, 1)] = 0.0,
         pad_w: Literal["original", "circular"] = "original",
-        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.table = entry_of(kind)
@@ -97,8 +94,6 @@ class DiffusersVAE(VideoAutoencoder):
             if self.table.open_seam:
                 raise ValueError(f"pad_w is circular; the seam of {kind} stays open: {self.table.open_seam}")
             make_circular(self.vae)
-        if channels_last:
-            _to_channels_last(self.vae)
         if gradient_checkpointing:
             if self.table.blocks:
                 checkpoint_blocks(self.vae, self.table.blocks)
@@ -269,15 +264,6 @@ class DiffusersVAE(VideoAutoencoder):
         """The class's own chunks, which give the result of the whole clip; where it has none, the whole video."""
         self.check_size(height, width)
         return DiffusersStream(self)
-
-
-def _to_channels_last(network: nn.Module) -> None:
-    """Weights of 2D and 3D convolutions, in place. Module.to takes one format for both, and fails for the other."""
-    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
-    for module in network.modules():
-        for cls, memory_format in formats.items():
-            if isinstance(module, cls):
-                module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
 
 
 def _numbers(buffer: Tensor) -> tuple[float, ...]:
