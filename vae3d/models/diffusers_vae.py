@@ -15,7 +15,6 @@ from itertools import count
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import ArgumentError, Count, Range, check_arguments, short
@@ -31,14 +30,14 @@ from vae3d.models.diffusers_classes import (
     to_pixels,
     with_alpha,
 )
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder, choose_latents
 from vae3d.models.layers.checkpointing import checkpoint_blocks
 from vae3d.models.layers.circular import make_circular
-from vae3d.models.layers.frames import extend_time
+from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
-from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
+from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction, cat_posteriors
 
 log = logging.getLogger("vae3d")
 PREFIX = "vae."  # of the class's state-dict keys
@@ -110,9 +109,8 @@ class DiffusersVAE(VideoAutoencoder):
 
     def _update_spec(self) -> None:
         time, space = self._strides
-        mean, std = map(_numbers, (self.latents_mean, self.latents_std))
         causal = self.table.causal and self.vae.config.get("is_causal", True)
-        self.spec = LatentSpec(latent_channels(self.vae.config), time, space, causal, mean, std)
+        self.spec = LatentSpec(latent_channels(self.vae.config), time, space, causal, **self.latent_stats())
 
     def encode(self, video: Tensor) -> Posterior | Delta:
         """[B, 3, T, H, W] -> raw latents: a posterior, or a point where the class is deterministic.
@@ -128,7 +126,7 @@ class DiffusersVAE(VideoAutoencoder):
         for chunk in x.split([n for _, n in self._chunks(latents)], 2):
             part, cache = self._encode_chunk(chunk, cache)
             coded.append(part)
-        found = type(coded[0])(*(torch.cat(parts, 2) for parts in zip(*(vars(c).values() for c in coded), strict=True)))
+        found = cat_posteriors(coded)
         self._check_shape(
             "latents", found.mean, (self.spec.channels, latents, *self.spec.latent_size(*video.shape[-2:]))
         )
@@ -191,10 +189,7 @@ class DiffusersVAE(VideoAutoencoder):
 
     def _prepare(self, video: Tensor) -> Tensor:
         """Pixels as the class takes them, sides padded."""
-        space = self.spec.space_stride
-        bottom, right = (-side % space for side in video.shape[-2:])
-        if bottom or right:
-            video = F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")
+        video = pad_space(video, self.spec.space_stride)
         return with_alpha(to_pixels(video, self.table.pixels), self.input_channels).to(self.vae.dtype)
 
     def _chunks(self, latents: int) -> list[tuple[int, int]]:
@@ -214,18 +209,12 @@ class DiffusersVAE(VideoAutoencoder):
             )
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError for frames that the class does not take, padded or not."""
-        space = self.spec.space_stride
-        if self.circular and width % space:
-            raise ValueError(
-                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
-                "break the seam"
-            )
+        super().check_size(height, width)
         if self.table.fixed_size:
             side = self.vae.decoder_image_size
             if (height, width) != (side, side):
                 raise ValueError(f"the frames are {height}x{width}; this {self.kind} takes {side}x{side} only")
-        smallest = space * (self.table.min_latents - 1) + 1
+        smallest = self.spec.space_stride * (self.table.min_latents - 1) + 1
         if min(height, width) < smallest:
             raise ValueError(f"the frames are {height}x{width}; a {self.kind} takes sides of at least {smallest}")
 
@@ -266,10 +255,6 @@ class DiffusersVAE(VideoAutoencoder):
         return DiffusersStream(self)
 
 
-def _numbers(buffer: Tensor) -> tuple[float, ...]:
-    return () if buffer.is_meta else tuple(buffer.flatten().tolist())
-
-
 class DiffusersStream:
     """Codes a video in the chunks that DiffusersVAE codes a clip in; equal to it."""
 
@@ -292,7 +277,7 @@ class DiffusersStream:
         model, (frames, height, width) = self.model, video.shape[2:]
         x = model._prepare(extend_time(video, self._full.pop(0)))
         posterior, self._encoder_cache = model._encode_chunk(x, self._encoder_cache)
-        z = posterior.sample(generator) if sample else posterior.mode()
+        z = choose_latents(posterior, None, sample, generator)
         rec, self._decoder_cache = model._decode_chunk(z.to(model.vae.dtype), self._decoder_cache)
         return Reconstruction(rec[:, :, :frames, :height, :width], posterior, z)
 

@@ -168,6 +168,15 @@ class VideoAutoencoder(nn.Module):
         """The layers that read and write pixels, to change the number of their channels."""
         raise NotImplementedError
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError for frames that the model does not take, padded or not."""
+        space = self.spec.space_stride
+        if self.circular and width % space:
+            raise ValueError(
+                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
+                "break the seam"
+            )
+
     def frames_valid(self, frames: int) -> bool:
         """Whether a clip of this length needs no padding."""
         return frames >= 1
@@ -206,6 +215,11 @@ class VideoAutoencoder(nn.Module):
             buffer = torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
             self.register_buffer(name, buffer, persistent=persistent)
         return {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+
+    def latent_stats(self) -> dict[str, tuple[float, ...]]:
+        """latents_mean and latents_std as arguments of LatentSpec, copied to the CPU; empty on the meta device."""
+        stats = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+        return {name: () if s.is_meta else tuple(s.flatten().tolist()) for name, s in stats.items()}
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents to about zero mean and unit variance, as a diffusion model takes them."""

@@ -25,7 +25,7 @@ from vae3d.arguments import (
     check_arguments,
     check_level_boundaries,
 )
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder, choose_latents
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import clips_of, extend_time, frames_of, pad_space
 from vae3d.models.layers.norm import norm_silu
@@ -33,7 +33,7 @@ from vae3d.models.spatial import Downsample, Upsample
 from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior, Reconstruction, cat_posteriors
 
 EPS = 1e-6  # of norms, but for those of Growth
 
@@ -95,7 +95,8 @@ class OpenSoraV13VAE(VideoAutoencoder):
         """[B, 3, T, H, W] -> posterior over raw latents."""
         check_video(video)
         video = pad_space(video, self.spec.space_stride)
-        return self._joined([self.encode_chunk(video[:, :, start:end]) for start, end in self.chunks(video.shape[2])])
+        chunks = self.chunks(video.shape[2])
+        return cat_posteriors([self.encode_chunk(video[:, :, start:end]) for start, end in chunks])
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default all that the latents hold."""
@@ -143,10 +144,6 @@ class OpenSoraV13VAE(VideoAutoencoder):
         step = frames if self.micro_frames is None else self.micro_frames - 1
         return [(start, min(start + step + 1, frames)) for start in range(0, max(frames - 1, 1), step)]
 
-    @staticmethod
-    def _joined(chunks: Sequence[Posterior]) -> Posterior:
-        return Posterior(torch.cat([p.mean for p in chunks], 2), torch.cat([p.logvar for p in chunks], 2))
-
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}
 
@@ -188,7 +185,7 @@ class OverlappingChunks:
         model, (height, width) = self.model, video.shape[-2:]
         frames = self._lengths.pop(0)
         posterior = model.encode_chunk(pad_space(video, model.spec.space_stride))
-        z = posterior.sample(generator) if sample else posterior.mode()
+        z = choose_latents(posterior, None, sample, generator)
         rec = model.decode_chunk(z)[:, :, : video.shape[2]]
         if self._last is not None:
             rec = torch.cat([0.5 * (self._last + rec[:, :, :1]), rec[:, :, 1:]], 2)
