@@ -33,7 +33,7 @@ class VideoAutoencoder(nn.Module):
 
     spec: LatentSpec
     pixel_channels: int = 3  # of videos: 3 RGB, 4 RGBA, 1 grey or depth, or any other number
-    latents_mean: Tensor  # [1, C, 1, 1, 1]
+    latents_mean: Tensor  # [1, C, 1, 1, 1], for normalize, like latents_std; a SpatialVAE has factors instead
     latents_std: Tensor
     whole_frames: str = ""  # what makes a result depend on whole frames, such as GroupNorm; "": nothing, or see tiling
     circular: bool = False  # whether frames are closed at their sides, as panoramas are

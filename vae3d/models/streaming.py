@@ -32,7 +32,7 @@ class IndependentChunks:
 
 
 class ChunkCoder(Protocol):
-    """What CausalStream needs: WanVAE, or Tiled around one. See WanVAE.encode_chunk."""
+    """What CausalStream needs of a WanVAE. See WanVAE.encode_chunk."""
 
     spec: LatentSpec
 
