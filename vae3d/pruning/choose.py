@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,19 @@ class Kept:
         return (tensor.double() * self.factors[key].to(tensor.device).view(shape)).to(tensor.dtype)
 
 
+@dataclass
+class Choice:
+    """Of a class: the entries that are kept, in order, and {removed entry: kept one that equals it}."""
+
+    group: list[Channels]
+    kept: list[int]
+    equal: dict[int, int]
+
+    @property
+    def share(self) -> float:
+        return len(self.kept) / len(self.group)
+
+
 def choose_channels(
     source: VideoAutoencoder,
     student: VideoAutoencoder,
@@ -46,60 +59,93 @@ def choose_channels(
     layers: dict[str, nn.Module],
 ) -> tuple[Kept, dict[str, Statistics], list[str]]:
     """The kept channels, statistics of the layers, and lines about the channels."""
-    wanted: dict[tuple[str, str], int] = {}
-    for mine, theirs in pairs.items():
-        if theirs in layers:
-            for side, size in zip(("in", "out"), sizes_of(mine, student.get_submodule(mine)), strict=True):
-                wanted[theirs, side] = size
-    sizes = {(name, side): size for name, layer in layers.items()
-             for side, size in zip(("in", "out"), sizes_of(name, layer), strict=True)}  # fmt: skip
     norms = {theirs: student.get_submodule(mine) for mine, theirs in pairs.items()}
+    wanted = layer_sizes({theirs: layer for theirs, layer in norms.items() if theirs in layers})
+    sizes = layer_sizes(layers)
     classes = [merge_groups(group, layers, norms) for group in classes]
     keep = numbers_to_keep(classes, wanted, sizes)
-    attention = {name for group in classes if group[0].queries for name, _ in group[0].nodes}
-    statistics = (
-        measure(source, video, layers, attention) if any(n < len(g) for n, g in zip(keep, classes, strict=True)) else {}
-    )
-    kept: dict[tuple[str, str], list[int]] = defaultdict(list)
-    factors: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    removed: dict[str, list[int]] = defaultdict(list)
-    lines = []
+    statistics: dict[str, Statistics] = {}
+    if any(count < len(group) for count, group in zip(keep, classes, strict=True)):
+        attention = {name for group in classes if group[0].queries for name, _ in group[0].nodes}
+        statistics = measure(source, video, layers, attention)
+    choices, lines = [], []
     for group, count in zip(classes, keep, strict=True):
         chosen, equal = list(range(len(group))), {}
         if count < len(group):
             chosen, equal = _choose(group, count, layers, statistics, importance)
-            first = next((key for key in sorted(group[0].nodes) if key[1] == "out"), min(group[0].nodes))
-            share = len(group[0].nodes[first])
-            what = "channels of queries and keys" if group[0].queries else "channels"
-            lines.append(f"{first[0]}: {share * count} of {share * len(group)} {what} kept")
-        for number in chosen:
-            channels = group[number]
-            for key, indices in channels.nodes.items():
+            lines.append(_kept_line(group, count))
+        choices.append(Choice(group, chosen, equal))
+    channels = _channels_of(choices)
+    for key, size in wanted.items():
+        if (found := len(channels.get(key, ()))) != size:
+            raise PruningError(f"{key[0]}: {found} of its {sizes[key]} channels ({key[1]}) are kept with "
+                               f"the layers around it, but the smaller model has {size}")  # fmt: skip
+    return Kept(channels, _factors_of(choices, channels, sizes, layers, statistics)), statistics, lines
+
+
+def layer_sizes(layers: dict[str, nn.Module]) -> dict[tuple[str, str], int]:
+    """{(layer, "in" or "out"): channels}."""
+    return {(name, side): size for name, layer in layers.items()
+            for side, size in zip(("in", "out"), sizes_of(name, layer), strict=True)}  # fmt: skip
+
+
+def _kept_line(group: list[Channels], count: int) -> str:
+    name, side = next((key for key in sorted(group[0].nodes) if key[1] == "out"), min(group[0].nodes))
+    each = len(group[0].nodes[name, side])
+    what = "channels of queries and keys" if group[0].queries else "channels"
+    return f"{name}: {each * count} of {each * len(group)} {what} kept"
+
+
+def _channels_of(choices: list[Choice]) -> dict[tuple[str, str], Tensor]:
+    """Kept.channels."""
+    kept: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for choice in choices:
+        for number in choice.kept:
+            for key, indices in choice.group[number].nodes.items():
                 kept[key] += indices
-            if count < len(group):
-                together = 1 + list(equal.values()).count(number)
-                for key, values in _channel_factors(channels, together, layers).items():
-                    factors[key] |= values
-                for name, indices in channels.queries.items():  # attention divides by the root of its width
-                    factors[name, "out"] |= dict.fromkeys(indices, together * (count / len(group)) ** 0.5)
-        for number in set(range(len(group))) - set(chosen) - set(equal):
-            for (name, side), indices in group[number].nodes.items():
+    return {key: torch.tensor(sorted(indices)) for key, indices in kept.items()}
+
+
+def _factors_of(
+    choices: list[Choice],
+    channels: dict[tuple[str, str], Tensor],
+    sizes: dict[tuple[str, str], int],
+    layers: dict[str, nn.Module],
+    statistics: dict[str, Statistics],
+) -> dict[tuple[str, str], Tensor]:
+    """Kept.factors: of channels that stand for several, of queries and keys, and of the weights of RMS norms."""
+    factors: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for choice in choices:
+        if choice.share == 1:
+            continue
+        for number in choice.kept:
+            own = choice.group[number]
+            together = 1 + list(choice.equal.values()).count(number)
+            for key, values in _channel_factors(own, together, layers).items():
+                factors[key] |= values
+            for name, indices in own.queries.items():  # attention divides by the root of its width
+                factors[name, "out"] |= dict.fromkeys(indices, together * choice.share**0.5)
+    removed = _removed_inputs(choices)
+    for (name, side), size in sizes.items():
+        key = name, side
+        if side == "out" and is_rms(layers[name]) and len(channels[key]) < size:
+            power = statistics[name].moment.diagonal().cpu()
+            lost = power[removed[name]].sum() / power.sum() if power.sum() > 0 else 0.0
+            scale = float(size / len(channels[key]) * (1 - lost)) ** 0.5  # root mean squares of fewer channels
+            factors[key] = {index: scale * factors[key].get(index, 1.0) for index in channels[key].tolist()}
+    return {key: torch.tensor([values.get(index, 1.0) for index in channels[key].tolist()], dtype=torch.float64)
+            for key, values in factors.items()}  # fmt: skip
+
+
+def _removed_inputs(choices: list[Choice]) -> dict[str, list[int]]:
+    """Of each layer, the input channels that nothing kept equals."""
+    removed: dict[str, list[int]] = defaultdict(list)
+    for choice in choices:
+        for number in set(range(len(choice.group))) - set(choice.kept) - set(choice.equal):
+            for (name, side), indices in choice.group[number].nodes.items():
                 if side == "in":
                     removed[name] += indices
-    for key, size in wanted.items():
-        if len(kept[key]) != size:
-            raise PruningError(f"{key[0]}: {len(kept[key])} of its {sizes[key]} channels ({key[1]}) are kept with "
-                               f"the layers around it, but the smaller model has {size}")  # fmt: skip
-    for name, size in sizes.items():
-        if name[1] == "out" and is_rms(layers[name[0]]) and len(kept[name]) < size:
-            power = statistics[name[0]].moment.diagonal().cpu()
-            lost = power[removed[name[0]]].sum() / power.sum() if power.sum() > 0 else 0.0
-            scale = float(size / len(kept[name]) * (1 - lost)) ** 0.5  # root mean squares of fewer channels
-            factors[name] = {index: scale * factors[name].get(index, 1.0) for index in kept[name]}
-    channels = {key: sorted(indices) for key, indices in kept.items()}
-    factors_of = {key: torch.tensor([values.get(index, 1.0) for index in channels[key]], dtype=torch.float64)
-                  for key, values in factors.items()}  # fmt: skip
-    return Kept({key: torch.tensor(indices) for key, indices in channels.items()}, factors_of), statistics, lines
+    return removed
 
 
 def merge_groups(group: list[Channels], layers: dict[str, nn.Module], norms: dict[str, nn.Module]) -> list[Channels]:
@@ -209,43 +255,13 @@ def _choose(
     group: list[Channels], count: int, layers: dict[str, nn.Module], statistics: dict[str, Statistics], importance: str
 ) -> tuple[list[int], dict[int, int]]:
     """The `count` channels of a class that matter most, in order, and {removed channel: kept one that equals it}."""
-    moments = torch.zeros(len(group), len(group), dtype=torch.float64)  # of all layers that read the channels
-    power = torch.zeros(len(group), dtype=torch.float64)
-    for name, side in group[0].nodes:
-        layer = layers[name]
-        if side == "in" and is_rms(layer):  # its other channels depend on their power, whatever reads them
-            own = statistics[name]
-            index = torch.tensor([channels.nodes[name, side] for channels in group])
-            for part in index.T:
-                moments += own.moment.cpu()[part][:, part] / own.count
-        if side == "out" or is_per_channel(layer):
-            continue
-        weight = layer.weight.detach().cpu().double()
-        weight = weight.view(*weight.shape[:2], -1)  # [out, in, kernel]
-        own = statistics[name]
-        gradient = torch.ones(len(weight), dtype=torch.float64)
-        if importance in ("sensitivity", "redundancy"):
-            gradient = own.gradient.cpu() / own.count
-        size = (weight.square().sum(2) * gradient[:, None]).sum(0).sqrt()  # of each input channel
-        moment = own.moment.cpu() / own.count
-        index = torch.tensor([channels.nodes[name, side] for channels in group])
-        for part in index.T:  # a concatenation reads a channel several times
-            moments += size[part].square().mean() * moment[part][:, part]
-            power += size[part].square() * (1.0 if importance == "weight" else moment.diagonal()[part])
-    if group[0].queries:  # nothing reads them but attention
-        pairs = [_output_moments(group, statistics, asks) for asks in (True, False)]
-        moments += pairs[0] + pairs[1]
-        power += pairs[0].diagonal() * pairs[1].diagonal()
+    moments, power = _importance(group, layers, statistics, importance)
+    equal, free = equal_channels(moments).fill_diagonal_(False), moments.diagonal() == 0
     kept = list(range(len(group)))
     share = count // len({channels.slot for channels in group})
-    slots = defaultdict(int)
-    for channels in group:
-        slots[channels.slot] += 1
+    slots = Counter(channels.slot for channels in group)
     weights = _weight_power(group, layers)
-    deviation = moments.diagonal().sqrt()
-    deviation = torch.where(deviation > 0, deviation, 1.0)
-    inverse = torch.linalg.inv(moments / deviation / deviation[:, None] + NEARLY_ZERO * torch.eye(len(group)))
-    equal, free = equal_channels(moments).fill_diagonal_(False), moments.diagonal() == 0
+    inverse = _inverse_correlation(moments)
     while len(kept) > count:
         loss = power[kept]
         if importance == "redundancy":
@@ -254,9 +270,7 @@ def _choose(
         order = sorted(range(len(kept)), key=lambda i: (loss[i].item(), weights[kept[i]]))
         worst = next(i for i in order if slots[group[kept[i]].slot] > share)
         slots[group[kept[worst]].slot] -= 1
-        rest = [i for i in range(len(kept)) if i != worst]
-        column = inverse[rest, worst]
-        inverse = inverse[rest][:, rest] - column[:, None] * column / inverse[worst, worst]
+        inverse = _without(inverse, worst)
         removed = kept.pop(worst)
         if others := equal[removed][kept].nonzero().flatten().tolist():
             power[kept[others[0]]] += power[removed]  # whose readers read the other from now on
@@ -264,6 +278,57 @@ def _choose(
     return kept, {
         index: kept[same[0]] for index, same in duplicates.items() if same and index not in kept and not free[index]
     }
+
+
+def _importance(
+    group: list[Channels], layers: dict[str, nn.Module], statistics: dict[str, Statistics], importance: str
+) -> tuple[Tensor, Tensor]:
+    """E[x x^T] of a class's channels, summed over all that read them, and what removing each changes there."""
+    moments = torch.zeros(len(group), len(group), dtype=torch.float64)
+    power = torch.zeros(len(group), dtype=torch.float64)
+    for name, side in group[0].nodes:
+        layer = layers[name]
+        rms = is_rms(layer)  # its other channels depend on their power, whatever reads them
+        if side == "out" or (is_per_channel(layer) and not rms):
+            continue
+        own = statistics[name]
+        moment = own.moment.cpu() / own.count
+        index = torch.tensor([channels.nodes[name, side] for channels in group])
+        size = None if rms else _weight_size(layer, own, importance)
+        for part in index.T:  # a concatenation reads a channel several times
+            if size is None:
+                moments += moment[part][:, part]
+                continue
+            moments += size[part].square().mean() * moment[part][:, part]
+            power += size[part].square() * (1.0 if importance == "weight" else moment.diagonal()[part])
+    if group[0].queries:  # nothing reads them but attention
+        pairs = [_output_moments(group, statistics, asks) for asks in (True, False)]
+        moments += pairs[0] + pairs[1]
+        power += pairs[0].diagonal() * pairs[1].diagonal()
+    return moments, power
+
+
+def _weight_size(layer: nn.Module, own: Statistics, importance: str) -> Tensor:
+    """Norm of the weights that read each input channel, by what their outputs change if importance asks for it."""
+    weight = layer.weight.detach().cpu().double()
+    weight = weight.view(*weight.shape[:2], -1)  # [out, in, kernel]
+    gradient = torch.ones(len(weight), dtype=torch.float64)
+    if importance in ("sensitivity", "redundancy"):
+        gradient = own.gradient.cpu() / own.count
+    return (weight.square().sum(2) * gradient[:, None]).sum(0).sqrt()
+
+
+def _inverse_correlation(moments: Tensor) -> Tensor:
+    deviation = moments.diagonal().sqrt()
+    deviation = torch.where(deviation > 0, deviation, 1.0)
+    return torch.linalg.inv(moments / deviation / deviation[:, None] + NEARLY_ZERO * torch.eye(len(moments)))
+
+
+def _without(inverse: Tensor, index: int) -> Tensor:
+    """Inverse of the matrix without this row and column, from the inverse of the matrix."""
+    rest = [i for i in range(len(inverse)) if i != index]
+    column = inverse[rest, index]
+    return inverse[rest][:, rest] - column[:, None] * column / inverse[index, index]
 
 
 def _output_moments(group: list[Channels], statistics: dict[str, Statistics], query: bool) -> Tensor:

@@ -42,102 +42,122 @@ def channel_classes(model: VideoAutoencoder, layers: dict[str, nn.Module]) -> li
     of a layer's input is not zero exactly where it depends on the output of another layer. They are positive, so that
     they pass a ReLU. Attention of one head returns the mean of its values: all of its output depends on all queries and
     keys, but channels of these can be removed in pairs.
+    Raises PruningError for a layer that its parent does not call.
     """
-    parent: dict[Node, Node] = {}
+    trace = _Trace(layers)
+    with ExitStack() as stack, torch.enable_grad(), _TracedAttention(trace.pair):
+        for name, layer in layers.items():
+            stack.enter_context(hooked(layer, trace.before(name), before=True))
+            stack.enter_context(hooked(layer, trace.after(name)))
+        model(_trace_clip(model), sample=False)
+    if missing := sorted(set(layers) - trace.seen):
+        raise PruningError(f"{', '.join(missing[:3])} cannot be traced: its parent does not call it, but reads its "
+                           "weights; give the smaller model the same width there")  # fmt: skip
+    for name, layer in layers.items():
+        if is_per_channel(layer):
+            for channel in range(sizes_of(name, layer)[0]):
+                trace.join((name, "in", channel), (name, "out", channel))
+    return _sort_classes(layers, trace)
 
-    def find(node: Node) -> Node:
+
+class _Trace:
+    """Which channels one run of a model joins. outputs: of the layers that ran so far.
+
+    unnormalised: layers that read the output of a dense layer without a norm in between. queries: output channels of
+    layers that are queries.
+    """
+
+    def __init__(self, layers: dict[str, nn.Module]) -> None:
+        self.layers = layers
+        self.parent: dict[Node, Node] = {}
+        self.outputs: list[tuple[str, Tensor]] = []
+        self.seen: set[str] = set()
+        self.unnormalised: set[str] = set()
+        self.queries: dict[str, set[int]] = defaultdict(set)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def find(self, node: Node) -> Node:
+        """The node that stands for all that this one is joined with."""
+        parent = self.parent
         parent.setdefault(node, node)
         while parent[node] != node:
             parent[node] = parent[parent[node]]
             node = parent[node]
         return node
 
-    def join(a: Node, b: Node) -> None:
-        parent[find(a)] = find(b)
+    def join(self, a: Node, b: Node) -> None:
+        self.parent[self.find(a)] = self.find(b)
 
-    outputs: list[tuple[str, Tensor]] = []
-    seen: set[str] = set()
-    unnormalised: set[str] = set()  # layers that read the output of a dense layer without a norm in between
-    queries: dict[str, set[int]] = defaultdict(set)
-    generator = torch.Generator().manual_seed(0)
+    def before(self, name: str) -> Callable[..., None]:
+        """A hook that joins a layer's input with the outputs that it depends on."""
 
-    def enter(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in seen:
+            if name in self.seen:
                 return
-            seen.add(name)
+            self.seen.add(name)
             for node in _own_nodes(name, layer):
-                find(node)
-            for channel, nodes in enumerate(sources(args[0], channel_axis(layer))):
+                self.find(node)
+            for channel, nodes in enumerate(self.sources(args[0], channel_axis(layer))):
                 for node in nodes:
-                    join((name, "in", channel), node)
-                    if not is_per_channel(layers[node[0]]):
-                        unnormalised.add(name)
+                    self.join((name, "in", channel), node)
+                    if not is_per_channel(self.layers[node[0]]):
+                        self.unnormalised.add(name)
 
         return hook
 
-    def reached(x: Tensor, axis: int, channels: Tensor) -> list[Tensor]:
-        """Which channels of each of `outputs` some of these channels (mask) of x depend on."""
-        ones = torch.zeros_like(x).transpose(axis, -1)
-        shape = (*ones.shape[:-1], int(channels.sum()))
-        ones[..., channels.to(x.device)] = (torch.rand(shape, generator=generator) + 0.5).to(x)
-        ones = ones.transpose(axis, -1)
-        gradients = torch.autograd.grad(x, [y for _, y in outputs], ones, retain_graph=True, allow_unused=True)
-        found = []
-        for (other, y), gradient in zip(outputs, gradients, strict=True):
-            size = y.shape[channel_axis(layers[other])]
-            nonzero = torch.zeros(1, size) if gradient is None else gradient.movedim(channel_axis(layers[other]), -1)
-            found.append((nonzero != 0).flatten(0, -2).any(0).cpu())
-        return found
+    def after(self, name: str) -> Callable[..., Any]:
+        """A hook that replaces a layer's output by random numbers."""
 
-    def sources(x: Tensor, axis: int) -> list[list[Node]]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            y = output[0] if isinstance(output, tuple) else output
+            noise = (torch.rand(y.shape, generator=self.generator) + 0.5).to(y).requires_grad_()
+            self.outputs.append((name, noise))
+            return (noise.clone(), *output[1:]) if isinstance(output, tuple) else noise.clone()
+
+        return hook
+
+    def pair(self, query: Tensor, key: Tensor) -> None:
+        """Join the channels of queries and keys that attention multiplies."""
+        for asks, answers in zip(self.sources(query, -1), self.sources(key, -1), strict=True):
+            for name, _, index in asks:
+                self.queries[name].add(index)
+            for node in (*asks, *answers):
+                self.join(node, asks[0])
+
+    def sources(self, x: Tensor, axis: int) -> list[list[Node]]:
         """Of each channel of x, the output channels of layers that it depends on."""
         count = x.shape[axis]
-        if not outputs or not x.requires_grad:
+        if not self.outputs or not x.requires_grad:
             return [[] for _ in range(count)]
         # Most outputs are read by one channel. The bits of its number say which: two gradients for each bit.
         numbers, bits = torch.arange(count), (count - 1).bit_length()
         several, codes = count <= 2 * bits + 1, 0
         for bit in range(0 if several else bits):
-            on, off = (torch.cat(reached(x, axis, (numbers >> bit) % 2 == value)) for value in (1, 0))
+            on, off = (torch.cat(self.reached(x, axis, (numbers >> bit) % 2 == value)) for value in (1, 0))
             codes = codes + (on.long() << bit)
             several = several or bool((on & off).any())
-        nodes = [(name, "out", index) for name, y in outputs for index in range(y.shape[channel_axis(layers[name])])]
+        nodes = [(name, "out", index) for name, y in self.outputs
+                 for index in range(y.shape[channel_axis(self.layers[name])])]  # fmt: skip
         if several:
-            found = [torch.cat(reached(x, axis, numbers == channel)) for channel in range(count)]
+            found = [torch.cat(self.reached(x, axis, numbers == channel)) for channel in range(count)]
         else:
             found = [(codes == channel) & (on | off) for channel in range(count)]
         return [[nodes[index] for index in mask.nonzero().flatten().tolist()] for mask in found]
 
-    def pair(query: Tensor, key: Tensor) -> None:
-        for asks, answers in zip(sources(query, -1), sources(key, -1), strict=True):
-            for name, _, index in asks:
-                queries[name].add(index)
-            for node in (*asks, *answers):
-                join(node, asks[0])
-
-    def leave(name: str) -> Callable[..., Any]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            y = output[0] if isinstance(output, tuple) else output
-            noise = (torch.rand(y.shape, generator=generator) + 0.5).to(y).requires_grad_()
-            outputs.append((name, noise))
-            return (noise.clone(), *output[1:]) if isinstance(output, tuple) else noise.clone()
-
-        return hook
-
-    with ExitStack() as stack, torch.enable_grad(), _TracedAttention(pair):
-        for name, layer in layers.items():
-            stack.enter_context(hooked(layer, enter(name), before=True))
-            stack.enter_context(hooked(layer, leave(name)))
-        model(_trace_clip(model), sample=False)
-    if missing := sorted(set(layers) - seen):
-        raise PruningError(f"{', '.join(missing[:3])} cannot be traced: its parent does not call it, but reads its "
-                           "weights; give the smaller model the same width there")  # fmt: skip
-    for name, layer in layers.items():
-        if is_per_channel(layer):
-            for channel in range(sizes_of(name, layer)[0]):
-                join((name, "in", channel), (name, "out", channel))
-    return _sort_classes(layers, parent, find, unnormalised, queries)
+    def reached(self, x: Tensor, axis: int, channels: Tensor) -> list[Tensor]:
+        """Which channels of each of `outputs` some of these channels (mask) of x depend on."""
+        ones = torch.zeros_like(x).transpose(axis, -1)
+        shape = (*ones.shape[:-1], int(channels.sum()))
+        ones[..., channels.to(x.device)] = (torch.rand(shape, generator=self.generator) + 0.5).to(x)
+        ones = ones.transpose(axis, -1)
+        outputs = [y for _, y in self.outputs]
+        gradients = torch.autograd.grad(x, outputs, ones, retain_graph=True, allow_unused=True)
+        found = []
+        for (name, y), gradient in zip(self.outputs, gradients, strict=True):
+            own = channel_axis(self.layers[name])
+            nonzero = torch.zeros(1, y.shape[own]) if gradient is None else gradient.movedim(own, -1)
+            found.append((nonzero != 0).flatten(0, -2).any(0).cpu())
+        return found
 
 
 class _TracedAttention(TorchFunctionMode):
@@ -159,16 +179,11 @@ class _TracedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _sort_classes(
-    layers: dict[str, nn.Module],
-    parent: dict[Node, Node],
-    find: Callable[[Node], Node],
-    unnormalised: set[str],
-    queries: dict[str, set[int]],
-) -> list[list[Channels]]:
+def _sort_classes(layers: dict[str, nn.Module], trace: _Trace) -> list[list[Channels]]:
+    queries = trace.queries
     members: dict[Node, dict[tuple[str, str], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for name, side, channel in sorted(parent):
-        members[find((name, side, channel))][name, side].append(channel)
+    for name, side, channel in sorted(trace.parent):
+        members[trace.find((name, side, channel))][name, side].append(channel)
     classes: dict[Any, list[Channels]] = defaultdict(list)
     for nodes in members.values():
         slot = []
@@ -177,7 +192,7 @@ def _sort_classes(
             if isinstance(layer, nn.GroupNorm) and side == "in" and layer.num_groups < layer.num_channels:
                 slot.append(channels[0] // (layer.num_channels // layer.num_groups))
         signature = frozenset((key, len(channels)) for key, channels in nodes.items())
-        raw = frozenset(name for name, side in nodes if side == "in" and name in unnormalised)
+        raw = frozenset(name for name, side in nodes if side == "in" and name in trace.unnormalised)
         asked = {name: sorted(queries[name].intersection(channels)) for (name, side), channels in nodes.items()
                  if side == "out" and name in queries}  # fmt: skip
         asked = {name: channels for name, channels in asked.items() if channels}

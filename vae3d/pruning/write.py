@@ -122,16 +122,7 @@ def refit_layers(
             missing = (targets.pop(name) - _rows(y, chosen, channel_axis(layer))).double()
             if missing.abs().max() <= ROUNDING * torch.finfo(y.dtype).eps * y.abs().max():
                 return None
-            x = _patches(layer, args[0], chosen, y).double()
-            if layer.bias is not None:
-                x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-            square = x.T @ x
-            ridge = RIDGE * (square.diagonal().mean().item() or 1.0)
-            change = torch.linalg.solve(square + ridge * torch.eye(len(square), device=x.device), x.T @ missing).T
-            if layer.bias is not None:
-                layer.bias += change[:, -1].to(layer.bias)
-                change = change[:, :-1]
-            layer.weight += change.reshape(layer.weight.shape).to(layer.weight)
+            _add_least_squares(layer, _patches(layer, args[0], chosen, y).double(), missing)
             return type(layer).forward(layer, *args)  # of the new weights
 
         return hook
@@ -144,6 +135,19 @@ def refit_layers(
         for mine, theirs in dense.items():
             stack.enter_context(hooked(student.get_submodule(mine), fit(theirs)))
         run(student, video)
+
+
+def _add_least_squares(layer: nn.Module, x: Tensor, missing: Tensor) -> None:
+    """Add to a layer's weights what makes of its inputs x [positions, inputs * kernel] what its outputs lack."""
+    if layer.bias is not None:
+        x = torch.cat([x, x.new_ones(len(x), 1)], 1)
+    square = x.T @ x
+    ridge = RIDGE * (square.diagonal().mean().item() or 1.0)
+    change = torch.linalg.solve(square + ridge * torch.eye(len(square), device=x.device), x.T @ missing).T
+    if layer.bias is not None:
+        layer.bias += change[:, -1].to(layer.bias)
+        change = change[:, :-1]
+    layer.weight += change.reshape(layer.weight.shape).to(layer.weight)
 
 
 def _can_refit(layer: nn.Module) -> bool:
