@@ -227,6 +227,22 @@ def test_single_settings_of_the_model_can_be_changed(export, videos, tmp_path):
     assert stems(tmp_path / "out_rec") == ["000001_clip0.mp4"]
 
 
+@pytest.mark.parametrize("name", ["taesd", "diffusers", "temporal_diffusers"])
+def test_frame_batch_is_that_of_any_network_of_single_frames(name, videos, tmp_path):
+    vae3d.save(tiny.model(name), tmp_path / "export")
+    settings = [
+        f"checkpoint={tmp_path}/export",
+        f"source={videos}",
+        f"save_dir={tmp_path}/out",
+        "frame_batch=1",
+        "metrics=[]",
+    ]
+    config = check_inference(tiny.compose(*settings, config="infer"))
+    _, reconstructor = infer.build_reconstructor(config, torch.device("cpu"))
+    model = reconstructor.model
+    assert getattr(model, "spatial_vae", model).frame_batch == 1
+
+
 def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
     (tmp_path / "b.mp4").write_bytes(b"")

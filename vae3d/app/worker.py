@@ -306,7 +306,7 @@ def code(model: VideoAutoencoder, clip: Clip, report: Callable[[int], None]) -> 
     frames, height, width = clip.frames.shape[:3]
     device = next(model.parameters()).device
     stream = model.stream(height, width)
-    set_chunks(model, height, width)
+    model.fit_chunks(height, width)
     lengths = stream.chunks(frames)
     parts, latents = [], []
     report(0)
@@ -327,13 +327,6 @@ def code(model: VideoAutoencoder, clip: Clip, report: Callable[[int], None]) -> 
         np.concatenate(parts),
         f"{plural(z.shape[1], 'channel')} of {shape}, {ratio:.1f} times fewer numbers; {speed}",
     )
-
-
-def set_chunks(model: VideoAutoencoder, height: int, width: int) -> None:
-    """Let `decode` take as many latents at once as a stream, where the model chooses by size."""
-    if hasattr(model, "chunk_latents"):
-        model.chunk_latents = None
-        model.chunk_latents = model.stream(height, width).chunk_latents
 
 
 def with_noise(z: Tensor, noise: float) -> Tensor:

@@ -37,8 +37,9 @@ from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import nearest_frames, share_frames
-from vae3d.models.pruning import PruningError, match_layers
 from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
+from vae3d.pruning.layers import PruningError
+from vae3d.pruning.match import match_layers
 from vae3d.schedules import ALL_ON
 from vae3d.text import plural
 from vae3d.training.freeze import PartError, parameters_behind, train_parts

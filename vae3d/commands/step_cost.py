@@ -26,6 +26,7 @@ from vae3d.adversarial.seraena import Seraena
 from vae3d.commands import train
 from vae3d.commands.training_data import frame_counts
 from vae3d.layout import place
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.optim import adamw
 from vae3d.precision import DTYPES
 from vae3d.schedules import ALL_ON
@@ -279,8 +280,7 @@ def countable() -> Iterator[None]:
     """What shapes alone do not allow is replaced by what costs the same."""
     with (  # by functions, not mocks, which would keep the tensors that they are called with
         patch("vae3d.models.layers.stream_conv._taps_apart", lambda x: False),  # as on a GPU
-        patch("vae3d.models.diffusers_vae._numbers", lambda buffer: ()),
-        patch("vae3d.models.opensora._numbers", lambda buffer: ()),  # values of the latents' statistics
+        patch.object(VideoAutoencoder, "latent_stats", lambda model: {"latents_mean": (), "latents_std": ()}),
         patch.object(ClipBatch, "generators", lambda *_: None),  # which are seeded by the values of positions
         patch.object(Seraena, "_draw_fakes", lambda *_: None),
         patch.object(ReplayBuffer, "gather", lambda buffer, indices, images, contexts: (images, contexts)),

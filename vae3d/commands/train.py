@@ -32,12 +32,12 @@ from vae3d.models.compiled import compile_blocks
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.pruning import prune
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
+from vae3d.pruning.prune import prune
 from vae3d.training.checkpointer import check_may_start, find_checkpoint
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
