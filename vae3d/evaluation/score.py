@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -84,14 +84,10 @@ def score_pair(
     pair: Pair, metrics: MetricSet, protocol: Protocol, device: torch.device | str = "cpu"
 ) -> tuple[VideoResult, list[str]]:
     """Scores of one pair, and warnings. Raises MediaError, and MetricError, which names the pair."""
-    metrics.reset()
     alignment = Alignment()
     try:
         with PairReader(pair, protocol, device) as reader:
-            for ref, rec in reader.chunks():
-                metrics.update(ref, rec)
-                alignment.update(ref, rec)
-        result = metrics.result()
+            result = metrics.score(alignment.watch(reader.chunks()))
     except MetricError as error:
         raise MetricError(f"{pair.name}: {error}") from None
     psnr = result.scores["psnr"].frames if "psnr" in result.scores else []
@@ -107,6 +103,12 @@ class Alignment:
     def __init__(self) -> None:
         self.errors = {"early": [0.0, 0.0], "late": [0.0, 0.0]}  # summed error with the shift, and without it
         self.last: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the chunks, and see each once it was used."""
+        for ref, rec in chunks:
+            yield ref, rec
+            self.update(ref, rec)
 
     def update(self, ref: Tensor, rec: Tensor) -> None:
         ref, rec = ref[..., ::4, ::4], rec[..., ::4, ::4]

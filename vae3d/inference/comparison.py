@@ -20,10 +20,10 @@ from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
 from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.metrics import MetricSet, Score, VideoResult
-from vae3d.metrics.base import frame_curves
+from vae3d.metrics.base import frame_curves, frame_pairs
 from vae3d.metrics.frame import decibel
 from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
-from vae3d.pixels import NotFiniteError, Quantized, as_unit, displayable, no_waiting_checks, quantize_unchecked
+from vae3d.pixels import NotFiniteError, Quantized, displayable, no_waiting_checks, quantize_unchecked
 from vae3d.precision import autocast
 from vae3d.report.page import clip_id, encode_clip, has_clip, write_clip
 from vae3d.text import plural
@@ -31,7 +31,6 @@ from vae3d.transfer import on_host
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 MAX_FRAMES = 33  # per file, unless num_frames is set: the networks code them in one piece
-SCORED_FRAMES = 16  # frames per update of the metrics
 MIN_GAIN = 1.0  # dB above frames of one colour; a reconstruction with less is degenerate
 
 
@@ -212,13 +211,9 @@ class Comparer:
 
     def _score(self, ref: np.ndarray, rec: np.ndarray) -> VideoResult:
         """The metrics', and mse."""
-        self.metrics.reset()
-        squares = 0.0
-        for start in range(0, len(ref), SCORED_FRAMES):
-            a, b = (as_unit(video[start : start + SCORED_FRAMES], self.reconstructor.device) for video in (ref, rec))
-            self.metrics.update(a, b)
-            squares += float((a - b).square().sum(dtype=torch.float64))
-        result = self.metrics.result()
+        device = self.reconstructor.device
+        result = self.metrics.score(frame_pairs(ref, rec, device))
+        squares = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in frame_pairs(ref, rec, device))
         return VideoResult({"mse": Score(squares / ref.size), **result.scores})
 
     def has_clip(self, name: str) -> bool:
