@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,7 +154,8 @@ def report(
     Returns the means of the metrics."""
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
+    rows = pd.DataFrame([item.row() for item in done])
+    write_text(folder / "index.csv", rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))  # names of any characters
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%s, %s -> %s", plural(len(done), "file"), plural(frames, "frame"), ", ".join(written))

@@ -7,6 +7,7 @@ shard alone, in which batches are formed, never on who encodes it.
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -568,7 +569,8 @@ def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.config.max_broken * clips or not rows:
         raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.storage.name}/{ERRORS} lists all")
-    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
+    # Quoted, since a caption may have a line break, also one that the csv module would leave bare.
+    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
     statistics = shards.read_statistics(job.folder, range(job.shards)).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}
