@@ -277,6 +277,15 @@ def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures,
         drawn(of_images, tmp_path / "b", f"against={cache}", "height=64", "width=32")
 
 
+def test_samples_are_compared_with_a_cache_in_tars(of_images, pictures, vae, tmp_path):
+    cache = latent_runs.cache(pictures, tmp_path / "cache", vae, size=32, writers=["webdataset"])
+    found = []
+    for number, against in enumerate((cache, cache / "webdataset")):
+        out = drawn(of_images, tmp_path / f"{number}", f"against={against}", "count=2", "classes=[cat,dog]", "steps=1")
+        found.append(json.loads((out / "distances.json").read_text())["sliced_wasserstein"])
+    assert found[0] == found[1]
+
+
 def test_samples_of_two_models_are_not_mixed(of_images, tmp_path):
     out = drawn(of_images, tmp_path, "count=3")
     with pytest.raises(UserError, match=r"out=.* another command: count is 3 there and 2 here.* overwrite=true"):
