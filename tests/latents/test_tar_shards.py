@@ -48,6 +48,27 @@ def test_some_shards_and_no_mirrored_entries_can_be_opened(cached):
     assert torch.equal(few.moments(0).mean, whole.moments(whole.index["key"].tolist().index(few.index["key"][0])).mean)
 
 
+def test_a_folder_that_lacks_a_shard_is_an_error_and_its_tars_can_be_named(cached, tmp_path, caplog):
+    caplog.set_level("INFO", "vae3d")
+    copy = shutil.copytree(cached, tmp_path / "copy")
+    open_cache(copy / "webdataset")
+    last = sorted((copy / "webdataset").glob("*.tar"))[-1]
+    last.unlink()
+    for folder in (copy / "webdataset", copy / "webdataset/index.arrow"):
+        with pytest.raises(CacheError, match=f"{last.name}"):
+            open_cache(folder)
+    assert len(open_cache(f"{copy}/webdataset/*.tar")) < len(LatentCache(cached))
+    assert "2 of 3 shards" in caplog.text
+
+
+def test_a_shard_of_which_no_clip_could_be_read_is_not_missing(tmp_path):
+    photos = caches.pictures(tmp_path / "photos")
+    for name in ("cat/2.png", "dog/0.png"):  # the second shard
+        (photos / name).write_bytes(b"no picture")
+    folder = caches.made(photos, tmp_path / "cache", writers=["webdataset"], max_broken=0.5)
+    assert len(open_cache(folder / "webdataset")) == 4
+
+
 def test_another_autoencoder_a_changed_tar_and_a_missing_meta_are_errors(cached, tmp_path):
     with pytest.raises(CacheError, match="another autoencoder"):
         open_cache(cached / "webdataset", caches.codec("wan"))

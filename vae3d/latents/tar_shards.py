@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from vae3d.data.paths import is_url, member_path
 from vae3d.data.rows import exists
 from vae3d.data.storage import local_range
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
-from vae3d.data.webdataset import is_shards, open_index
+from vae3d.data.webdataset import is_shards, is_tar, open_index
 from vae3d.latents.cache import TEXT_COLUMNS, LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.shards import COMPLETE, KINDS, META, CacheError
+from vae3d.latents.shards import COMPLETE, KINDS, META, CacheError, name_of, shards_in
+from vae3d.text import plural
+
+log = logging.getLogger("vae3d")
 
 ARRAYS = ("mean", "std", "sample")
 SCHEMA = pa.schema(
@@ -115,7 +119,23 @@ class TarLatentCache(LatentCache):
         index[list(TEXT_COLUMNS)] = index[list(TEXT_COLUMNS)].fillna("").astype(str)
         self.shards = len(pc.unique(self._table["shard"]))
         index["_row"] = range(len(index))
+        self._check_whole(set(index["shard"]))
         return index
+
+    def _check_whole(self, found: set[int]) -> None:
+        """Raises CacheError if a folder or an index lacks tars of the cache. A tar or a pattern may be a part of it."""
+        count = shards_in(self.meta)
+        if is_tar(self.folder):
+            log.info("%s has %d of %s", self.folder, len(found), plural(count, "shard"))
+            return
+        top = self._tars[0].rpartition("/")[0]
+        for number in sorted(set(range(count)) - found):
+            name = f"{name_of(number)}.tar"
+            if not exists(f"{top}/{name}"):  # else one of which no clip could be encoded
+                raise CacheError(
+                    f"{self.folder} lacks {name}, and has {len(found)} of {plural(count, 'shard')}; encode again, or "
+                    "give the tars by a pattern, such as FOLDER/*.tar"
+                )
 
     def _select(self, index: pd.DataFrame, codec: LatentCodec | None, split: str | None, flips: bool) -> None:
         super()._select(index, codec, split, flips)
