@@ -29,7 +29,6 @@ from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.tar_shards import open_cache
 from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.pixels import Quantized
@@ -64,7 +63,7 @@ def run(config: SampleConfig) -> None:
     shapes = [codec.latent_shape(*size) for size in sizes]
     if (ours := shapes[0][0]) != (channels := export.config["network"]["channels"]):
         raise UserError(f"{export.folder} has latents of {plural(channels, 'channel')}, and its autoencoder {ours}")
-    cache = None if config.against is None else open_cache(config.against, codec)
+    cache = None if config.against is None else LatentCache(config.against, codec)
     references = [None if cache is None else open_reference(config, cache, shape, names) for shape in shapes]
     hashes = {"weights": weights_hash(export.network().state_dict())}
     hashes["autoencoder"] = weights_hash(codec.model.state_dict())
