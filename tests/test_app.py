@@ -39,7 +39,7 @@ from vae3d.app import jobs as jobs_module
 from vae3d.app import main, server, worker
 from vae3d.app.jobs import Jobs
 from vae3d.app.process import Worker
-from vae3d.app.settings import Limits
+from vae3d.app.settings import Limits, Settings
 
 TOKEN = "secret"
 HOST = "http://localhost:8765"
@@ -131,6 +131,16 @@ def test_an_uploaded_video_is_reconstructed_shown_and_downloaded_exactly(tmp_pat
             assert file.headers["content-disposition"].startswith("attachment")
             (tmp_path / name).write_bytes(file.content)
             assert np.array_equal(to_uint8(vae3d.read_video(tmp_path / name).frames[0]), frames), label
+
+
+def test_a_video_that_was_replaced_is_read_again(tmp_path):
+    runner = worker.Runner(["tiny"], "cpu", Limits(), lambda *_: None)
+    settings, path = Settings((0,), frames=3, height=16), tmp_path / "clip.mp4"
+    tiny.write_video(path, tiny.frames(3, *SIZE))
+    first = runner._read(path, "clip.mp4", settings, False)
+    assert runner._read(path, "clip.mp4", settings, False) is first
+    tiny.write_video(path, tiny.frames(3, *SIZE, seed=7))
+    assert not np.array_equal(runner._read(path, "clip.mp4", settings, False).frames, first.frames)
 
 
 def test_noise_needs_the_decoder_alone_and_grows_with_its_strength(tmp_path, videos, checkpoint, monkeypatch):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vae3d.data.versions import source_version
-from vae3d.evaluation.store import read_features, write_features
+from vae3d.evaluation.store import write_features
 from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor
@@ -27,6 +27,7 @@ DONE = ".done"
 SUFFIXES = (".mp4", ".mkv", ".png")  # of outputs
 OUTPUT = r"\.?\d{6,}_.*\.(mp4|mkv|png)"
 REPORTS = r"index\.csv|(metrics|comparison|command)\.json"
+Finished = tuple[FileResult, dict[str, Any] | None]  # a file and its comparison, see Comparer.file
 MAX_BYTES = 2**30  # of .done/*.json, which has a number per frame and metric
 
 
@@ -73,9 +74,9 @@ class Results:
             remove_page(self.folder(kind))
         remove(self.records)
 
-    def read(self, name: str, source: str) -> tuple[FileResult, dict[str, Any] | None] | None:
-        """A finished file and its comparison; None if it is not finished, or its outputs, its clip of the comparison's
-        page or its source have changed.
+    def read(self, name: str, source: str) -> Finished | None:
+        """A finished file, without its features; None if it is not finished, or its outputs, its features, its clip of
+        the comparison's page or its source have changed.
 
         Raises FileError if its .done/*.json is damaged.
         """
@@ -91,14 +92,13 @@ class Results:
                 if not path.is_file() or path.stat().st_size != size:
                     return None
             scores = {column: Score(**score) for column, score in record["scores"].items()}
-            features = {metric: read_features(self._features(name, metric)) for metric in record["features"]}
-            file = FileResult(**record["file"], result=VideoResult(scores, features, record["counts"]))
-            comparison = record["comparison"]
-            if self.comparer is not None and not self.comparer.has_clip(name):
+            if not all(self.features_file(name, metric).is_file() for metric in record["features"]):
                 return None
-            if self.comparer is not None and comparison["cost"]:
-                self.comparer.costs = comparison["cost"]
-            return file, comparison and comparison["file"]
+            file = FileResult(**record["file"], result=VideoResult(scores, counts=record["counts"]))
+            if self.comparer is None:
+                return file, None
+            comparison = {key: record["comparison"][key] for key in ("file", "cost")}
+            return (file, comparison) if self.comparer.has_clip(name) else None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(f"{record_file}: is damaged ({error!r}); delete it to reconstruct {source} again") from None
 
@@ -113,9 +113,7 @@ class Results:
         outputs = [[kind, path.name, path.stat().st_size] for kind, path in self._outputs(file.id) if path.is_file()]
         self.records.mkdir(exist_ok=True)
         for metric, features in file.result.features.items():
-            write_features(self._features(file.id, metric), features)
-        costs = self.comparer.costs if self.comparer is not None else {}
-        cost = costs if costs.get("file") == file.id else None  # measured on this file
+            write_features(self.features_file(file.id, metric), features)
         record = {
             "source": version,
             "outputs": outputs,
@@ -123,7 +121,7 @@ class Results:
             "scores": {column: asdict(score) for column, score in file.result.scores.items()},
             "counts": file.result.counts,
             "features": list(file.result.features),
-            "comparison": None if comparison is None else {"file": comparison, "cost": cost},
+            "comparison": comparison,
         }
         write_json(self._record(file.id), record)
 
@@ -134,5 +132,5 @@ class Results:
     def _record(self, name: str) -> Path:
         return self.records / f"{name}.json"
 
-    def _features(self, name: str, metric: str) -> Path:
+    def features_file(self, name: str, metric: str) -> Path:
         return self.records / f"{name}.{metric}.npz"
