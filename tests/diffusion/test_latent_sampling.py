@@ -28,11 +28,11 @@ from vae3d.diffusion.export import CONFIG, read_export, write_export
 from vae3d.diffusion.quality import draw_reference_sets
 from vae3d.diffusion.sampling import decoded
 from vae3d.errors import UserError
-from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import grid
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import open_codec
+from vae3d.result_folder import FolderError
 
 CLASSES = ["cat", "dog"]
 

@@ -19,9 +19,9 @@ from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError
 from vae3d.errors import UserError
 from vae3d.host_memory import keep_freed_memory
-from vae3d.inference.folder import FolderError
 from vae3d.inference.reconstruct import identifier
 from vae3d.pixels import to_uint8
+from vae3d.result_folder import FolderError
 
 INFER = [sys.executable, str(tiny.ROOT / "infer.py")]
 

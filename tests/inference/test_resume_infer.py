@@ -23,13 +23,13 @@ from vae3d.data.media import MediaError
 from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.inference import files as files_command
-from vae3d.inference.folder import FolderError, locked
 from vae3d.inference.video import VideoWriter, write_image, write_video
 from vae3d.io import FileError
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics, registry
 from vae3d.metrics.base import frame_pairs
 from vae3d.metrics.distribution import Features
+from vae3d.result_folder import FolderError, locked
 
 SIZE = ["height=16", "width=16"]
 SETTINGS = ["metrics=[psnr,ssim]", *SIZE]

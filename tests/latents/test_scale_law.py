@@ -172,7 +172,7 @@ def test_only_models_and_the_doors_to_them_know_factors():
         "vae3d/models/",
         "vae3d/checkpoints/",
         "vae3d/latents/identity.py",
-        "vae3d/inference/scale.py",
+        "vae3d/latents/scale.py",
         "vae3d/loading.py",
         "scripts/",
         "vae3d/commands/convert.py",

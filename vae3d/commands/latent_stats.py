@@ -15,9 +15,9 @@ import torch
 
 from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
-from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache, SizeGroup
 from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, partial_statistics, storage_of
+from vae3d.latents.scale import LatentStats, off_scale
 from vae3d.latents.shards import shards_in
 from vae3d.loading import load, open_codec
 from vae3d.text import plural

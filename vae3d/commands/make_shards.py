@@ -11,8 +11,8 @@ from vae3d.data.image_folder import open_images_or_source
 from vae3d.data.media import DataError
 from vae3d.data.shard_writer import check_broken, entries_of, plan_record, plan_shards, write_shards
 from vae3d.data.tar_index import INDEX
-from vae3d.inference.folder import has_results, locked
 from vae3d.io import read_json, write_json
+from vae3d.result_folder import has_results, locked
 from vae3d.text import byte_text, plural
 
 PLAN = "shards.json"  # what the shards are made of, so that a killed run goes on

@@ -27,9 +27,9 @@ from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
 from vae3d.diffusion.data import ClipSize, LatentData
 from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
-from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
+from vae3d.latents.scale import unscalable_reason
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.precision import set_cudnn_benchmark

@@ -23,9 +23,9 @@ from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.data.held_out import HeldOut, validation_clip
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.workers import load
-from vae3d.inference.scale import LatentStats, ScaleError
 from vae3d.latents.cache import NO_LABEL, LatentCache
 from vae3d.latents.codec import LatentCodec
+from vae3d.latents.scale import LatentStats, ScaleError
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.text import plural

@@ -1,6 +1,6 @@
 """The results of infer.py on disk. When the same command resumes, it keeps finished files and writes the others.
 
-<save_dir>_rec/command.json             settings and weights of the command, see inference.folder
+<save_dir>_rec/command.json             settings and weights of the command, see vae3d.result_folder
 <save_dir>_rec/.done/000001_a.json      written after the outputs of a file: their sizes, its scores, its source
 <save_dir>_rec/.done/000001_a.fvd.npz   its features, for metrics that compare sets
 """
@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vae3d import result_folder
 from vae3d.data.versions import source_version
 from vae3d.evaluation.store import write_features
-from vae3d.inference import folder as folders
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor
 from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
@@ -43,7 +43,7 @@ class Results:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of save_dir. Raises FolderError if another process holds it."""
-        with folders.locked(self.folder("rec"), self.setting):
+        with result_folder.locked(self.folder("rec"), self.setting):
             for kind in (*KINDS, *PAGES):
                 remove_unfinished(self.folder(kind))
                 remove_unfinished(self.folder(kind) / VIDEOS)
@@ -52,16 +52,16 @@ class Results:
 
     def begin(self, command: Mapping[str, Any], overwrite: bool) -> None:
         """Prepare the folders for a command. Raises FolderError if they hold another's results, unless `overwrite`."""
-        full = [folder for kind in (*KINDS, *PAGES) if folders.has_results(folder := self.folder(kind))]
+        full = [folder for kind in (*KINDS, *PAGES) if result_folder.has_results(folder := self.folder(kind))]
         if overwrite:
             self.clear()
         elif full:
-            if folders.resumes(self.folder("rec"), command, self.setting):
+            if result_folder.resumes(self.folder("rec"), command, self.setting):
                 for kind in PAGES:
                     unpack_page(self.folder(kind))
                 return
-            raise folders.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
-        folders.begin(self.folder("rec"), command)
+            raise result_folder.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
+        result_folder.begin(self.folder("rec"), command)
 
     def clear(self) -> None:
         """Delete what earlier commands with this save_dir wrote, and nothing else."""

@@ -18,7 +18,6 @@ from vae3d.data.paths import is_url
 from vae3d.data.rows import exists
 from vae3d.data.stores import find_objects
 from vae3d.data.webdataset import is_shards
-from vae3d.inference.folder import settings_difference
 from vae3d.latents import shards
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.folder_entries import FolderEntries, RemoteEntries
@@ -27,6 +26,7 @@ from vae3d.latents.metadata import read_statistics_file
 from vae3d.latents.shards import COMPLETE, META, STATISTICS, CacheError
 from vae3d.latents.tar_shards import TarEntries
 from vae3d.pixels import value_range
+from vae3d.result_folder import settings_difference
 from vae3d.seeding import generator_of
 
 MAX_CLASSES = 100_000  # larger numeric labels are names, not class indices

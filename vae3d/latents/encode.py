@@ -35,7 +35,6 @@ from vae3d.data.readers import check_reader, decodes_on_gpu
 from vae3d.data.versions import source_version
 from vae3d.data.workers import load, shared_memory_free, usable_workers
 from vae3d.hashing import file_hash, json_hash
-from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, write_json, write_text
 from vae3d.latents import shards
 from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, storage_of
@@ -50,6 +49,7 @@ from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import no_waiting_checks
 from vae3d.precision import DTYPES
 from vae3d.progress import progress
+from vae3d.result_folder import settings_difference
 from vae3d.seeding import generator_of
 from vae3d.text import plural
 from vae3d.transfer import on_host

@@ -24,9 +24,9 @@ from vae3d.data.clips import ClipSettings, open_frames, read_clip, resize_crop_p
 from vae3d.data.media import DataError, MediaError, MediaInfo
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
-from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec
+from vae3d.latents.scale import off_scale
 from vae3d.latents.statistics import LatentStatistics, finite
 from vae3d.models.interface import VideoAutoencoder, nearest_frames
 from vae3d.seeding import generator_of, randn_like, seed_of

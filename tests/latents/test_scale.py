@@ -25,7 +25,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.file_table import as_file_table
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.inference.scale import (
+from vae3d.latents.scale import (
     LatentStats,
     ScaleError,
     measure,
