@@ -36,7 +36,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from vae3d.app import jobs as jobs_module
-from vae3d.app import main, server, worker
+from vae3d.app import main, process, server, worker
 from vae3d.app.jobs import Jobs
 from vae3d.app.process import Worker
 from vae3d.app.settings import Limits, Settings
@@ -312,6 +312,52 @@ def test_a_job_that_fails_says_why(tmp_path, videos, checkpoint, monkeypatch, ca
             assert ended(client, job(client))["state"] == "done"
     if "terminal" in said:
         assert "a bug" in capfd.readouterr().err
+
+
+class Broken:
+    """A worker that fails once as nobody expects."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, *_: Any) -> dict[str, Any]:
+        self.asked += 1
+        if self.asked == 1:
+            raise ZeroDivisionError("a bug")
+        return {}
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_an_error_that_nobody_expects_the_job_has_failed_and_the_next_one_runs(tmp_path, videos):
+    (tmp_path / "temporary").mkdir()
+    jobs = Jobs(Broken(), tmp_path / "temporary", [videos], [".mp4"], 1, Limits())
+    source, settings = jobs.source("listed", "0/sub/clip.mp4"), Settings((0,), frames=3, height=16)
+    first = jobs.submit(source, settings)
+    until(lambda: first.state == "failed")
+    assert "the terminal" in first.text
+    second = jobs.submit(source, settings)
+    until(lambda: second.state == "done")
+    jobs.close()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "no more processes"), EOFError("unexpected EOF")])
+def test_a_process_that_cannot_be_started_is_said(tmp_path, monkeypatch, error):
+    running = Worker((), "cpu", tmp_path, Limits(), method="fork")
+    monkeypatch.setattr(running._context.Process, "start", raising(error))
+    with pytest.raises(UserError, match=str(error)[-8:]):
+        running.ask({"do": "describe"}, lambda *_: None)
+
+
+def test_a_process_that_ended_between_jobs_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "_run", lambda connection, *_: connection.close())
+    running = Worker((), "cpu", tmp_path, Limits(), method="fork")
+    running._start()
+    running._process.join()
+    monkeypatch.setattr(running, "_start", lambda: None)  # it looks alive a moment before
+    with pytest.raises(UserError, match="the terminal"):
+        running.ask({"do": "describe"}, lambda *_: None)
 
 
 def test_a_full_disk_is_said(tmp_path, videos, checkpoint, monkeypatch):
