@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(entries)} rows are parts of {plural(files, 'file')}; each row gets a copy of its file")
     spans = plan_shards(entries, args.size, args.samples)
     with locked(args.out, str(args.out)):
-        begin(args.out, plan_record(entries, spans))
+        write_plan(args.out, plan_record(entries, spans))
         shards = write_shards(entries, spans, args.out, args.workers)
     total = sum(shard.stat().st_size for shard in shards)
     print(f"{plural(len(entries), 'sample')}, {byte_text(total)} -> {plural(len(shards), 'shard')} in {args.out}")
     print(f"index -> {args.out / INDEX}; train on them with data=webdataset data.source.path={args.out}")
 
 
-def begin(folder: Path, record: dict[str, Any]) -> None:
+def write_plan(folder: Path, record: dict[str, Any]) -> None:
     """Write shards.json, or check that the existing one has the same record. Raises DataError."""
     if (folder / PLAN).is_file():
         if read_json(folder / PLAN) != record:

@@ -25,7 +25,7 @@ from vae3d.data.media import DataError, MediaError
 from vae3d.data.workers import load
 from vae3d.latents.cache import NO_LABEL, LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.scale import LatentStats, ScaleError
+from vae3d.latents.scale import MeasuredScale, ScaleError
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of, seed_of
 from vae3d.text import plural
@@ -155,7 +155,7 @@ class LatentData:
         generators = [generator_of(self.schedule.seed, position, "noise") for position in batch.positions]
         return self.codec.encode(values, "sample", generators)
 
-    def measure(self, count: int, device: torch.device) -> LatentStats:
+    def measure(self, count: int, device: torch.device) -> MeasuredScale:
         """Statistics of at least `count` latents of all ranks, from the first training steps, even where a run overfits
         one batch.
 
@@ -174,7 +174,7 @@ class LatentData:
         stats.all_reduce()
         if not seen:
             raise ScaleError("the latents cannot be measured: no file of the first steps can be read")
-        return LatentStats.of(stats, int(seen))
+        return MeasuredScale.of(stats, int(seen))
 
 
 class CachedLatents(Dataset[Batch]):

@@ -61,7 +61,7 @@ class Results:
                     unpack_page(self.folder(kind))
                 return
             raise result_folder.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
-        result_folder.begin(self.folder("rec"), command)
+        result_folder.write_command(self.folder("rec"), command)
 
     def clear(self) -> None:
         """Delete what earlier commands with this save_dir wrote, and nothing else."""

@@ -43,7 +43,7 @@ from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transfo
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.metadata import read_complete, read_meta_file
-from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, Row, Shard
+from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, IndexRow, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import no_waiting_checks
@@ -295,7 +295,7 @@ def _replaced(job: EncodeJob, shard: int, sources: Mapping[str, Any]) -> str | N
     return None
 
 
-def _other_bucket(job: EncodeJob, rows: Sequence[Row]) -> str | None:
+def _other_bucket(job: EncodeJob, rows: Sequence[IndexRow]) -> str | None:
     """Which entry belongs in another bucket now, since the table has another size of its file; None if none does."""
     for row in rows:
         shape = _item(job, row).shape
@@ -304,12 +304,12 @@ def _other_bucket(job: EncodeJob, rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _item(job: EncodeJob, row: Row) -> Item:
+def _item(job: EncodeJob, row: IndexRow) -> Item:
     """The item of an entry."""
     return job.items[row["number"] // 2 if job.config.flip else row["number"]]
 
 
-def _labels(job: EncodeJob, row: Row) -> dict[str, str]:
+def _labels(job: EncodeJob, row: IndexRow) -> dict[str, str]:
     """Label, split and text of an entry, as the source has them now."""
     item = _item(job, row)
     return {"label": item.label, "split": item.split, "text": item.text}
@@ -469,7 +469,9 @@ def _stored_tensors(job: EncodeJob, key: str, mean: Tensor, std: Tensor) -> list
     return [tensor.to(DTYPES[job.config.dtype], copy=True).contiguous() for tensor in tensors]
 
 
-def _row(item: Item, read: Read, key: str, number: int, shard: int, flip: bool, entry: Mapping[str, Tensor]) -> Row:
+def _row(
+    item: Item, read: Read, key: str, number: int, shard: int, flip: bool, entry: Mapping[str, Tensor]
+) -> IndexRow:
     frames, height, width = read.pixels.shape[1:]
     start, end = (None if np.isnan(second) else second for second in item.bounds)
     return {

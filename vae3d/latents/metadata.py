@@ -13,10 +13,10 @@ from vae3d.arguments import Count, Range, Size, Width, annotations_of
 from vae3d.io import read_text
 from vae3d.latents import shards
 from vae3d.latents.identity import VaeMetadata
-from vae3d.latents.shards import INDEX, META, STATISTICS, CacheError, Row
+from vae3d.latents.shards import INDEX, META, STATISTICS, CacheError, IndexRow
 
 MAX_INDEX_BYTES = 2**32
-TEXTS, INTEGERS = ([name for name, kind in annotations_of(Row).items() if kind is of] for of in (str, int))
+TEXTS, INTEGERS = ([name for name, kind in annotations_of(IndexRow).items() if kind is of] for of in (str, int))
 Finite = Annotated[float, Range(-1e300, 1e300)]
 
 
@@ -86,7 +86,7 @@ def read_index(file: Path, meta: Mapping[str, Any]) -> pd.DataFrame:
 
 def rows_error(index: pd.DataFrame, meta: Mapping[str, Any]) -> str | None:
     """What no table of a cache has; None if nothing is wrong. index: rows of index.csv, its texts read as such."""
-    if lacking := [name for name in Row.__required_keys__ if name not in index]:
+    if lacking := [name for name in IndexRow.__required_keys__ if name not in index]:
         return f"no {', '.join(sorted(lacking))}"
     for name in INTEGERS:
         if index[name].dtype.kind != "i" or (index[name] < 0).any():

@@ -47,7 +47,7 @@ class CacheError(UserError):
     """A latent cache that is missing, incomplete, damaged, or made with other settings."""
 
 
-class Row(TypedDict):
+class IndexRow(TypedDict):
     """A row of index.csv, of one entry; also in the marker of its shard, and as .json in tars.
 
     number: of the entry in the cache, from 0. frames, height, width: of its clip. latent: shape, such as 4x1x32x32.
@@ -79,12 +79,12 @@ class Shard:
     """Content of a shard. rows: one per entry. tensors: by kind/key. errors: path, key, reason. sources:
     path -> source_version."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[IndexRow] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[str, Any] = field(default_factory=dict)
 
-    def entry(self, row: Row) -> dict[str, Tensor]:
+    def entry(self, row: IndexRow) -> dict[str, Tensor]:
         """The tensors of a row, by kind."""
         named = {kind: self.tensors.get(f"{kind}/{row['key']}") for kind in ("mean", "std", "sample")}
         return {kind: tensor for kind, tensor in named.items() if tensor is not None}

@@ -27,7 +27,7 @@ from vae3d.data.storage import local_range
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
 from vae3d.data.webdataset import is_tar, open_index
 from vae3d.latents.metadata import TEXTS, read_meta_file, rows_error
-from vae3d.latents.shards import KINDS, META, CacheError, Row, name_of, shards_in
+from vae3d.latents.shards import KINDS, META, CacheError, IndexRow, name_of, shards_in
 from vae3d.text import plural
 
 log = logging.getLogger("vae3d")
@@ -71,7 +71,7 @@ def _parse(text: str) -> dict[str, Any]:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {one_line(error, 100)}") from error
-    if lacking := Row.__required_keys__ - (row.keys() if isinstance(row, dict) else set()):
+    if lacking := IndexRow.__required_keys__ - (row.keys() if isinstance(row, dict) else set()):
         raise ValueError(f"lacks {', '.join(sorted(lacking))}")
     return row
 
@@ -98,7 +98,9 @@ class TarEntries:
         name = str(path)
         try:
             table, tars, _ = open_index([name], Settings("latents"), scan=latent_rows)
-            index = pd.DataFrame([_parse(text) for text in table["row"].to_pylist()], columns=list(annotations_of(Row)))
+            index = pd.DataFrame(
+                [_parse(text) for text in table["row"].to_pylist()], columns=list(annotations_of(IndexRow))
+            )
         except DataError as error:
             raise CacheError(str(error)) from error
         except ValueError as error:
