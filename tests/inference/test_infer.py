@@ -21,6 +21,7 @@ from vae3d.errors import UserError
 from vae3d.host_memory import keep_freed_memory
 from vae3d.inference.folder import FolderError
 from vae3d.inference.reconstruct import identifier
+from vae3d.inference.video import write_video
 from vae3d.pixels import to_uint8
 
 INFER = [sys.executable, str(tiny.ROOT / "infer.py")]
@@ -255,6 +256,11 @@ def test_names_are_safe_and_unique():
     assert identifier(7, "/data/a b/ünï (1).mp4") == "000007_ünï-1-"
     assert identifier(7, "视频.mp4") == "000007_视频"
     assert identifier(7, "x.mp4") != identifier(8, "x.mp4")
+
+
+@pytest.mark.parametrize("source", ["鯉" * 80 + ".mp4", "/".join(["a" * 200] * 4) + "_*.png"], ids=["file", "images"])
+def test_outputs_of_long_names_can_be_written(tmp_path, source):
+    write_video(tmp_path / f"{identifier(123_456_789, source)}.mp4", np.zeros((1, 16, 16, 3), np.uint8), 24)
 
 
 def test_two_ranks_share_the_files(export, videos, tmp_path):
