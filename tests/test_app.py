@@ -238,7 +238,7 @@ def test_what_is_too_large_too_long_or_unknown_is_refused(tmp_path, videos, chec
         for content in (b"x" * 5001, iter([b"x" * 3000] * 2)):  # with its length announced, and without
             answer = put("a.mp4", content)
             assert answer.status_code == 400
-            assert "--max-upload" in answer.json()["error"]
+            assert "--max_upload" in answer.json()["error"]
         for name in ("a.exe", "mp4", "frame_*.png", ".mp4"):
             assert "error" in put(name, b"x").json()
         assert list((jobs.folder / "uploads").iterdir()) == []
@@ -249,7 +249,7 @@ def test_what_is_too_large_too_long_or_unknown_is_refused(tmp_path, videos, chec
         assert "error" in job(client, frames="many")
         assert "error" in job(client, key="0/link.mp4")
         failed = ended(client, job(client, frames=6))
-        assert "--max-megapixels" in failed["text"]
+        assert "--max_megapixels" in failed["text"]
         assert "9 frames" in ended(client, job(client, start=9, frames=1))["text"]
         assert ended(client, job(client, frames=5))["state"] == "done"
 
@@ -297,7 +297,7 @@ def kill(*_: Any) -> None:
         ("code", kill, "fewer frames"),
         ("write_exact", raising(OSError(errno.ENOSPC, "No space left on device")), "No space left on device"),
         ("code", raising(ZeroDivisionError("a bug")), "the terminal"),
-        ("open_media", lambda *_, **__: time.sleep(60), "--read-timeout"),
+        ("open_media", lambda *_, **__: time.sleep(60), "--read_timeout"),
     ],
 )  # fmt: skip
 def test_a_job_that_fails_says_why(tmp_path, videos, checkpoint, monkeypatch, capfd, name, function, said):
@@ -602,7 +602,7 @@ def test_in_a_browser_limit_error_upload_run_play_noise_download(tmp_path, video
         assert page.url == f"{root}/"
 
         page.evaluate(DROP)
-        page.locator("#error", has_text="--max-upload").wait_for()
+        page.locator("#error", has_text="--max_upload").wait_for()
         page.set_input_files("#file", tmp_path / "broken.mp4")
         page.click("#go:enabled")
         page.locator("#error", has_text="broken.mp4: ").wait_for()

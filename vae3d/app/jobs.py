@@ -320,7 +320,7 @@ class Upload:
 
 
 def too_large(name: str, limit: int) -> str:
-    return f"{name}: is larger than {limit / 1e6:g} MB, the limit (`--max-upload` changes it)"
+    return f"{name}: is larger than {limit / 1e6:g} MB, the limit (`--max_upload` changes it)"
 
 
 def walk(root: Path) -> Iterator[Path]:

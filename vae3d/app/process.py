@@ -93,7 +93,7 @@ class Worker:
                 if stage == READING and time.monotonic() - last > self.limits.wait:
                     self.close()
                     raise UserError(
-                        f"the file could not be read: no frame within {self.limits.wait:g} s (`--read-timeout`)"
+                        f"the file could not be read: no frame within {self.limits.wait:g} s (`--read_timeout`)"
                     )
                 continue
             try:

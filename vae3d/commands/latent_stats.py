@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     cache = LatentCache(args.cache, verify=args.verify)
     print_statistics(
         cache,
-        "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
+        "" if args.write else "; if the export has not been updated since, use --write EXPORT --per_channel",
     )
     if args.write is not None:
         write(args)
@@ -91,7 +91,7 @@ def write(args: Namespace) -> None:
     cache = LatentCache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
     spec = load(rescale(checkpoint, model, scale_of_cache(cache, args.of_means), args)).spec
     print_normalized(
-        cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per-channel", args.of_means
+        cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per_channel", args.of_means
     )
 
 

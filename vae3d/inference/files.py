@@ -141,13 +141,23 @@ def reconstruct_files(
         raise UserError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{reasons}")
 
 
-def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
-    """measure_cost of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
+def measure_first_file(
+    reconstructor: Reconstructor, table: pd.DataFrame, *, skip_errors: bool
+) -> dict[str, Any] | None:
+    """measure_cost of the model on the first chunk of the first file, with skip_errors of the first that can be read,
+    None if none can. Raises MediaError, and UserError if no row has a file."""
     usable = table[(table["name"] != "") & (table["error"] != SEGMENT_ERROR)]
     if usable.empty:
         raise UserError("cost=true needs a file to measure on, and no row has a `path`")
-    chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])
-    return measure_cost(reconstructor.model, chunk, reconstructor.config.precision)
+    for path, bounds in zip(usable["path"], bounds_of(usable), strict=True):
+        try:
+            chunk = reconstructor.first_chunk(path, bounds)
+        except MediaError:
+            if not skip_errors:
+                raise
+            continue  # reconstruct_files names it
+        return measure_cost(reconstructor.model, chunk, reconstructor.config.precision)
+    return None
 
 
 def report(results: Results, done: Sequence[FileResult], cost: dict[str, Any] | None) -> dict[str, float | None]:
