@@ -33,9 +33,9 @@ from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
 from vae3d.errors import UserError
-from vae3d.inference.scale import ScaleError
 from vae3d.latents.cache import CacheError
 from vae3d.latents.clips import Transform, items_of
+from vae3d.latents.scale import ScaleError
 from vae3d.training import diffusion_trainer
 from vae3d.training.failures import SaveError, TooManyFailures
 

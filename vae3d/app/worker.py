@@ -31,6 +31,7 @@ from vae3d.data.clips import read_resized, to_video
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.readers import VIDEO_SUFFIXES, open_media
+from vae3d.data.versions import source_version
 from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
@@ -184,7 +185,7 @@ class Runner:
 
     def _read(self, path: Path, name: str, settings: Settings, alpha: bool) -> Clip:
         """The frames of the settings, at their size: those of the last job, if they are the same."""
-        key = (path, settings.start, settings.frames, settings.height, alpha)
+        key = (path, settings.start, settings.frames, settings.height, alpha, source_version(str(path)))
         if self.clip is not None and self.clip.key == key:
             return self.clip
         self.forget()

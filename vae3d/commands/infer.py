@@ -106,12 +106,13 @@ def reconstruct(
             hashes = {name: weights_hash(network.state_dict()) for name, network in networks.items()}
             hashes["checkpoint's configuration"] = json_hash(checkpoint.config)
             results.begin(command_record(asdict(config), hashes, table), config.overwrite)
-        cost = measure_first_file(reconstructor, table) if config.cost and main else None
+        skip_errors = config.on_error == "skip"
+        cost = measure_first_file(reconstructor, table, skip_errors=skip_errors) if config.cost and main else None
         ranks.wait_for_everyone()
         reconstruct_files(
             results,
             table,
-            skip_errors=config.on_error == "skip",
+            skip_errors=skip_errors,
             rank=ranks.process_index,
             world_size=ranks.num_processes,
             cost=cost,

@@ -24,10 +24,9 @@ from vae3d.data.selection import clip_lengths
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.data import CachedLatents, ClipSize, HeldOutClip, LatentData
-from vae3d.latents.cache import NO_LABEL, SizeGroup, class_names
+from vae3d.latents.cache import NO_LABEL, LatentCache, SizeGroup, class_names
 from vae3d.latents.clips import distinct_labels
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.tar_shards import open_cache
 from vae3d.text import plural
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def build_latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, wo
 
 def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     mode = None if config.vae.sample else "mean"
-    cache = open_cache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
+    cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
     labelled = config.labels != "none"
     if labelled:
         given = np.array(cache.labels)

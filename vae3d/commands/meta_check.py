@@ -29,7 +29,7 @@ from vae3d.config.sources import of_source, sources_of
 from vae3d.config.validate import training_issues
 from vae3d.data.aspects import AUTO
 from vae3d.errors import UserError
-from vae3d.inference import scale
+from vae3d.latents import scale
 from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError

@@ -23,7 +23,7 @@ from vae3d.data.sources import Table
 from vae3d.data.streaming import StreamingData
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
-from vae3d.inference.scale import longest_clips
+from vae3d.latents.scale import longest_clips
 from vae3d.layout import place
 from vae3d.loading import check_scale, initialize, instantiate, load, load_with_checkpoint
 from vae3d.losses.objective import Objective, WeightedTerm

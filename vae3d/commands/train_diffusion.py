@@ -27,9 +27,9 @@ from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
 from vae3d.diffusion.data import ClipSize, LatentData
 from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
-from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
+from vae3d.latents.scale import unscalable_reason
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.precision import set_cudnn_benchmark
@@ -217,14 +217,14 @@ def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
     is_export = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
     out, then = ("", "") if is_export else (" --out FOLDER", "; then set vae.path=FOLDER")
     if config.cache is not None:
-        means = "" if config.vae.sample else " --of-means"
-        command = f"scripts/latent_stats.py {config.cache} --write {path} --per-channel{means}{out}"
+        means = "" if config.vae.sample else " --of_means"
+        command = f"scripts/latent_stats.py {config.cache} --write {path} --per_channel{means}{out}"
     else:
         node = next(iter(sources_of(config.data).values())).source
         source = node.get("path") or node.get("root") or "SOURCE"
         frames, height, width = max(data.sizes, key=math.prod)
         command = (
-            f"scripts/measure_scale.py {path} {source} --per-channel --frames {frames} --height {height} "
+            f"scripts/measure_scale.py {path} {source} --per_channel --frames {frames} --height {height} "
             f"--width {width}{out}"
         )
     return f"measure the scale and write it into the autoencoder: python {command}{then}"

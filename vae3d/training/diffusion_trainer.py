@@ -24,7 +24,7 @@ from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.pictures import captioned_grid, displayable
-from vae3d.inference.scale import check_normalised
+from vae3d.latents.scale import check_normalised
 from vae3d.layout import place
 from vae3d.optim import adamw
 from vae3d.precision import DTYPES

@@ -23,7 +23,7 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.data.streaming import StreamingData, StreamingState
-from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
+from vae3d.latents.scale import ScaleError, longest_clips, measure, rescaled
 from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet

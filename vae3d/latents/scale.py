@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from vae3d.arguments import DEVIATIONS
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.file_table import FileTable, as_file_table
@@ -40,7 +41,7 @@ class ScaleError(UserError):
 
 
 @dataclass(frozen=True)
-class LatentStats:
+class MeasuredScale:
     """Mean and standard deviation (of the population) of latents, per channel, [C] fp64.
 
     clips: number measured. size: (T, H, W) of all clips, None if it varies.
@@ -52,7 +53,7 @@ class LatentStats:
     size: tuple[int, int, int] | None = None
 
     @classmethod
-    def of(cls, stats: RunningStats, clips: int, size: tuple[int, int, int] | None = None) -> LatentStats:
+    def of(cls, stats: RunningStats, clips: int, size: tuple[int, int, int] | None = None) -> MeasuredScale:
         return cls(clips, stats.mean.cpu(), stats.variance.sqrt().cpu(), size)
 
     def over_channels(self) -> tuple[float, float]:
@@ -81,7 +82,7 @@ def off_scale(means: Sequence[float], stds: Sequence[float]) -> list[int]:
     return [channel for channel, (mean, std) in pairs if not (abs(mean) <= TOLERANCE and abs(std - 1) <= TOLERANCE)]
 
 
-def check_normalised(stats: LatentStats, hint: str) -> None:
+def check_normalised(stats: MeasuredScale, hint: str) -> None:
     """Raises ScaleError, with the statistics and `hint`, the command that fixes them, if they are off."""
     if outside := off_scale(stats.mean.tolist(), stats.std.tolist()):
         raise ScaleError(
@@ -101,7 +102,7 @@ def unscalable_reason(model: nn.Module) -> str | None:
 
 @no_tf32()
 @torch.no_grad()
-def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_pixels: bool = False) -> LatentStats:
+def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_pixels: bool = False) -> MeasuredScale:
     """Encode clips one by one, in the model's precision, and measure samples of their posteriors.
 
     A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
@@ -125,7 +126,7 @@ def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_p
         sizes.add(tuple(clip.video.shape[2:]))
     if not count:
         raise ScaleError("the scale of the latents cannot be measured: no clip could be read")
-    measured = LatentStats.of(stats, count, sizes.pop() if len(sizes) == 1 else None)
+    measured = MeasuredScale.of(stats, count, sizes.pop() if len(sizes) == 1 else None)
     if by_pixels:
         counts = measured.std * effect.sqrt()  # of each channel, in pixels
         measured = replace(measured, std=counts.square().mean().sqrt() / effect.sqrt())
@@ -186,7 +187,7 @@ def longest_clips(data: TrainingData | StreamingData, count: int, errors: list[t
 def rescaled(
     checkpoint: Checkpoint,
     model: nn.Module,
-    measured: LatentStats,
+    measured: MeasuredScale,
     *,
     shift: bool = False,
     per_channel: bool = False,
@@ -195,15 +196,18 @@ def rescaled(
 
     A SpatialVAE gets scaling_factor = 1 / std of all channels; with `shift` also shift_factor = the mean, which is 0 in
     SD and SDXL; with `per_channel` both per channel. Other models get latents_mean and latents_std, per channel.
-    Raises ScaleError for latents that do not vary.
+    Raises ScaleError for latents that do not vary, or, measured by pixels, do not reach them.
     """
     one_factor = isinstance(model, SpatialVAE) and not per_channel
     if one_factor:
         means, stds = ([value] for value in measured.over_channels())
     else:
         means, stds = measured.mean.tolist(), measured.std.tolist()
-    if constant := [str(channel) for channel, std in enumerate(stds) if not std > 0]:
-        raise ScaleError(f"latents of channel {', '.join(constant)} do not vary, and cannot be scaled to unit variance")
+    if constant := [str(channel) for channel, std in enumerate(stds) if not DEVIATIONS.allows(std)]:
+        raise ScaleError(
+            f"latents of channel {', '.join(constant)} do not vary, or do not reach the pixels, and cannot be scaled "
+            "to unit variance"
+        )
     if isinstance(model, SpatialVAE):
         factors = {"scaling_factor": [1 / std for std in stds], "shift_factor": means}
         if one_factor:
