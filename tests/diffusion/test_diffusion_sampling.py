@@ -16,7 +16,7 @@ from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import drop_labels
 from vae3d.diffusion.sampling import check_latent_rms, guided, per_rank_batches, sample_latents, write_frames, write_npz
 from vae3d.inference.pictures import grid
-from vae3d.latents.scale import MeasuredScale
+from vae3d.latents.scale import LatentStats
 from vae3d.running_stats import RunningStats
 
 WAYS = {
@@ -103,7 +103,7 @@ def test_size_of_latents_by_hand():
     stats = RunningStats(2)
     for z in (torch.tensor([-1.0, 7.0, 7.0]), torch.tensor([-1.0])):  # mean 3, deviation 4
         stats.update_channels(torch.stack([z, 2 * z]).view(1, 2, 1, 1, -1))
-    scale = MeasuredScale.of(stats, 2)
+    scale = LatentStats.of(stats, 2)
     assert (scale.clips, scale.mean.tolist(), scale.std.tolist()) == (2, pytest.approx([3, 6]), pytest.approx([4, 8]))
     assert math.hypot(*scale.over_channels()) == pytest.approx(62.5**0.5)  # 25 and 100
 

@@ -26,7 +26,7 @@ from vae3d.data.file_table import as_file_table
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.latents.scale import (
-    MeasuredScale,
+    LatentStats,
     ScaleError,
     measure,
     off_scale,
@@ -126,7 +126,7 @@ def test_what_cannot_be_scaled_is_refused(videos, tmp_path):
     with pytest.raises(ScaleError, match="no clip"):
         measure(tiny.model("spatial"), [])
     model, checkpoint = saved("wan", tmp_path)
-    statistics = MeasuredScale(1, torch.zeros(4), torch.tensor([1.0, 0, 1, 0]), (1, 2, 2))
+    statistics = LatentStats(1, torch.zeros(4), torch.tensor([1.0, 0, 1, 0]), (1, 2, 2))
     with pytest.raises(ScaleError, match="latents of channel 1, 3 do not vary"):
         rescaled(checkpoint, model, statistics)
 
@@ -233,7 +233,7 @@ def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsy
 def test_a_deviation_that_no_export_can_have_is_refused(tmp_path, std):
     """Such as that by pixels of a channel that the decoder ignores."""
     model, checkpoint = saved("wan", tmp_path)
-    measured = MeasuredScale(1, torch.zeros(4), torch.tensor([1.0, std, 1, 1]))
+    measured = LatentStats(1, torch.zeros(4), torch.tensor([1.0, std, 1, 1]))
     with pytest.raises(ScaleError, match="channel 1 "):
         rescaled(checkpoint, model, measured)
 

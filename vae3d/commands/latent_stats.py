@@ -17,7 +17,7 @@ from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.latents.cache import LatentCache, SizeGroup
 from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, partial_statistics, storage_of
-from vae3d.latents.scale import MeasuredScale, off_scale
+from vae3d.latents.scale import LatentStats, off_scale
 from vae3d.latents.shards import shards_in
 from vae3d.loading import load, open_codec
 from vae3d.text import plural
@@ -95,11 +95,11 @@ def write(args: Namespace) -> None:
     )
 
 
-def scale_of_cache(cache: LatentCache, of_means: bool) -> MeasuredScale:
+def scale_of_cache(cache: LatentCache, of_means: bool) -> LatentStats:
     stats, sizes = cache.statistics, cache.index[["frames", "height", "width"]].drop_duplicates()
     size = tuple(map(int, sizes.iloc[0])) if len(sizes) == 1 else None
     mean, std = stats["mean"], stats["std_of_mean" if of_means else "std"]
-    return MeasuredScale(stats["clips"], *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)), size)
+    return LatentStats(stats["clips"], *(torch.tensor(x, dtype=torch.float64) for x in (mean, std)), size)
 
 
 def print_normalized(

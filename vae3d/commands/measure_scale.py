@@ -21,7 +21,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.io import atomic_dir, atomic_files, naming
-from vae3d.latents.scale import MeasuredScale, ScaleError, measure, rescaled, spread_clips, unscalable_reason
+from vae3d.latents.scale import LatentStats, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.loading import build_from_checkpoint
 from vae3d.precision import as_device
 from vae3d.text import plural
@@ -47,7 +47,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     return checkpoint, model.eval()
 
 
-def measure_source(model: nn.Module, args: Namespace) -> MeasuredScale:
+def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
     settings = ClipSettings(args.height, args.width, channels=model.pixel_channels)
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
@@ -58,7 +58,7 @@ def measure_source(model: nn.Module, args: Namespace) -> MeasuredScale:
     return measured
 
 
-def rescale(checkpoint: Checkpoint, model: nn.Module, measured: MeasuredScale, args: Namespace) -> Path:
+def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, args: Namespace) -> Path:
     """Write the measured scale into args.out, or else into the export itself; returns that folder."""
     new = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
     print_scale(checkpoint, new, measured)
@@ -78,7 +78,7 @@ def export_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("vae3d", "model")}
 
 
-def print_scale(old: Checkpoint, new: Checkpoint, measured: MeasuredScale) -> None:
+def print_scale(old: Checkpoint, new: Checkpoint, measured: LatentStats) -> None:
     size = "several sizes" if measured.size is None else " x ".join(map(str, measured.size))
     print(f"{plural(measured.clips, 'clip')} of {size}")
     print(pd.DataFrame({"mean": measured.mean, "std": measured.std}).to_string(float_format="%.5f", col_space=10))

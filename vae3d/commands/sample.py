@@ -27,7 +27,7 @@ from vae3d.inference.pictures import grid
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.scale import MeasuredScale
+from vae3d.latents.scale import LatentStats
 from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.pixels import Quantized
@@ -162,7 +162,7 @@ def draw_and_write(
         if "npz" in write:
             sampling.write_npz(folder, pictures, labels)
         log.info("%s of %s -> %s", plural(config.count, "sample"), export.folder, config.out)
-        latent_stats = MeasuredScale.of(stats, config.count)
+        latent_stats = LatentStats.of(stats, config.count)
         log.info("their latents (those of the data have mean 0, deviation 1): %s", latent_stats)
         rms = math.hypot(*latent_stats.over_channels())
         if warning := sampling.check_latent_rms(rms, export.process(), settings):

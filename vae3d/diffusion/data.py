@@ -28,7 +28,7 @@ from vae3d.data.workers import load
 from vae3d.latents.cache import NO_LABEL, LatentCache
 from vae3d.latents.clips import names_of
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.scale import MeasuredScale, ScaleError
+from vae3d.latents.scale import LatentStats, ScaleError
 from vae3d.running_stats import RunningStats
 from vae3d.seeding import generator_of
 from vae3d.text import plural
@@ -158,7 +158,7 @@ class LatentData:
         generators = [generator_of(self.schedule.seed, position, "noise") for position in batch.positions]
         return self.codec.encode(values, "sample", generators)
 
-    def measure(self, count: int, device: torch.device) -> MeasuredScale:
+    def measure(self, count: int, device: torch.device) -> LatentStats:
         """Statistics of at least `count` latents of all ranks, from the first training steps, even where a run overfits
         one batch.
 
@@ -177,7 +177,7 @@ class LatentData:
         stats.all_reduce()
         if not seen:
             raise ScaleError("the latents cannot be measured: no file of the first steps can be read")
-        return MeasuredScale.of(stats, int(seen))
+        return LatentStats.of(stats, int(seen))
 
 
 class CachedLatents(Dataset[Batch]):

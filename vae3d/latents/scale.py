@@ -41,7 +41,7 @@ class ScaleError(UserError):
 
 
 @dataclass(frozen=True)
-class MeasuredScale:
+class LatentStats:
     """Mean and standard deviation (of the population) of latents, per channel, [C] fp64.
 
     clips: number measured. size: (T, H, W) of all clips, None if it varies.
@@ -53,7 +53,7 @@ class MeasuredScale:
     size: tuple[int, int, int] | None = None
 
     @classmethod
-    def of(cls, stats: RunningStats, clips: int, size: tuple[int, int, int] | None = None) -> MeasuredScale:
+    def of(cls, stats: RunningStats, clips: int, size: tuple[int, int, int] | None = None) -> LatentStats:
         return cls(clips, stats.mean.cpu(), stats.variance.sqrt().cpu(), size)
 
     def over_channels(self) -> tuple[float, float]:
@@ -82,7 +82,7 @@ def off_scale(means: Sequence[float], stds: Sequence[float]) -> list[int]:
     return [channel for channel, (mean, std) in pairs if not (abs(mean) <= TOLERANCE and abs(std - 1) <= TOLERANCE)]
 
 
-def check_normalised(stats: MeasuredScale, hint: str) -> None:
+def check_normalised(stats: LatentStats, hint: str) -> None:
     """Raises ScaleError, with the statistics and `hint`, the command that fixes them, if they are off."""
     if outside := off_scale(stats.mean.tolist(), stats.std.tolist()):
         raise ScaleError(
@@ -102,7 +102,7 @@ def unscalable_reason(model: nn.Module) -> str | None:
 
 @no_tf32()
 @torch.no_grad()
-def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_pixels: bool = False) -> MeasuredScale:
+def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_pixels: bool = False) -> LatentStats:
     """Encode clips one by one, in the model's precision, and measure samples of their posteriors.
 
     A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
@@ -126,7 +126,7 @@ def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_p
         sizes.add(tuple(clip.video.shape[2:]))
     if not count:
         raise ScaleError("the scale of the latents cannot be measured: no clip could be read")
-    measured = MeasuredScale.of(stats, count, sizes.pop() if len(sizes) == 1 else None)
+    measured = LatentStats.of(stats, count, sizes.pop() if len(sizes) == 1 else None)
     if by_pixels:
         counts = measured.std * effect.sqrt()  # of each channel, in pixels
         measured = replace(measured, std=counts.square().mean().sqrt() / effect.sqrt())
@@ -187,7 +187,7 @@ def longest_clips(data: TrainingData | StreamingData, count: int, errors: list[t
 def rescaled(
     checkpoint: Checkpoint,
     model: nn.Module,
-    measured: MeasuredScale,
+    measured: LatentStats,
     *,
     shift: bool = False,
     per_channel: bool = False,
