@@ -492,6 +492,39 @@ def test_shards_for_validation_can_be_named(shards):
     assert len(source.notes) == 2
 
 
+def shards_of(paths: Iterable[str]) -> list[str]:
+    """Names of the tars of rows, each once, in order."""
+    return list(dict.fromkeys(Path(split_member(path)[0]).name for path in paths))
+
+
+@pytest.mark.parametrize("path", ["*.tar", INDEX, "."])
+def test_shards_for_validation_are_not_trained_on(shards, path):
+    source = WebDataset(str(shards / path), val_path=str(shards / "000002.tar"))
+    table = source.table()
+    assert shards_of(table["path"][table["split"] == "train"]) == ["000000.tar", "000001.tar"]
+    assert shards_of(table["path"][table["split"] == "val"]) == ["000002.tar"]
+    source = WebDataset(str(shards / path), val_path=str(shards / "000002.tar"), streaming=True)
+    assert [Path(tar).name for tar in source.stream("train").paths] == ["000000.tar", "000001.tar"]
+    source = WebDataset(str(shards / path), val_path=str(shards / "*.tar"))
+    for read in (source.table, lambda: source.stream("train")):
+        with pytest.raises(DataError, match=r"data\.source\.val_path"):
+            read()
+
+
+def test_shards_for_validation_at_a_url_with_an_index_are_not_trained_on(shards):
+    with http_server.serve(shards) as store:
+        source = WebDataset(store.url, val_path=f"{store.url}/000002.tar")
+        assert source.table()["split"].tolist() == ["train"] * 10 + ["val"] * 2
+        assert len(WebDataset(store.url, streaming=True).stream("train").paths) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_shard_that_is_listed_twice_is_an_error_also_with_an_index(shards, streaming):
+    source = WebDataset([str(shards / f"{n:06d}.tar") for n in (0, 0, 1)], streaming=streaming)
+    with pytest.raises(DataError, match=r"000000\.tar is listed twice"):
+        source.stream("train") if streaming else source.table()
+
+
 # ---- streams
 
 
