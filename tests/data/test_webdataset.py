@@ -31,6 +31,7 @@ from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.paths import split_member
+from vae3d.data.probe import Ranks
 from vae3d.data.readers import open_media
 from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Folder, Table, open_source
@@ -646,3 +647,17 @@ def test_large_indices_are_prepared_once_and_give_the_same_clips(shards, plain, 
         assert large.notes == small.notes
         assert len(list((tmp_path / "tables").glob("*/table.arrow"))) == 1
         monkeypatch.setattr(prepared_rows, "_write", None)
+
+
+def test_a_tar_that_arrives_later_is_used_though_its_index_was_prepared_before(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepared, "LARGE", 2)
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    late = (copy / "000002.tar").rename(tmp_path / "late.tar")
+    counts = []
+    for arrived in (False, True):
+        if arrived:
+            late.rename(copy / "000002.tar")
+        large, _ = prepared.find_large(WebDataset(str(copy / "*.tar")), Ranks())
+        counts.append(len(prepared.prepare(large)))
+    assert counts == [10, 12]

@@ -134,9 +134,13 @@ class OpenIndex(NamedTuple):
     file: str
     split: str | None
 
+    def used(self) -> list[str]:
+        """Names of the shards of its rows, as the index has them."""
+        return pc.unique(self.table["shard"]).to_pylist()
+
     def notes(self) -> list[str]:
         """Lines for the log."""
-        count, used = plural(len(self.table), "sample"), plural(len(pc.unique(self.table["shard"])), "shard")
+        count, used = plural(len(self.table), "sample"), plural(len(self.used()), "shard")
         lines = [f"{count} in {used}, by {self.file}"]
         given = "num_frames" in self.table.column_names
         if missing := self.table["num_frames"].null_count if given else len(self.table):
