@@ -23,7 +23,7 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import prepared, prepared_rows, storage, stores, tar_index
+from vae3d.data import prepared, prepared_rows, storage, stores, tar_index, webdataset
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
@@ -411,6 +411,24 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, mo
     read = counting(monkeypatch)
     assert WebDataset(tmp_path / "tars").table().equals(first)
     assert read == []
+
+
+def test_two_machines_that_index_the_same_shards_at_once_do_not_disturb_each_other(plain, tmp_path, monkeypatch):
+    copy = shutil.copytree(plain, tmp_path / "copy", ignore=shutil.ignore_patterns(INDEX))
+    monkeypatch.setattr(webdataset, "processor_count", lambda: 1)
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "one"))
+    found = []
+
+    def scan(shard: tar_index.Shard) -> pa.Table:
+        if Path(shard.path).name == "000002.tar":  # the other machine begins and ends meanwhile
+            monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "other"))
+            found.append(webdataset.open_index([str(copy)], Settings())[0])
+        return media_rows(shard)
+
+    found.append(webdataset.open_index([str(copy)], Settings(), scan=scan)[0])
+    assert found[0].equals(found[1])
+    assert (copy / INDEX).is_file()
+    assert not list(tmp_path.rglob("*.parts"))
 
 
 def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):

@@ -308,7 +308,8 @@ def open_index(
         out = Path(beside) if own else cached
         if not cached.is_file() and (own or not _indexes(beside, paths, settings)):
             log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
-            build_index(shards, out, settings, scan=scan, workers=processor_count())
+            parts = cached.with_suffix(".parts")  # of this machine: others may index the same shards now
+            build_index(shards, out, settings, scan=scan, workers=processor_count(), parts=parts)
     return _checked_index(str(cached if cached.is_file() else beside), settings, paths, without)
 
 
