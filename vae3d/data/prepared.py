@@ -41,7 +41,7 @@ from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json
 LARGE = 100_000  # rows; every process reads a smaller table itself
 KEPT_DAYS = 30
 KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
-VERSION = 2
+VERSION = 3
 
 
 class Large(NamedTuple):
