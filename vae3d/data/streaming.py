@@ -311,7 +311,8 @@ class StreamingData(StepShapes):
         self.positions = [Position()] * max(1, self.workers)
         # (micro-batch, the reader's position behind it), as far back as a checkpoint may need them
         self._passed: list[deque[tuple[int, Position]]] = [deque() for _ in self.positions]
-        self.fingerprint = StreamingFingerprint(self.stream.name, self.stream.shards)
+        readers = self.schedule.world_size * len(self.positions)
+        self.fingerprint = StreamingFingerprint(self.stream.name, self.stream.shards, readers)
 
     def clips(
         self, first: int, last: int, stopping: Callable[[], bool] = lambda: False
@@ -361,12 +362,15 @@ def _unchanged(item: Any) -> Any:
 
 @dataclass(frozen=True)
 class StreamingFingerprint:
+    """readers: of all ranks, if the others have as many as this one: else shards are read twice, or never."""
+
     name: str
     shards: int
+    readers: int
 
     def digests(self) -> dict[str, Any]:
         """Values that must be equal on all ranks."""
-        return {"data: the stream": self.name, "data: its shards": self.shards}
+        return {"data: the stream": self.name, "data: its shards": self.shards, "data: its readers": self.readers}
 
 
 class StreamingState:
