@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pytest
+
+from vae3d.data import streaming
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.clips import ClipSettings
 from vae3d.data.media import StreamItem
@@ -32,4 +36,16 @@ def data_of(workers: int = 0, ranks: int = 1, **settings) -> StreamingData:
 def test_ranks_with_other_numbers_of_workers_do_not_agree():
     digests = [data_of(workers, ranks=2).fingerprint.digests() for workers in (4, 2, 4)]
     assert digests[0] == digests[2]
-    assert {key for key in digests[0] if digests[0][key] != digests[1][key]} == {"data: its readers"}
+    assert {key for key in digests[0] if digests[0][key] != digests[1][key]} == {
+        "data: its readers (ranks x data.workers)"
+    }
+
+
+@pytest.mark.parametrize(("reader", "spawns"), [("auto", False), ("torchcodec_cuda", True)])
+def test_workers_that_decode_on_the_gpu_are_spawned(monkeypatch, reader, spawns):
+    loaded = []
+    monkeypatch.setattr(streaming, "load", lambda dataset, **options: loaded.append((dataset, options)) or iter(()))
+    assert list(data_of(workers=2, reader=reader).clips(0, 1)) == []
+    [(dataset, options)] = loaded
+    assert options.get("spawn", False) == spawns
+    pickle.dumps(dataset)  # a new interpreter gets it so

@@ -43,7 +43,7 @@ from vae3d.data.file_table import as_file_table
 from vae3d.data.images import ImageReader
 from vae3d.data.media import DataError, MediaError, Reader, StreamItem
 from vae3d.data.memory_file import memory_file
-from vae3d.data.readers import READERS
+from vae3d.data.readers import READERS, decodes_on_gpu
 from vae3d.data.rows import rows_from_paths
 from vae3d.data.workers import load
 from vae3d.seeding import seed_of
@@ -335,6 +335,7 @@ class StreamingData(StepShapes):
             stopping=stopping,
             item_bytes=self.item_bytes,
             held=count,
+            spawn=decodes_on_gpu(self.settings.reader),
             batch_size=None,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
@@ -370,7 +371,8 @@ class StreamingFingerprint:
 
     def digests(self) -> dict[str, Any]:
         """Values that must be equal on all ranks."""
-        return {"data: the stream": self.name, "data: its shards": self.shards, "data: its readers": self.readers}
+        readers = {"data: its readers (ranks x data.workers)": self.readers}
+        return {"data: the stream": self.name, "data: its shards": self.shards, **readers}
 
 
 class StreamingState:
