@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from PIL import Image
 
 from vae3d.data import streaming
 from vae3d.data.batch_schedule import FrameCounts
 from vae3d.data.clips import ClipSettings
-from vae3d.data.media import StreamItem
-from vae3d.data.streaming import StreamingData, StreamingSchedule
+from vae3d.data.depth import DepthSettings
+from vae3d.data.media import DataError, StreamItem
+from vae3d.data.streaming import StreamingData, StreamingSchedule, first_clips
 
 
 @dataclass
@@ -49,3 +51,24 @@ def test_workers_that_decode_on_the_gpu_are_spawned(monkeypatch, reader, spawns)
     [(dataset, options)] = loaded
     assert options.get("spawn", False) == spawns
     pickle.dumps(dataset)  # a new interpreter gets it so
+
+
+@pytest.mark.parametrize("depth", [None, DepthSettings("log")])
+def test_held_out_items_that_cannot_be_read_are_named_with_the_reason(depth):
+    with pytest.raises(DataError) as raised:
+        first_clips(Shards(), ClipSettings(8, 8, depth=depth), 1, 4)
+    assert "none of the first 4 can be read" in str(raised.value)
+    assert "\n  0.png: " in str(raised.value)
+    assert "validation.frames" not in str(raised.value)
+    assert ("data.depth" in str(raised.value)) == (depth is not None)
+
+
+def test_held_out_items_that_are_too_short_are_counted_as_far_as_they_were_looked_at(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    good = StreamItem("a.png", (tmp_path / "a.png").read_bytes(), "image")
+    stream = Shards()
+    stream.read = lambda shard: [good, *Shards(2).read(0)]
+    with pytest.raises(
+        DataError, match=r"none of the first 3 has 5 frames.*validation\.frames.*\. 2 cannot be read:\n"
+    ):
+        first_clips(stream, ClipSettings(8, 8), 5, 4)

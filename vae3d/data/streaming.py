@@ -12,6 +12,7 @@ integers, from which the same command goes on with the same clips. With other ra
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +53,7 @@ from vae3d.types import ClipBatch
 
 MAX_UNUSABLE = 1000  # items in a row that are too short or too small
 WARN_AFTER = 100  # items, of which more than half were too short or too small
+SHOWN = 5  # items that cannot be read, in a message
 LOOKED_AT = 10  # times as many held-out items as are needed
 
 
@@ -454,14 +456,14 @@ def first_clips(
     stream: ShardedStream, settings: ClipSettings, frames: int, count: int, rank: int = 0, world_size: int = 1
 ) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
     """This rank's share of one clip from each of the first `count` items with at least `frames` frames, from their
-    middle; and (path, reason) of items that failed. Raises DataError if none is long enough.
+    middle; and (path, reason) of items that failed. Raises DataError if none can be read, or none is long enough.
     """
-    clips, errors, found = [], [], 0
-    limit = LOOKED_AT * count
+    clips, errors, found, looked_at = [], [], 0, 0
     items = (item for shard in range(stream.shards) for item in stream.read(shard))
-    for number, item in enumerate(items):
-        if found == count or number == limit:
+    for number, item in enumerate(itertools.islice(items, LOOKED_AT * count)):
+        if found == count:
             break
+        looked_at += 1
         try:
             with opened(item, settings) as reader:
                 if has_clip(reader, settings, frames):
@@ -474,8 +476,11 @@ def first_clips(
         except MediaError as error:
             errors.append((error.path, error.reason))
     if not found:
+        unread = "".join(f"\n  {path}: {reason}" for path, reason in errors[:SHOWN])
+        if errors and len(errors) == looked_at:
+            raise DataError(f"{stream.name}: none of the first {looked_at} can be read:{unread}")
         raise DataError(
-            f"{stream.name}: none of the first {limit} has {plural(frames, 'frame')}; lower validation.frames or "
-            "data.frames.max"
+            f"{stream.name}: none of the first {looked_at} has {plural(frames, 'frame')}; lower validation.frames or "
+            f"data.frames.max{unread and f'. {len(errors)} cannot be read:{unread}'}"
         )
     return clips, errors
