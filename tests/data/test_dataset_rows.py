@@ -85,6 +85,13 @@ def test_a_damaged_card_is_an_error_that_names_its_folder(tmp_path, monkeypatch)
         open_splits(str(tmp_path))
 
 
+@pytest.mark.parametrize(("split", "splits"), [(None, ["train", "test"]), ("test", ["train", "test"]), (None, ["all"])])
+def test_the_split_for_validation_is_not_the_one_for_training(split, splits):
+    train = split or splits[0]
+    with pytest.raises(DataError, match=rf"data\.source\.val_split={train}"):
+        HuggingFace("set", split=split, val_split=train)._roles(splits)
+
+
 ARCHIVE = "zip://a.mp4::/data/a.zip"
 
 

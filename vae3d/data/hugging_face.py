@@ -135,6 +135,11 @@ class HuggingFace:
         for key, name in (("split", train), ("val_split", self.val_split)):
             if name is not None and name not in splits:
                 raise DataError(f"data.source.{key}={name}: {self.path} has only the splits {', '.join(splits)}")
+        if train == self.val_split:
+            raise DataError(
+                f"data.source.val_split={train} is the training split of {self.path}; name another (it has "
+                f"{', '.join(splits)}), or hold files out with data.num_val_files"
+            )
         others = [name for name in (self.val_split, *HELD_OUT) if name in splits and name != train]
         roles = {train: "train"} | dict.fromkeys(others[:1], "val")
         return roles | ({"test": "test"} if "test" in splits and "test" not in roles else {})
