@@ -453,6 +453,17 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
 
 
+def test_files_that_are_too_small_are_listed(vae, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "set")
+    Image.new("RGB", (40, 64)).save(tmp_path / "set/train/cat/9.png")
+    config = [f"vae.path={vae}", f"data.source.path={tmp_path / 'set'}", "data.height=64", "data.width=64"]
+    trainer = latent_runs.trainer(tmp_path / "run", *config, "data.min_side=50")
+    trainer.log.close()
+    listed = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
+    assert [entry["path"] for entry in listed] == [str(tmp_path / "set/train/cat/9.png")]
+    assert "data.min_side=50" in listed[0]["reason"]
+
+
 def test_a_class_whose_files_are_all_held_out_is_named(vae, tmp_path, caplog):
     rows = ["path,label,split"]
     for i, (label, split) in enumerate([("cat", "train"), ("cat", "val"), ("dog", "train"), ("owl", "val")]):

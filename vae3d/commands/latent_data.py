@@ -152,6 +152,11 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     size = diffusion_data.choose_size(counts, validation.height, validation.width)
     notes = [line for source in sources for line in source.lines([*source.tables.notes, *source.training.notes])]
     errors = [error for source in sources for error in source.reasons(source.tables.errors)]
+    skipped_files = [
+        entry
+        for source in sources
+        for entry in source.reasons([*source.tables.skipped_files, *source.training.skipped_files])
+    ]
     possible: list[list[HeldOutClip]] = []
     for source, labels in zip(sources, val_labels, strict=True):
         clips = held_out_clips(source, labels, validation) if validation.every else []
@@ -181,6 +186,7 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         sample=config.vae.sample,
         fingerprint=fingerprint,
         errors=errors + unread,
+        skipped_files=skipped_files,
         notes=[
             *notes,
             f"{plural(files, 'file')}, {files_held_out} of them held out; encoded batch by batch",

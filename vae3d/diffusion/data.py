@@ -55,8 +55,8 @@ class LatentData:
     width of sampled clips. sample: draw latents from the posterior; else take its mean. classes: names.
     trained_classes: indices of the classes that occur in the training data; numeric labels leave gaps, and validation
     files may have others. held_out: this rank's validation clips, one per batch. held_out_sizes: of those of all ranks,
-    each with latents of another shape. timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of
-    the data, for checkpoints.
+    each with latents of another shape. skipped_files: (path, reason) of readable files that are not used. timeout:
+    seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
     """
 
     dataset: Dataset[Any]
@@ -75,6 +75,7 @@ class LatentData:
     workers: int = 0
     prefetch: int = 2
     errors: list[tuple[str, str]] = field(default_factory=list)
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0
     fingerprint: Fingerprint | SourceFingerprints | None = None
