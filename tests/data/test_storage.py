@@ -309,6 +309,15 @@ def test_large_objects_are_read_in_pieces(files, store, monkeypatch):
     assert len(store.requests) > (files / "clip.mp4").stat().st_size / 1000
 
 
+def test_a_copy_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
+    """Else a machine that goes down leaves a copy of the right size that is full of zeros."""
+    synced, replace = {}, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.update({os.fstat(file).st_ino: os.pread(file, 9, 0)}))
+    monkeypatch.setattr(os, "replace", lambda old, new: (synced[os.stat(old).st_ino], replace(old, new)))
+    copy = object_cache.cached_copy("a.mp4", 5, 1, lambda first, count: b"12345")
+    assert synced[copy.stat().st_ino] == b"12345"
+
+
 def test_settings_are_those_of_fsspec(store, monkeypatch):
     """As from the variable FSSPEC_HTTP."""
     store.token = "Bearer abc"
