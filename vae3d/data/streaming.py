@@ -166,8 +166,7 @@ class ShuffledItems:
 
 @dataclass(frozen=True)
 class StreamingSchedule(OneStream):
-    """Which frame count each step has, and which clips of a step this rank reads; see BatchSchedule. lengths: empty, as
-    a stream does not know them."""
+    """Which frame count each step has, and which clips of a step this rank reads; see BatchSchedule."""
 
     frames: FrameCounts
     seed: int
@@ -175,7 +174,6 @@ class StreamingSchedule(OneStream):
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
-    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, int))
 
     def __post_init__(self) -> None:
         if self.frames.fit:
@@ -183,7 +181,7 @@ class StreamingSchedule(OneStream):
 
     def frames_at(self, step: int) -> int:
         """Frames per clip of a step."""
-        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")), self.lengths)
+        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")))
 
     def clips(self, number: int) -> list[ClipIndex]:
         """Positions and frame counts of this rank's micro-batch `number`, of all its micro-batches."""
