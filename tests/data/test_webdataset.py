@@ -317,6 +317,17 @@ def test_a_sparse_member_is_an_error(tmp_path):
         WebDataset(tmp_path / "0.tar").table()
 
 
+def test_an_index_without_shards_is_an_error_that_names_it(tmp_path):
+    write_tar(tmp_path / "0.tar", samples(1))
+    WebDataset(tmp_path).table()
+    table, header = read_index(tmp_path / INDEX)
+    table = table.slice(0, 0).replace_schema_metadata({tar_index.KEY: json.dumps({**header, "shards": []})})
+    with pa.ipc.new_file(str(tmp_path / "none.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=rf"{tmp_path}/none\.arrow has no samples"):
+        WebDataset(tmp_path / "none.arrow").table()
+
+
 def test_a_key_in_two_shards_names_both(tmp_path):
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", samples(7))

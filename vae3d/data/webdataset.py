@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from vae3d.data.media import DataError, MediaError, StreamItem
-from vae3d.data.paths import cache_folder, is_url, local_name, member_path
+from vae3d.data.paths import cache_folder, is_http, is_url, local_name, member_path
 from vae3d.data.readers import is_image
 from vae3d.data.rows import NUMBERS, exists, joined, rows_from_paths
 from vae3d.data.segments import SEGMENT
@@ -238,8 +238,6 @@ def list_shards(path: str) -> list[str]:
     if path.endswith(".arrow"):
         return shard_paths(read_index(path)[1], path)
     if is_url(path):
-        if not is_tar(path) and is_indexed_url(path):  # over HTTP, folders cannot be listed
-            return list_shards(_index_at(path))
         try:
             found = list_urls(path) if is_tar(path) else [url for url in find_objects(path) if url.endswith(".tar")]
         except MediaError as error:
@@ -254,11 +252,15 @@ def list_shards(path: str) -> list[str]:
 
 
 def list_all(patterns: Iterable[str]) -> list[str]:
-    """list_shards of several patterns. Raises DataError that names a tar that is listed twice."""
-    paths = [path for pattern in patterns for path in list_shards(pattern)]
+    """list_shards of several patterns; of a folder over HTTP, which lists none, of its index if it has one. Raises
+    DataError that names a tar that is listed twice."""
+    paths = []
+    for pattern in patterns:
+        indexed = is_http(pattern) and not is_tar(pattern) and is_indexed_url(pattern)
+        paths += list_shards(_index_at(pattern) if indexed else pattern)
     twice = next((path for path, count in Counter(paths).items() if count > 1), None)
     if twice is not None:
-        raise DataError(f"{twice} is listed twice; name each shard once in data.source.path and data.source.val_path")
+        raise DataError(f"{twice} is listed twice; name it once")
     return paths
 
 
@@ -266,7 +268,7 @@ def _others(paths: Sequence[str], without: Sequence[str]) -> list[str]:
     """Raises DataError if none is left."""
     left_out = set(without)
     others = [path for path in paths if path not in left_out]
-    if not others:
+    if paths and not others:
         raise DataError(f"data.source.val_path names all shards of data.source.path ({paths[0]}, ...): none is left")
     return others
 
@@ -352,6 +354,6 @@ def _checked_index(
     if set(wanted) != set(paths):
         chosen = np.flatnonzero(np.isin(paths, wanted))
         table = table.filter(pa.array(np.isin(table["shard"].combine_chunks().indices.to_numpy(), chosen)))
-        if not len(table):
-            raise DataError(f"{wanted[0]} has no samples")
+    if not len(table):
+        raise DataError(f"{wanted[0] if wanted else index} has no samples")
     return table, paths, index
