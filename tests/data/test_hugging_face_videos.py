@@ -354,7 +354,7 @@ def test_the_longest_clips_of_a_stream_are_its_first_ones(repository):
     assert [clip.paths[0].rpartition("/")[2] for clip in found] == ["0-2.hfvideo", "1-0.hfvideo", "1-1.hfvideo"]
     assert errors == []
     data.schedule = StreamingSchedule(FrameCounts(1, 99), 3, 4)
-    with pytest.raises(DataError, match="none of the first 30 has 99 frames"):
+    with pytest.raises(DataError, match="none of the first 7 has 99 frames"):
         list(longest_clips(data, 3, errors))
 
 

@@ -482,6 +482,31 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
 
 
+def test_files_that_are_too_small_are_listed(vae, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "set")
+    Image.new("RGB", (40, 64)).save(tmp_path / "set/train/cat/9.png")
+    config = [f"vae.path={vae}", f"data.source.path={tmp_path / 'set'}", "data.height=64", "data.width=64"]
+    trainer = latent_runs.trainer(tmp_path / "run", *config, "data.min_side=50")
+    trainer.log.close()
+    listed = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
+    assert [entry["path"] for entry in listed] == [str(tmp_path / "set/train/cat/9.png")]
+    assert "data.min_side=50" in listed[0]["reason"]
+
+
+def test_rows_of_one_held_out_file_keep_their_own_classes(vae, pictures, tmp_path):
+    rows = ["path,label,split", "0.png,cat,train", "1.png,dog,train", "0.png,cat,val", "0.png,dog,val", "1.png,cat,val"]
+    for i in range(2):
+        shutil.copy(pictures / f"train/cat/{i + 1}.png", tmp_path / f"{i}.png")
+    (tmp_path / "images.csv").write_text("\n".join(rows))
+    told = [f"vae.path={vae}", "data=video_csv", f"data.source.path={tmp_path / 'images.csv'}", "labels=column"]
+    told += ["data.height=64", "data.width=64", "data.frames.min=1", "data.frames.max=1", "validation.every=1"]
+    config = latent_runs.config(*told)
+    codec = train_diffusion.codec_of(config, torch.device("cpu"))
+    ranks = [build_latent_data(config, codec, rank, 2) for rank in range(2)]
+    labels = {batch.positions[0]: batch.labels.tolist() for data in ranks for batch in data.held_out}
+    assert [ranks[0].classes[label] for number in range(3) for label in labels[number]] == ["cat", "dog", "cat"]
+
+
 def test_a_class_whose_files_are_all_held_out_is_named(vae, tmp_path, caplog):
     rows = ["path,label,split"]
     for i, (label, split) in enumerate([("cat", "train"), ("cat", "val"), ("dog", "train"), ("owl", "val")]):

@@ -228,6 +228,7 @@ class Trainer(ABC, Generic[Batch]):
         for key, (old, new) in changed.items():
             self.log.say(f"{key} changed at step {self.step} from {old} to {new}")
         self.log.errors(self.data.errors)
+        self.log.skipped_files(self.data.skipped_files)
 
     def resume(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
         """Load the checkpoint. Returns the settings that changed since."""

@@ -123,10 +123,6 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         self.checkpointer.register("proximal", proximal)
         self.checkpointer.register("adversary", adversary, optional_rank_state=True, copy_rank_state=False)
 
-    def setup(self, checkpoint: Path | None) -> None:
-        super().setup(checkpoint)
-        self.log.skipped_files(self.data.skipped_files)
-
     def load_batches(self, stopping: Callable[[], bool]) -> Iterator[ClipBatch | Unreadable]:
         return self.data.clips(self.step, self.config.trainer.max_steps, stopping)
 
