@@ -185,7 +185,7 @@ def main() -> int:
         script = "scripts/train_latent_diffusion.py"
         source = ["data=folder", f"data.source.path={folder / 'images'}", f"vae.path={made}"]
         scale = [str(ROOT / "scripts/measure_scale.py"), str(made), str(folder / "images"), "--height", "32", "--width"]
-        scaled = os.system(" ".join([sys.executable, *scale, "32", "--per-channel", "> /dev/null 2>&1"]))
+        scaled = os.system(" ".join([sys.executable, *scale, "32", "--per_channel", "> /dev/null 2>&1"]))
         if scaled:
             raise RuntimeError("measure_scale.py failed")
         arguments = [*COMMON, *DIFFUSION, *source]

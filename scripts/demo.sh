@@ -107,7 +107,7 @@ diffusion() { # each model has its own autoencoder, whose latents are cached
   run python train.py experiment=ldm_vae_tiny
   run python scripts/encode_latents.py checkpoint=demo/runs/ldm_vae_tiny source=demo/classes/images.csv \
     cache=demo/latents/classes height=64 width=64 workers=1
-  run python scripts/latent_stats.py demo/latents/classes --write demo/runs/ldm_vae_tiny --per-channel
+  run python scripts/latent_stats.py demo/latents/classes --write demo/runs/ldm_vae_tiny --per_channel
   run python scripts/train_latent_diffusion.py latent_experiment=unet_tiny
   run python scripts/sample_latent_diffusion.py checkpoint=demo/runs/ldm_unet_tiny out=demo/out/ldm_unet_tiny \
     against=demo/latents/classes count=256 steps=25 guidance=1.5 shift=2 write=[grid] overwrite=true

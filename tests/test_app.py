@@ -36,10 +36,10 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from vae3d.app import jobs as jobs_module
-from vae3d.app import main, server, worker
+from vae3d.app import main, process, server, worker
 from vae3d.app.jobs import Jobs
 from vae3d.app.process import Worker
-from vae3d.app.settings import Limits
+from vae3d.app.settings import Limits, Settings
 
 TOKEN = "secret"
 HOST = "http://localhost:8765"
@@ -131,6 +131,16 @@ def test_an_uploaded_video_is_reconstructed_shown_and_downloaded_exactly(tmp_pat
             assert file.headers["content-disposition"].startswith("attachment")
             (tmp_path / name).write_bytes(file.content)
             assert np.array_equal(to_uint8(vae3d.read_video(tmp_path / name).frames[0]), frames), label
+
+
+def test_a_video_that_was_replaced_is_read_again(tmp_path):
+    runner = worker.Runner(["tiny"], "cpu", Limits(), lambda *_: None)
+    settings, path = Settings((0,), frames=3, height=16), tmp_path / "clip.mp4"
+    tiny.write_video(path, tiny.frames(3, *SIZE))
+    first = runner._read(path, "clip.mp4", settings, False)
+    assert runner._read(path, "clip.mp4", settings, False) is first
+    tiny.write_video(path, tiny.frames(3, *SIZE, seed=7))
+    assert not np.array_equal(runner._read(path, "clip.mp4", settings, False).frames, first.frames)
 
 
 def test_noise_needs_the_decoder_alone_and_grows_with_its_strength(tmp_path, videos, checkpoint, monkeypatch):
@@ -228,7 +238,7 @@ def test_what_is_too_large_too_long_or_unknown_is_refused(tmp_path, videos, chec
         for content in (b"x" * 5001, iter([b"x" * 3000] * 2)):  # with its length announced, and without
             answer = put("a.mp4", content)
             assert answer.status_code == 400
-            assert "--max-upload" in answer.json()["error"]
+            assert "--max_upload" in answer.json()["error"]
         for name in ("a.exe", "mp4", "frame_*.png", ".mp4"):
             assert "error" in put(name, b"x").json()
         assert list((jobs.folder / "uploads").iterdir()) == []
@@ -239,7 +249,7 @@ def test_what_is_too_large_too_long_or_unknown_is_refused(tmp_path, videos, chec
         assert "error" in job(client, frames="many")
         assert "error" in job(client, key="0/link.mp4")
         failed = ended(client, job(client, frames=6))
-        assert "--max-megapixels" in failed["text"]
+        assert "--max_megapixels" in failed["text"]
         assert "9 frames" in ended(client, job(client, start=9, frames=1))["text"]
         assert ended(client, job(client, frames=5))["state"] == "done"
 
@@ -287,7 +297,7 @@ def kill(*_: Any) -> None:
         ("code", kill, "fewer frames"),
         ("write_exact", raising(OSError(errno.ENOSPC, "No space left on device")), "No space left on device"),
         ("code", raising(ZeroDivisionError("a bug")), "the terminal"),
-        ("open_media", lambda *_, **__: time.sleep(60), "--read-timeout"),
+        ("open_media", lambda *_, **__: time.sleep(60), "--read_timeout"),
     ],
 )  # fmt: skip
 def test_a_job_that_fails_says_why(tmp_path, videos, checkpoint, monkeypatch, capfd, name, function, said):
@@ -302,6 +312,52 @@ def test_a_job_that_fails_says_why(tmp_path, videos, checkpoint, monkeypatch, ca
             assert ended(client, job(client))["state"] == "done"
     if "terminal" in said:
         assert "a bug" in capfd.readouterr().err
+
+
+class Broken:
+    """A worker that fails once as nobody expects."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def ask(self, *_: Any) -> dict[str, Any]:
+        self.asked += 1
+        if self.asked == 1:
+            raise ZeroDivisionError("a bug")
+        return {}
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_after_an_error_that_nobody_expects_the_job_has_failed_and_the_next_one_runs(tmp_path, videos):
+    (tmp_path / "temporary").mkdir()
+    jobs = Jobs(Broken(), tmp_path / "temporary", [videos], [".mp4"], 1, Limits())
+    source, settings = jobs.source("listed", "0/sub/clip.mp4"), Settings((0,), frames=3, height=16)
+    first = jobs.submit(source, settings)
+    until(lambda: first.state == "failed")
+    assert "the terminal" in first.text
+    second = jobs.submit(source, settings)
+    until(lambda: second.state == "done")
+    jobs.close()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "no more processes"), EOFError("unexpected EOF")])
+def test_a_process_that_cannot_be_started_is_said(tmp_path, monkeypatch, error):
+    running = Worker((), "cpu", tmp_path, Limits(), method="fork")
+    monkeypatch.setattr(running._context.Process, "start", raising(error))
+    with pytest.raises(UserError, match=str(error)[-8:]):
+        running.ask({"do": "describe"}, lambda *_: None)
+
+
+def test_a_process_that_ended_between_jobs_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "_run", lambda connection, *_: connection.close())
+    running = Worker((), "cpu", tmp_path, Limits(), method="fork")
+    running._start()
+    running._process.join()
+    monkeypatch.setattr(running, "_start", lambda: None)  # it looks alive a moment before
+    with pytest.raises(UserError, match="the terminal"):
+        running.ask({"do": "describe"}, lambda *_: None)
 
 
 def test_a_full_disk_is_said(tmp_path, videos, checkpoint, monkeypatch):
@@ -546,7 +602,7 @@ def test_in_a_browser_limit_error_upload_run_play_noise_download(tmp_path, video
         assert page.url == f"{root}/"
 
         page.evaluate(DROP)
-        page.locator("#error", has_text="--max-upload").wait_for()
+        page.locator("#error", has_text="--max_upload").wait_for()
         page.set_input_files("#file", tmp_path / "broken.mp4")
         page.click("#go:enabled")
         page.locator("#error", has_text="broken.mp4: ").wait_for()

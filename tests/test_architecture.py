@@ -22,6 +22,7 @@ LAYERS = [
     "leaves",
     "pretrained",
     "models",
+    "pruning",
     "losses",
     "metrics",
     "adversarial",

@@ -15,7 +15,7 @@ from vae3d import argparse_types
 from vae3d.commands import cli
 from vae3d.commands.cli import check_training
 from vae3d.commands.launch import RunFolders
-from vae3d.config.check import read
+from vae3d.config.check import path_issues, read
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
 from vae3d.config.issues import NO_VALUE, ConfigError, close_match, is_within
 from vae3d.config.latents import EncodeConfig, check_encoding
@@ -56,6 +56,7 @@ FAULTS = {
     "range": (["data.frames.images=1.5"], "data.frames.images=1.5", "from 0 to 1"),
     "decay inside the warm-up": (["optim.warmup_steps=200", "optim.decay_start=100"], "optim.decay_start=100", "optim.warmup_steps=200"),
     "resume from nothing": (["run.resume_from=/nowhere.pt"], "run.resume_from=/nowhere.pt", ""),
+    "resume from another program's name": (["run.resume_from=/nowhere/checkpoint-5"], "run.resume_from=/nowhere/checkpoint-5", "no such"),
     "resume from a folder": (["run.resume_from=/tmp"], "run.resume_from=/tmp", "RUN/checkpoints/step-"),
     "ema device": (["trainer.ema.device=gpu"], "trainer.ema.device=gpu", "model or cpu"),
     "proximal": (["optim.proximal=-1"], "optim.proximal=-1", "at least 0"),
@@ -65,6 +66,10 @@ FAULTS = {
     "unknown part": (["stage.train={temporal_encodr: 1.0}"], "stage.train", "temporal_encodr; it has spatial_encoder, spatial_decoder, temporal_encoder"),
     "params_without_grad part": (["loss=latent"], "stage.train", "spatial_decoder, decoder on clips of 1 frame"),
     "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "stage.init_from=random", "spatial_encoder, spatial_decoder, temporal_encoder, encoder, decoder"),
+    "no starting point": (["stage.init_from=null"], "stage.init_from=null", "random, or a checkpoint"),
+    "a list of starting points": (["stage.init_from=[a]"], "stage.init_from=[a]", "random, or a checkpoint"),
+    "no starting point of a part": (["stage.init_from={spatial_vae: null}"], "stage.init_from={'spatial_vae': None}", "random, or a checkpoint"),
+    "several models to prune": (["stage.init_from={prune: [a, b]}"], "stage.init_from={'prune': ['a', 'b']}", "random, or a checkpoint"),
     "unknown submodule": (["stage.init_from={spatial: random}"], "stage.init_from.spatial", "spatial_vae, temporal_vae"),
     "nothing to train on": (["loss.terms.l1.weight=0", "loss.terms.kl.weight=0"], "loss.terms", "weight above 0"),
     "unknown metric": (["validation.metrics=[psnr,vmaf]"], "validation.metrics=[psnr, vmaf]", "vmaf; there are psnr, ssim, ms_ssim"),
@@ -92,7 +97,13 @@ FAULTS = {
     "a flag": (["trainer.compile=maybe"], "trainer.compile=maybe", "true or false"),
     "a near choice": (["optim.schedule=cosin"], "optim.schedule=cosin", "did you mean cosine?"),
     "a folder's name": (["run.name=a/b"], "run.name=a/b", "without /"),
-    "no learning rate of a part": (["stage.train.encoder=0"], "stage.train.encoder=0", "above 0"),
+    "no learning rate of a part": (["stage.train.encoder=0"], "stage.train.encoder=0", "must be a number above 0"),
+    "a number for a term": (["loss.terms.l1=5"], "loss.terms.l1=5", "must be a group of the keys term, weight"),
+    "a word for frames of buckets": (["data.buckets.frames=[1,x]"], "data.buckets.frames[1]=x", "must be an integer of at least 1"),
+    "a number for a bucket": (["data.buckets.shapes=[5]"], "data.buckets.shapes[0]=5", "must be a group of the keys frames"),
+    "a size of a bucket": (["data.buckets=[[1,16,-1]]"], "data.buckets.shapes[0].width=-1", "at least 1"),
+    "a size of a listed bucket": (["data.buckets.shapes=[[1,16,16],[1,16,-1]]"], "data.buckets.shapes[1].width=-1", "at least 1"),
+    "an unknown key of a bucket": (["data.buckets.shapes=[{frames: 1, height: 16, widht: 16}]"], "data.buckets.shapes[0].widht", "did you mean data.buckets.shapes[0].width?"),
 }  # fmt: skip
 
 
@@ -413,6 +424,11 @@ def test_a_rule_is_skipped_where_a_value_is_wrong_itself():
     assert "data.frames.max" not in keys("data.frames.min=0", "data.frames.max=-1")
 
 
+def test_a_number_for_a_network_has_no_shortcut():
+    overrides = ("model=temporal_vae", "stage.fit_shortcut=3", "model.temporal=5")
+    assert "stage.fit_shortcut" in {issue.key for issue in training_issues(tiny.compose(*overrides))[1]}
+
+
 def test_reduce_dtype_is_not_for_deepspeed():
     def keys(*overrides):
         return {issue.key for issue in training_issues(tiny.compose("model=spatial", *overrides))[1]}
@@ -440,6 +456,19 @@ def test_a_signature_read_from_the_source_is_that_of_the_class(target):
     parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
     signature = signature_of(target)
     assert signature.arguments == {key: parameter.default is parameter.empty for key, parameter in parameters.items()}
+
+
+def test_a_pattern_of_very_many_files_is_not_expanded_where_its_ends_are_missing(tmp_path):
+    for name in ("0.tar", "1.tar", "2.tar", "08.tar", "09.tar", "10.tar"):
+        (tmp_path / name).touch()
+    missing = {
+        pattern: len([*path_issues({"data.source.path": f"{tmp_path}/{pattern}.tar"})])
+        for pattern in ("{0..2}", "{2..0}", "{08..10}", "{0..2..2}", "{0..3}", "{0..999999999}", "{1,0}", "{08,10..11}")
+    }
+    assert missing == {
+        "{0..2}": 0, "{2..0}": 0, "{08..10}": 0, "{0..2..2}": 0, "{0..3}": 1, "{0..999999999}": 1, "{1,0}": 0,
+        "{08,10..11}": 1,
+    }  # fmt: skip
 
 
 def test_a_root_that_cannot_be_made_is_one_message(tmp_path, capsys):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from ast import literal_eval
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import resolve_name
 
 import hydra
@@ -54,6 +55,15 @@ def test_the_first_line_is_printed_before_anything_slow_is_imported():
     code = "import sys; from vae3d.commands import cli; print(sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], env=tiny.environ(), capture_output=True, text=True, check=True)
     assert not set(literal_eval(done.stdout)) & {"hydra", "omegaconf", "pydantic", "numpy", "pandas", "torch", "tqdm"}
+
+
+def test_flags_are_taken_with_underscores_and_with_hyphens():
+    for words in (["--per_channel", "--by_pixels"], ["--per-channel", "--by-pixels"]):
+        args = flags.parse_measure_scale(["run", "a-b", *words, "--out=x-y"])
+        assert (args.source, args.per_channel, args.by_pixels, args.out) == ("a-b", True, True, Path("x-y"))
+    assert flags.parse_measure_scale(["--by-pixels", "--", "--a-b", "c"]).checkpoint == Path("--a-b")
+    args = flags.parse_eval(["--real-video-dir", "a", "--rec", "b", "--page-videos=3"])
+    assert (args.ref, args.page_videos) == (Path("a"), 3)
 
 
 ANSWERED = """

@@ -22,6 +22,7 @@ from vae3d.inference.video import VideoWriter, video_suffix
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import build, list_models, load, open_codec, save
 from vae3d.metrics import MetricError, MetricSet, build_metrics
+from vae3d.metrics.base import SCORED_FRAMES
 from vae3d.models.interface import Stream, VideoAutoencoder
 from vae3d.pixels import as_unit, check_video, no_waiting_checks, quantize_unchecked, to_uint8
 from vae3d.progress import Bar
@@ -47,7 +48,6 @@ __all__ = [
 ]
 
 Source = str | Path
-FRAMES = 16  # of a file that are scored at once
 
 
 class Video(NamedTuple):
@@ -228,9 +228,8 @@ def score(
             raise MetricError(f"the videos differ in shape: {list(reference.shape)} and {list(reconstruction.shape)}")
         results = []
         for clips in zip(reference, reconstruction, strict=True):
-            for parts in zip(*(clip.split(FRAMES, 1) for clip in clips), strict=True):
-                metric_set.update(*(_unit(part, device) for part in parts))
-            results.append(metric_set.result())
+            parts = zip(*(clip.split(SCORED_FRAMES, 1) for clip in clips), strict=True)
+            results.append(metric_set.score((_unit(a, device), _unit(b, device)) for a, b in parts))
         return metric_set.aggregate(results)
     if isinstance(reference, Tensor) or isinstance(reconstruction, Tensor):
         raise UserError("give two tensors or two files")
@@ -240,10 +239,10 @@ def score(
             raise UserError(
                 f"{reference} has {plural(ref.info.num_frames, 'frame')} and {reconstruction} has {rec.info.num_frames}"
             )
-        for start in range(0, ref.info.num_frames, FRAMES):
-            chunk = range(start, min(start + FRAMES, ref.info.num_frames))
-            metric_set.update(*(as_unit(read_resized(reader, chunk), device) for reader in (ref, rec)))
-        return metric_set.aggregate([metric_set.result()])
+        indices = range(ref.info.num_frames)
+        chunks = (indices[start : start + SCORED_FRAMES] for start in indices[::SCORED_FRAMES])
+        pairs = ((read_resized(ref, chunk), read_resized(rec, chunk)) for chunk in chunks)
+        return metric_set.aggregate([metric_set.score((as_unit(a, device), as_unit(b, device)) for a, b in pairs)])
 
 
 def _unit(clip: Tensor, device: torch.device | str) -> Tensor:

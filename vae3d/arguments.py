@@ -81,7 +81,8 @@ PixelChannels = Annotated[int, Range(1, 64)]  # of a video: 3 RGB, 4 RGBA, 1 gre
 Classes = Annotated[int, Range(0, 10**6)]
 Count = Annotated[int, Range(1, 2**31)]  # frames or latents
 Mean = Annotated[float, Range(-1e6, 1e6)]
-Deviation = Annotated[float, Range(1e-6, 1e6)]  # also of factors that multiply
+DEVIATIONS = Range(1e-6, 1e6)
+Deviation = Annotated[float, DEVIATIONS]  # also of factors that multiply
 
 
 class ArgumentError(UserError):

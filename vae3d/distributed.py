@@ -36,16 +36,22 @@ class RanksDiffer(UserError):
 
 
 def init_training(precision: str) -> Accelerator:
-    """Join the ranks of a training run. precision: fp32, bf16 or fp16."""
+    """Join the ranks of a training run. precision: fp32, bf16 or fp16.
+
+    Raises UserError if they do not find each other.
+    """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     timeout = InitProcessGroupKwargs(timeout=LONG_TIMEOUT)
     AcceleratorState._reset_state()  # jobs of a sweep in one process may differ in precision
-    accelerator = Accelerator(
-        mixed_precision=precision.replace("fp32", "no"), cpu=_no_accelerator(), kwargs_handlers=[timeout]
-    )
-    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", 1)), "ranks did not find each other"
+    cpu = _no_accelerator() or torch.accelerator.current_accelerator().type == "mps"  # which has no float64
+    accelerator = Accelerator(mixed_precision=precision.replace("fp32", "no"), cpu=cpu, kwargs_handlers=[timeout])
+    if accelerator.num_processes != (ranks := int(os.environ.get("WORLD_SIZE", 1))):
+        raise UserError(
+            f"WORLD_SIZE is {ranks}, but this rank found {accelerator.num_processes} in all; set RANK, LOCAL_RANK, "
+            "MASTER_ADDR and MASTER_PORT too, or start with torchrun, or unset WORLD_SIZE for a single process"
+        )
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
@@ -76,6 +82,10 @@ def _no_accelerator() -> bool:
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def shorten_timeout(timeout: timedelta) -> None:

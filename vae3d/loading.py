@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from hydra.errors import HydraException
 from torch import nn
 
+from vae3d.arguments import short
 from vae3d.checkpoints.export import WRITERS, replace_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_weights, read_checkpoint
 from vae3d.config.adapter import adapter_issues
@@ -199,11 +201,7 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
         latent = checkpoint.config.get("latent")
         if latent is not None and latent != getattr(target, "latent", latent):
             lines.append(f"its latents were {latent} and are {target.latent} from now on")
-        if difference := scale_difference(target, checkpoint):
-            # A SpatialVAE reads its factors in `normalize` only, so other factors do not change its reconstructions.
-            if not name and not isinstance(target, SpatialVAE):
-                raise CheckpointError(f"{checkpoint.path} does not fit the model: {difference}")
-            lines.append(difference)
+        lines += check_scale(target, checkpoint, is_part=bool(name))
     return lines
 
 
@@ -218,16 +216,49 @@ def _wan_hint(model: nn.Module, checkpoint: Checkpoint) -> str:
     return f"\nset {' '.join(more)}" if more else ""
 
 
-def scale_difference(model: nn.Module, checkpoint: Checkpoint) -> str:
-    """How the checkpoint's latent scale differs from the model's; "" if it does not."""
-    spatial = getattr(model, "spatial_vae", model)
-    config = checkpoint.config.get("spatial", checkpoint.config)
-    differences = [
-        f"{name} is {config[name]} in the checkpoint and {getattr(spatial, name)} in the model"
-        for name in ("scaling_factor", "shift_factor")
-        if hasattr(spatial, name) and config.get(name) not in (None, getattr(spatial, name))
-    ]
-    return " and ".join(differences)
+def check_scale(model: nn.Module, checkpoint: Checkpoint, is_part: bool = False) -> list[str]:
+    """A log line if the checkpoint's latent scale differs from the model's, which is then used. Raises CheckpointError
+    if it differs and `model` is neither a part nor a SpatialVAE."""
+    if not (differing := scale_difference(model, checkpoint)):
+        return []
+    line = " and ".join(
+        f"{name} is {short(theirs)} in the checkpoint and {short(ours)} in the model"
+        for name, (theirs, ours) in differing.items()
+    )
+    # A SpatialVAE reads its factors in `normalize` only, so other factors do not change its reconstructions.
+    if is_part or isinstance(model, SpatialVAE):
+        return [line]
+    settings = " ".join(f"model.{name}={str(theirs).replace(' ', '')}" for name, (theirs, _) in differing.items())
+    raise CheckpointError(f"{checkpoint.path} does not fit the model: {line}; set {settings}")
+
+
+def scale_difference(model: nn.Module, checkpoint: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """{setting: its values in the checkpoint and the model} of latent scales that differ.
+
+    A value that the checkpoint lacks, or that its reader assumed, fits any model.
+    """
+    parts = [("", model, checkpoint.config.get("spatial", checkpoint.config))]
+    if hasattr(model, "spatial_vae"):
+        parts = [("", model, checkpoint.config), ("spatial.", model.spatial_vae, checkpoint.config.get("spatial", {}))]
+    found = {}
+    for prefix, module, config in parts:
+        for name in ("scaling_factor", "shift_factor"):
+            if hasattr(module, name) and config.get(name) not in (None, getattr(module, name)):
+                found[prefix + name] = (config[name], getattr(module, name))
+        if not isinstance(module, VideoAutoencoder) or getattr(module, "latent", None) == "normalized":
+            continue
+        for name in ("latents_mean", "latents_std"):
+            theirs = config.get(name)
+            if theirs is None or name in checkpoint.assumed or name in module.state_dict():  # loaded with the weights
+                continue
+            ours = list(getattr(module.spec, name))
+            if len(theirs) != len(ours) or not all(map(_close, theirs, ours)):
+                found[prefix + name] = (theirs, ours)
+    return found
+
+
+def _close(a: float, b: float) -> bool:
+    return isclose(a, b, rel_tol=1e-5, abs_tol=1e-6)
 
 
 def merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Shapes: B clips, C channels, T frames of H x W pixels; t, h, w are the same axes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -85,6 +85,12 @@ class Delta:
 
     def kl(self) -> Tensor:
         return self.mean.new_zeros(self.mean.shape[0])
+
+
+def cat_posteriors(parts: Sequence[Posterior | Delta]) -> Posterior | Delta:
+    """One of a clip from those of its chunks, all of one kind, joined along time."""
+    values = (vars(part).values() for part in parts)
+    return type(parts[0])(*(torch.cat(chunks, 2) for chunks in zip(*values, strict=True)))
 
 
 @dataclass
@@ -170,6 +176,8 @@ class ClipBatch:
         tensors = {name: getattr(self, name) for name in ("video", "valid", "depth_bounds", "weight")}
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
-    def generators(self, seed: int, device: torch.device | str) -> list[torch.Generator]:
-        """One generator per clip, seeded by (seed, position)."""
-        return [generator_of(seed, position, "noise", device=device) for position in self.positions.tolist()]
+    def generators(self, seed: int, device: torch.device | str, purpose: str = "noise") -> Generators:
+        """One generator per clip, seeded by (seed, position, purpose); None on the meta device, which draws nothing."""
+        if torch.device(device).type == "meta":
+            return None
+        return [generator_of(seed, position, purpose, device=device) for position in self.positions.tolist()]

@@ -24,7 +24,7 @@ from vae3d.data.held_out import validation_clips
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
-from vae3d.inference.scale import spread_clips
+from vae3d.latents.scale import spread_clips
 from vae3d.losses.gram import Gram
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS

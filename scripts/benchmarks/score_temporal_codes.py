@@ -23,7 +23,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.held_out import validation_clips
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.inference.scale import spread_clips
+from vae3d.latents.scale import spread_clips
 from vae3d.loading import initialize
 from vae3d.training.linear_code import fit_shortcut
 

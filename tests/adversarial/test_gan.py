@@ -18,6 +18,8 @@ from vae3d.adversarial.gan import Gan
 from vae3d.commands import meta_check
 from vae3d.config import validate
 from vae3d.config.check import check_rules
+from vae3d.training.failures import TooManyFailures
+from vae3d.training.memory import PeakMemory
 from vae3d.training.step_status import StepMetrics
 from vae3d.types import ClipBatch
 
@@ -279,6 +281,17 @@ def test_the_preflight_runs_both_updates_and_the_penalties(config, tmp_path):
     assert toy.same(t.adversary.state_dict(), before)
 
 
+def test_the_preflight_takes_the_memory_of_both_optimizers(config, tmp_path):
+    t = with_gan(config, tmp_path)
+    with PeakMemory([]) as tried:
+        t.preflight()
+    t.train_step(clips_of(t, 0))
+    with PeakMemory([]) as real:
+        t.forward_backward(clips_of(t, 1), t.adversary.update_phase(1), 1, StepMetrics())
+    moments = sum(2 * p.nbytes for network in (t.network, t.adversary.discriminator) for p in network.parameters())
+    assert tried.peak == pytest.approx(real.peak + moments, rel=0.01)
+
+
 def test_the_discriminators_learning_rate_is_of_its_own_steps(config, tmp_path):
     t = with_gan(
         config, tmp_path, start=4, discriminator_start=2, lr=0.1, warmup_steps=2, schedule="cosine", max_steps=8
@@ -288,6 +301,24 @@ def test_the_discriminators_learning_rate_is_of_its_own_steps(config, tmp_path):
         t.train_step(clips_of(t, step))
         rates.append(t.adversary.optimizer.param_groups[0]["lr"])
     assert rates[2:6] == pytest.approx([0.0, 0.05, 0.1, 0.1 * 0.5 * (1 + 2**-0.5)])
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_discriminator_that_is_never_finite_stops_the_run(config, tmp_path, where, alternate):
+    t = with_gan(config, tmp_path, alternate=alternate)
+    t.discriminator_failures.limit = 3
+    t.spikes.max_consecutive_skips = 20
+    weight = next(t.adversary.discriminator.parameters())
+    if where == "gradient":
+        weight.register_hook(lambda gradient: gradient * torch.nan)
+    else:
+        weight.data.fill_(torch.nan)
+        t.adversary.generator_loss = lambda *_: (torch.zeros(()), {})  # which alone would stop the run
+    with pytest.raises(TooManyFailures, match=r"3 updates of the discriminator in a row.*max_consecutive_skips"):
+        for step in range(9):
+            t.train_step(clips_of(t, step))
+    assert t.step == (6 if alternate else 3)
 
 
 # ---- on what

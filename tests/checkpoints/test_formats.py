@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 import vae3d
 from tests import tiny
 from vae3d.checkpoints import export, ldm
-from vae3d.checkpoints.export import write_diffusers, write_export, write_ldm, write_opensora
+from vae3d.checkpoints.export import WRITERS, write_diffusers, write_export, write_ldm, write_opensora
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.opensora import to_published
 from vae3d.checkpoints.published import rename_keys
 from vae3d.io import FileError
 from vae3d.loading import initialize, model_config
+from vae3d.models.registry import config_of
 
 KEYS = json.loads((tiny.ROOT / "tests/keys/sd_vae.json").read_text())
 # 32 groups: a bare file does not tell its number of groups, all published ones have 32.
@@ -304,6 +305,57 @@ def test_a_part_starts_from_its_own_checkpoint_or_from_a_whole_one(tmp_path):
     write_export(whole, tmp_path / "whole")
     initialize(model, {"temporal_vae": str(tmp_path / "whole")})
     assert torch.equal(model.temporal_vae.quant_conv.conv.weight, whole.state["temporal_vae.quant_conv.conv.weight"])
+
+
+WITH_STATS = {
+    "wan": tiny.MODEL["wan"][:-2],
+    "taesd": ["model.variant=taef2"],
+    "taehv": ["model.variant=taecvx", *tiny.MODEL["taehv"][1:]],
+    "opensora_v1_3": [key for key in tiny.MODEL["opensora_v1_3"] if "latents_" not in key],
+}
+
+
+@pytest.mark.parametrize("name", WITH_STATS)
+def test_a_mean_and_deviation_of_latents_that_would_be_lost_are_refused(tmp_path, name):
+    def built(mean, std):
+        stats = (f"model.latents_mean={[mean] * channels}", f"model.latents_std={[std] * channels}")
+        return vae3d.build(name, *WITH_STATS[name], *stats)
+
+    null = ("model.latents_mean=null", "model.latents_std=null")
+    channels = vae3d.build(name, *WITH_STATS[name], *null).spec.channels
+    vae3d.save(built(0.3, 3.0), tmp_path / "e")
+    with pytest.raises(CheckpointError) as error:
+        initialize(built(0.3, 1.0), str(tmp_path / "e"))
+    assert f"model.latents_std=[{','.join(['3.0'] * channels)}]" in str(error.value)
+    assert "model.latents_mean=" not in str(error.value)
+    initialize(built(0.3, 3.0), str(tmp_path / "e"))
+    vae3d.save(vae3d.build(name, *WITH_STATS[name], *null), tmp_path / "none")
+    initialize(built(0.3, 3.0), str(tmp_path / "none"))  # which has none to lose
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "overrides", "lost"),
+    [
+        ("taehv", "taehv", ["model.decoder_space_upscale=[true,true,false]"], "decoder_space_upscale"),
+        ("taesd", "taesd", ["model.variant=taef2", f"model.latents_std={[3.0] * 32}"], "latents_std"),
+        ("diffusers", "diffusers", ["model.pad_w=circular"], "pad_w=circular"),
+    ],
+)
+def test_settings_that_a_layout_does_not_hold_are_notes(tmp_path, name, layout, overrides, lost):
+    for more in ([], overrides):
+        model = tiny.model(name, *more)
+        saved = Checkpoint(config_of(model), model.state_dict(), tmp_path, "export")
+        WRITERS[layout](saved, tmp_path / f"{len(more)}.safetensors")
+        assert [note.startswith(lost) for note in saved.notes] == [True] * bool(more)
+
+
+def test_the_mean_and_deviation_of_the_2d_latents_are_compared_too(tmp_path):
+    def built(std):
+        return vae3d.build("temporal_taef2", *tiny.MODEL["temporal_taef2"], f"model.spatial.latents_std={[std] * 32}")
+
+    vae3d.save(built(2.0), tmp_path / "e")
+    with pytest.raises(CheckpointError, match=r"set model\.spatial\.latents_std=\[2\.0,"):
+        initialize(built(1.0), str(tmp_path / "e"))
 
 
 def test_weights_made_for_another_latent_scale_are_refused(tmp_path):

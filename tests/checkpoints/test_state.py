@@ -5,6 +5,7 @@ import torch
 
 from vae3d.checkpoints import state
 from vae3d.checkpoints.formats import CheckpointError
+from vae3d.checkpoints.location import find_weights
 from vae3d.checkpoints.state import ResumeError, check_same_run
 
 OLD = {"data": {"frames": {"min": 5}, "flip": False}}  # before there were fit, panorama and depth
@@ -19,6 +20,19 @@ def saved(root, step, config):
     state.begin(folder)
     state.write(folder, {}, config)
     return state.commit(folder, root, step, config, {})
+
+
+def test_steps_are_in_the_order_of_their_numbers(tmp_path):
+    """As text, step-10000000 comes before step-9999000."""
+    for step in (9_999_000, 10_000_000):
+        saved(tmp_path / "checkpoints", step, OLD)
+        export = tmp_path / f"exports/step-{step:07d}/model.safetensors"
+        export.parent.mkdir(parents=True)
+        export.touch()
+    (tmp_path / "exports/step-old").mkdir()
+    assert state.latest_state(tmp_path / "checkpoints").name == "step-10000000"
+    assert state.superseded(tmp_path / "checkpoints", keep=1) == [9_999_000]
+    assert find_weights(tmp_path) == export
 
 
 def test_a_flipped_bit_of_a_training_state_is_found_when_it_is_loaded(tmp_path):
@@ -55,6 +69,17 @@ def test_an_older_checkpoint_is_another_run_where_they_are_on(tmp_path, changed,
     folder = saved(tmp_path, 3, OLD)
     with pytest.raises(ResumeError, match=key):
         check_same_run(folder, new(**changed))
+
+
+def test_a_run_resumes_with_settings_that_change_memory_only(tmp_path):
+    """The advice for a run that does not fit. micro_frames changes results."""
+    memory = {"gradient_checkpointing": False, "chunk_latents": None, "spatial": {"frame_batch": 4}}
+    folder = saved(tmp_path, 3, {"model": {**memory, "micro_frames": 17}})
+    less = {"gradient_checkpointing": True, "chunk_latents": 1, "spatial": {"frame_batch": 1}}
+    changed = check_same_run(folder, {"model": {**less, "micro_frames": 17}})
+    assert sorted(changed) == ["model.chunk_latents", "model.gradient_checkpointing", "model.spatial.frame_batch"]
+    with pytest.raises(ResumeError, match=r"model\.micro_frames"):
+        check_same_run(folder, {"model": {**memory, "micro_frames": 9}})
 
 
 @pytest.mark.parametrize(

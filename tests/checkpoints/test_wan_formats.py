@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -119,6 +120,8 @@ def test_bare_files_of_the_published_width_have_the_published_constants(tmp_path
     read = read_checkpoint(tmp_path / "Wan2.1_VAE.pth")
     assert read.config["latents_mean"] == loading.model_config("wan")["latents_mean"]
     assert "of the published weights are used" in read.notes[0]
+    model = wan.model(latent_channels=16)  # of 0 and 1: it loads, since the file says nothing of them
+    assert "starts from" in initialize(model, str(tmp_path / "Wan2.1_VAE.pth"))[0]
 
 
 def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):
@@ -145,6 +148,15 @@ def test_diffusers_opens_the_folder_and_computes_the_same(tmp_path, saved):
     )
 
 
+@pytest.mark.parametrize("name", ["latents_mean", "latents_std"])
+def test_one_of_mean_and_standard_deviation_alone_is_refused(tmp_path, name):
+    WRITERS["diffusers"](checkpoint("wan", tmp_path), tmp_path / "vae")
+    config_json = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps({**config_json, name: None}))
+    with pytest.raises(CheckpointError, match="both latents_mean and latents_std"):
+        read_checkpoint(tmp_path / "vae")
+
+
 def test_renaming_is_one_to_one_both_ways(saved):
     renamed = to_diffusers(saved.state)
     assert len(renamed) == len(saved.state)
@@ -156,7 +168,11 @@ def test_an_export_keeps_what_the_weights_do_not_tell(tmp_path):
     model = vae3d.load(tmp_path / "e")
     assert (model.borders.width, model.borders.height, model.chunk_latents) == ("circular", "pole", 2)
     assert vae3d.load(tmp_path / "e", pad_h="zeros").borders.height == "zeros"
-    WRITERS["wan"](read_checkpoint(tmp_path / "e"), tmp_path / "VAE.pth")
+    for layout, name in (("wan", "VAE.pth"), ("videox_fun", "fun.pth"), ("diffusers", "d"), ("qwen_image", "q")):
+        saved = read_checkpoint(tmp_path / "e")
+        WRITERS[layout](saved, tmp_path / name)
+        notes = [note for note in saved.notes if "published" not in note]
+        assert [note.partition(" ")[0] for note in notes] == ["pad_w=circular", "pad_h=pole"]
     assert vae3d.load(tmp_path / "VAE.pth").borders.width == "zeros"
     assert vae3d.load(tmp_path / "VAE.pth", pad_w="circular").borders.width == "circular"
 
@@ -188,6 +204,19 @@ def test_wan22_is_not_wan21(tmp_path):
     with pytest.raises(CheckpointError) as why:  # of another width, for which there is no such hint
         initialize(wan.model("wan22", channels=4), str(tmp_path / "VAE.pth"))
     assert "set model" not in str(why.value)
+
+
+@pytest.mark.parametrize("style", wan.STYLES)
+def test_a_smaller_decoder_is_written_under_its_own_keys_and_not_for_programs_that_cannot_build_it(tmp_path, style):
+    saved = checkpoint(style, tmp_path, decoder_widths=[8, 8, 4, 4])
+    for layout in ("native", "videox_fun"):
+        write_flat(saved, layout, tmp_path / "flat.pt")
+        assert len(torch.load(tmp_path / "flat.pt", weights_only=True)) == len(saved.state)
+    for layout in ("wan", "videox_fun", "diffusers"):
+        with pytest.raises(CheckpointError, match=rf"decoder_widths=\[8, 8, 4, 4\], which the {layout} layout"):
+            WRITERS[layout](saved, tmp_path / layout)
+    with pytest.raises(CheckpointError, match=r"the diffusers layout .*; use native"):
+        write_flat(saved, "diffusers", tmp_path / "flat.pt")
 
 
 @pytest.mark.parametrize(("style", "channels"), [("wan", 1), ("wan", 4), ("wan22", 1), ("wan22", 4)])

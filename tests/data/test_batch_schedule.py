@@ -49,6 +49,14 @@ def test_frame_counts_are_uniform_over_their_range():
     assert max(abs(n - 200) for n in drawn.values()) < 60  # four standard deviations
 
 
+def test_a_frame_count_that_needs_no_lengths_looks_up_no_rows(monkeypatch):
+    p, fitting = schedule(), schedule(frames=FrameCounts(5, 33, 4, fit=True))
+    monkeypatch.setattr(BatchSchedule, "_row_at", None)
+    assert 1 <= p.frames_at(7) <= 33
+    with pytest.raises(TypeError):
+        fitting.frames_at(7)
+
+
 def test_a_fifth_of_the_steps_are_images():
     p = schedule(frames=FrameCounts(17, 17, 1, 0.2))
     drawn = Counter(p.frames_at(step) for step in range(5000))

@@ -178,7 +178,7 @@ def test_validation_clips_are_always_the_same_and_shared_among_ranks(videos):
     clips, errors = validation_clips(rows, settings, 9, 5)
     assert errors == []
     assert [int(clip.positions) for clip in clips] == [0, 1, 2, 3, 4]
-    shared = [read_held_out(long_enough(rows, settings, 9, 5), 9, rank, 2)[0] for rank in range(2)]
+    shared = [read_held_out(long_enough(rows, settings, 9, 5), rank, 2)[0] for rank in range(2)]
     assert torch.equal(shared[1][0].video, clips[1].video)
     assert len(shared[0]) + len(shared[1]) == 5
     with pytest.raises(DataError, match=r"no held-out video has 30 frames for validation \(12 are held out\)"):

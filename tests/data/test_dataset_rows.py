@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
+import fsspec
 import pytest
 
 from tests import tiny
@@ -11,7 +13,7 @@ from vae3d.config.issues import ConfigError
 from vae3d.data import dataset_rows
 from vae3d.data.check import main as check
 from vae3d.data.dataset_rows import how_to_download, member_name, open_splits
-from vae3d.data.hugging_face import HuggingFace
+from vae3d.data.hugging_face import HuggingFace, HuggingFaceStream
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.readers import MediaError, is_image, open_media
 from vae3d.data.sources import DataError, Folder, Table, holds_dataset, open_source
@@ -55,14 +57,74 @@ def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
         HuggingFace(tmp_path).table()
 
 
-def test_data_files_on_the_network_are_refused(tmp_path, monkeypatch):
+CONFIGS = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {}\n"
+URL = "https://example.org/x.parquet"
+
+
+@pytest.mark.parametrize("path", [URL, "reference::/data/refs.json"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("README.md", "---\nlicense: mit\n{}---\n# Text\n"),
+        ("README.md", "\n \n---\n{}---\n"),
+        ("README.md", "---\r\n{}\r\n---\r\n"),
+        (".huggingface.yaml", "{}"),
+    ],
+)
+def test_data_files_on_the_network_are_refused(tmp_path, monkeypatch, name, form, path):
     monkeypatch.setattr(dataset_rows, "_library", lambda: sys)
-    (tmp_path / "README.md").write_text(
-        "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files:\n"
-        "  - split: train\n    path: https://example.org/x.parquet\n---\n# Text\n"
-    )
-    with pytest.raises(DataError, match=r"are on the network \(https://example\.org/x\.parquet\)"):
+    (tmp_path / name).write_bytes(form.format(CONFIGS.format(path)).encode())
+    with pytest.raises(DataError, match=rf"are on the network \({path}\)"):
         open_splits(str(tmp_path))
+
+
+def test_a_damaged_card_is_an_error_that_names_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_rows, "_library", lambda: sys)
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(DataError, match=str(tmp_path)):
+        open_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize(("split", "splits"), [(None, ["train", "test"]), ("test", ["train", "test"]), (None, ["all"])])
+def test_the_split_for_validation_is_not_the_one_for_training(split, splits):
+    train = split or splits[0]
+    with pytest.raises(DataError, match=rf"data\.source\.val_split={train}"):
+        HuggingFace("set", split=split, val_split=train)._roles(splits)
+
+
+ARCHIVE = "zip://a.mp4::/data/a.zip"
+
+
+@pytest.mark.parametrize(
+    ("path", "online", "folder", "reason"),
+    [
+        ("a.mp4", False, ".", None),
+        (ARCHIVE, False, ".", None),
+        ("https://example.org/a.mp4", False, ".", "on the network"),
+        ("zip://a.mp4::https://example.org/a.zip", False, ".", "on the network"),
+        ("zip://a.mp4::https://example.org/a.zip", True, ".", None),
+        ("reference::/data/refs.json", False, ".", "on the network"),
+        ("reference::/data/refs.json", True, ".", "not read by that protocol"),
+        ("reference::data:application/json,{}", True, "OWNER/NAME", "not read by that protocol"),
+        ("hf://datasets/OWNER/NAME/a.mp4", True, "OWNER/NAME", None),
+        ("/etc/passwd", True, "OWNER/NAME", "a file of this machine"),
+        ("file:///etc/passwd", True, "OWNER/NAME", "a file of this machine"),
+        (ARCHIVE, True, "OWNER/NAME", "a file of this machine"),
+    ],
+)
+def test_a_row_of_a_stream_opens_only_what_the_user_allows(monkeypatch, path, online, folder, reason):
+    monkeypatch.setenv("VAE3D_ONLINE", "1" if online else "0")
+    monkeypatch.setattr(fsspec, "open", lambda *_: io.BytesIO(b"x"))
+    item = HuggingFaceStream(folder, "train", "video", "video")._item("0-0", {"bytes": None, "path": path})
+    assert (item.error is None) == (reason is None)
+    assert (reason or "") in (item.error or "")
+
+
+@pytest.mark.parametrize("path", ["zip://a::{}/a.zip", "zip://a::::", "tar://a::{}/a.zip", "zip::zip"])
+def test_an_archive_that_cannot_be_read_is_an_error_of_its_row(tmp_path, path):
+    (tmp_path / "a.zip").write_bytes(b"x")
+    stream = HuggingFaceStream(str(tmp_path), "train", "video", "video")
+    assert stream._item("0-0", {"bytes": None, "path": path.format(tmp_path)}).error
 
 
 def test_folders_of_tables_are_datasets_and_folders_of_media_are_not(tmp_path):

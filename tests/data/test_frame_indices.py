@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae3d.data.clips import frame_indices
+from vae3d.data.clips import ClipSettings, frame_indices
 
 SAMPLINGS = ("contiguous", "first_last_random", "strided")
 
@@ -76,3 +76,24 @@ def test_every_clip_that_is_long_enough_is_ascending_and_in_the_file(sampling, s
                 assert len(numbers) == len(set(numbers)) == frames
                 assert numbers == sorted(numbers)
                 assert 0 <= numbers[0] <= numbers[-1] < count
+
+
+@pytest.mark.parametrize("rate", [23.976, 24, 25, 24000 / 1001, 30000 / 1001, 29.97, 30, 50, 59.94, 60])
+def test_the_length_of_a_clip_is_how_many_of_its_frames_are_in_the_file(rate):
+    count = np.arange(1, 400)
+    for fps in range(1, 31):
+        for stride in (1, 2, 3, 5):
+            settings = ClipSettings(8, 8, stride=stride, fps=fps)
+            step = float(settings.step(rate))
+            exact = np.searchsorted([int(i * step) for i in range(400)], count)  # how many are below each count
+            assert np.array_equal(settings.length(count, np.full(len(count), rate)), exact), (rate, fps, stride)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(("count", "stride", "fps"), [(36, 3, 10), (40, 5, 9), (264, 1, 11)])
+def test_the_longest_clip_is_in_the_file_whatever_is_rounded(sampling, count, stride, fps):
+    settings = ClipSettings(8, 8, stride=stride, fps=fps)
+    length, step = int(settings.length(count, 24.0)), float(settings.step(24.0))
+    numbers = drawn(sampling, count, length, step, seed=None)
+    assert 0 <= numbers[0] <= numbers[-1] < count
+    assert len(set(numbers)) == length

@@ -28,7 +28,7 @@ from vae3d.data.paths import name_of, split_member
 from vae3d.data.readers import is_image, media_info, open_media
 from vae3d.data.sources import open_source
 from vae3d.data.streaming import Position, ShuffledItems, StreamingData, StreamingSchedule, opened, stream_notes
-from vae3d.inference.scale import longest_clips
+from vae3d.latents.scale import longest_clips
 
 hf = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("alone", "fresh_accelerate")
@@ -354,7 +354,7 @@ def test_the_longest_clips_of_a_stream_are_its_first_ones(repository):
     assert [clip.paths[0].rpartition("/")[2] for clip in found] == ["0-2.hfvideo", "1-0.hfvideo", "1-1.hfvideo"]
     assert errors == []
     data.schedule = StreamingSchedule(FrameCounts(1, 99), 3, 4)
-    with pytest.raises(DataError, match="none of the first 30 has 99 frames"):
+    with pytest.raises(DataError, match="none of the first 7 has 99 frames"):
         list(longest_clips(data, 3, errors))
 
 

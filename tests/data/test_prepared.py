@@ -187,6 +187,17 @@ def test_unfinished_tables_of_other_processes_are_left_for_a_day(tmp_path, large
     assert [folder.is_dir() for folder in folders] == [True, False]
 
 
+def test_tables_are_deleted_while_others_write_them_and_hold_their_locks(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        (folder / "selection").mkdir(parents=True)
+        (tmp_path / f"{folder.name}.lock").touch()
+        (folder / "selection/train.arrow").symlink_to("renamed")  # listed, but not there when it is looked at
+    os.utime(old, (1, 1))
+    prepared.delete_unused(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "new.lock", "old.lock"]
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, large, monkeypatch):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "file/cache"))

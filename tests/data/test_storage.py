@@ -309,6 +309,37 @@ def test_large_objects_are_read_in_pieces(files, store, monkeypatch):
     assert len(store.requests) > (files / "clip.mp4").stat().st_size / 1000
 
 
+@pytest.mark.parametrize("kind", ["object", "member"])
+def test_pieces_of_an_object_in_s3_that_is_replaced_are_not_mixed(bucket, cache, monkeypatch, kind):
+    monkeypatch.setattr(stores, "PIECE", 1000)
+    path, other = "data/big.tar", fsspec.filesystem("s3", skip_instance_cache=True)
+    url = f"s3://{path}" if kind == "object" else member_path(f"s3://{path}", 100, 2500, "a.mp4")
+    other.pipe_file(path, b"1" * 3000)
+    read, mixed = stores.read_range, []
+
+    def replaced(where: str, offset: int, size: int, name: str) -> bytes:
+        content = read(where, offset, size, name)
+        if not mixed:
+            other.pipe_file(path, b"2" * 3000)
+        mixed.append(content[:1])
+        return content
+
+    monkeypatch.setattr(storage, "read_range", replaced)
+    with pytest.raises(MediaError, match="replaced while it was read"):
+        storage.local_range(url)
+    assert mixed == [b"1", b"2", b"2"]
+    assert set(storage.local_range(url).read()) == set(b"2")
+
+
+def test_a_copy_is_on_the_disk_before_it_has_its_name(cache, monkeypatch):
+    """Else a machine that goes down leaves a copy of the right size that is full of zeros."""
+    synced, replace = {}, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.update({os.fstat(file).st_ino: os.pread(file, 9, 0)}))
+    monkeypatch.setattr(os, "replace", lambda old, new: (synced[os.stat(old).st_ino], replace(old, new)))
+    copy = object_cache.cached_copy("a.mp4", 5, 1, lambda first, count: b"12345")
+    assert synced[copy.stat().st_ino] == b"12345"
+
+
 def test_settings_are_those_of_fsspec(store, monkeypatch):
     """As from the variable FSSPEC_HTTP."""
     store.token = "Bearer abc"

@@ -23,7 +23,7 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import prepared, prepared_rows, storage, stores, tar_index
+from vae3d.data import prepared, prepared_rows, storage, stores, tar_index, webdataset
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
@@ -31,6 +31,7 @@ from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.paths import split_member
+from vae3d.data.probe import Ranks
 from vae3d.data.readers import open_media
 from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Folder, Table, open_source
@@ -316,6 +317,17 @@ def test_a_sparse_member_is_an_error(tmp_path):
         WebDataset(tmp_path / "0.tar").table()
 
 
+def test_an_index_without_shards_is_an_error_that_names_it(tmp_path):
+    write_tar(tmp_path / "0.tar", samples(1))
+    WebDataset(tmp_path).table()
+    table, header = read_index(tmp_path / INDEX)
+    table = table.slice(0, 0).replace_schema_metadata({tar_index.KEY: json.dumps({**header, "shards": []})})
+    with pa.ipc.new_file(str(tmp_path / "none.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=rf"{tmp_path}/none\.arrow has no samples"):
+        WebDataset(tmp_path / "none.arrow").table()
+
+
 def test_a_key_in_two_shards_names_both(tmp_path):
     for number in range(2):
         write_tar(tmp_path / f"{number}.tar", samples(7))
@@ -412,6 +424,24 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_cache(tmp_path, mo
     assert read == []
 
 
+def test_two_machines_that_index_the_same_shards_at_once_do_not_disturb_each_other(plain, tmp_path, monkeypatch):
+    copy = shutil.copytree(plain, tmp_path / "copy", ignore=shutil.ignore_patterns(INDEX))
+    monkeypatch.setattr(webdataset, "processor_count", lambda: 1)
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "one"))
+    found = []
+
+    def scan(shard: tar_index.Shard) -> pa.Table:
+        if Path(shard.path).name == "000002.tar":  # the other machine begins and ends meanwhile
+            monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "other"))
+            found.append(webdataset.open_index([str(copy)], Settings())[0])
+        return media_rows(shard)
+
+    found.append(webdataset.open_index([str(copy)], Settings(), scan=scan)[0])
+    assert found[0].equals(found[1])
+    assert (copy / INDEX).is_file()
+    assert not list(tmp_path.rglob("*.parts"))
+
+
 def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tars").mkdir()
@@ -490,6 +520,39 @@ def test_shards_for_validation_can_be_named(shards):
     assert table["split"].tolist() == ["train"] * 10 + ["val"] * 2
     assert table["row"].tolist() == list(range(1, 13))
     assert len(source.notes) == 2
+
+
+def shards_of(paths: Iterable[str]) -> list[str]:
+    """Names of the tars of rows, each once, in order."""
+    return list(dict.fromkeys(Path(split_member(path)[0]).name for path in paths))
+
+
+@pytest.mark.parametrize("path", ["*.tar", INDEX, "."])
+def test_shards_for_validation_are_not_trained_on(shards, path):
+    source = WebDataset(str(shards / path), val_path=str(shards / "000002.tar"))
+    table = source.table()
+    assert shards_of(table["path"][table["split"] == "train"]) == ["000000.tar", "000001.tar"]
+    assert shards_of(table["path"][table["split"] == "val"]) == ["000002.tar"]
+    source = WebDataset(str(shards / path), val_path=str(shards / "000002.tar"), streaming=True)
+    assert [Path(tar).name for tar in source.stream("train").paths] == ["000000.tar", "000001.tar"]
+    source = WebDataset(str(shards / path), val_path=str(shards / "*.tar"))
+    for read in (source.table, lambda: source.stream("train")):
+        with pytest.raises(DataError, match=r"data\.source\.val_path"):
+            read()
+
+
+def test_shards_for_validation_at_a_url_with_an_index_are_not_trained_on(shards):
+    with http_server.serve(shards) as store:
+        source = WebDataset(store.url, val_path=f"{store.url}/000002.tar")
+        assert source.table()["split"].tolist() == ["train"] * 10 + ["val"] * 2
+        assert len(WebDataset(store.url, streaming=True).stream("train").paths) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_shard_that_is_listed_twice_is_an_error_also_with_an_index(shards, streaming):
+    source = WebDataset([str(shards / f"{n:06d}.tar") for n in (0, 0, 1)], streaming=streaming)
+    with pytest.raises(DataError, match=r"000000\.tar is listed twice"):
+        source.stream("train") if streaming else source.table()
 
 
 # ---- streams
@@ -613,3 +676,17 @@ def test_large_indices_are_prepared_once_and_give_the_same_clips(shards, plain, 
         assert large.notes == small.notes
         assert len(list((tmp_path / "tables").glob("*/table.arrow"))) == 1
         monkeypatch.setattr(prepared_rows, "_write", None)
+
+
+def test_a_tar_that_arrives_later_is_used_though_its_index_was_prepared_before(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(prepared, "LARGE", 2)
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    late = (copy / "000002.tar").rename(tmp_path / "late.tar")
+    counts = []
+    for arrived in (False, True):
+        if arrived:
+            late.rename(copy / "000002.tar")
+        large, _ = prepared.find_large(WebDataset(str(copy / "*.tar")), Ranks())
+        counts.append(len(prepared.prepare(large)))
+    assert counts == [10, 12]

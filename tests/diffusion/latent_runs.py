@@ -19,7 +19,7 @@ from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusio
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.inference.scale import measure, rescaled, spread_clips
+from vae3d.latents.scale import measure, rescaled, spread_clips
 from vae3d.loading import open_codec
 from vae3d.training.diffusion_trainer import DiffusionTrainer
 

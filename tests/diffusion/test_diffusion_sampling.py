@@ -16,7 +16,7 @@ from vae3d.diffusion.gaussian import GaussianDiffusion
 from vae3d.diffusion.processes import drop_labels
 from vae3d.diffusion.sampling import check_latent_rms, guided, per_rank_batches, sample_latents, write_frames, write_npz
 from vae3d.inference.pictures import grid
-from vae3d.inference.scale import LatentStats
+from vae3d.latents.scale import LatentStats
 from vae3d.running_stats import RunningStats
 
 WAYS = {

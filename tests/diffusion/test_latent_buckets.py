@@ -55,7 +55,7 @@ def cached(videos, tmp_path_factory):
     vae = latent_runs.vae("spatial", top / "vae", videos / "table.csv", scaled=False)
     settings = {"height": None, "width": None, "buckets": {"shapes": SHAPES}, "dtype": "fp32", "shard_size": 5}
     caches.made(videos / "table.csv", top / "cache", open_codec(vae, pixel_range="uint8"), **settings)
-    latent_stats.main([str(top / "cache"), "--write", str(vae), "--per-channel"])
+    latent_stats.main([str(top / "cache"), "--write", str(vae), "--per_channel"])
     return [f"vae.path={vae}", f"cache={top / 'cache'}", "labels=auto"]
 
 

@@ -24,15 +24,15 @@ from vae3d.commands import console
 from vae3d.config.issues import ConfigError
 from vae3d.diffusion import sampling
 from vae3d.diffusion.build import build_network, network_config
-from vae3d.diffusion.export import CONFIG, read_export, write_export
+from vae3d.diffusion.export import CONFIG, read_export, weights_file, write_export
 from vae3d.diffusion.quality import draw_reference_sets
 from vae3d.diffusion.sampling import decoded
 from vae3d.errors import UserError
-from vae3d.inference.folder import FolderError
 from vae3d.inference.pictures import grid
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.identity import vae_metadata
 from vae3d.loading import open_codec
+from vae3d.result_folder import FolderError
 
 CLASSES = ["cat", "dog"]
 
@@ -252,6 +252,10 @@ def test_classes_and_averages_are_chosen(of_images, tmp_path):
         drawn(of_images, tmp_path / "d", "ema=0.5")
 
 
+def test_averages_at_rates_that_are_close_have_files_of_their_own(tmp_path):
+    assert len({weights_file(tmp_path, rate, first=False) for rate in (0.9, 0.9999995, 0.9999999)}) == 3
+
+
 def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures, vae, tmp_path, caplog):
     caplog.set_level("INFO", "vae3d")
     cache = latent_runs.cache(
@@ -275,6 +279,15 @@ def test_samples_are_compared_with_latents_of_their_classes(of_images, pictures,
         drawn(of_images, tmp_path / "b", f"against={cache}", "count=3", "classes=cat")
     with pytest.raises(UserError, match="has latents of 4 x 1 x 16 x 16, the samples are of 4 x 1 x 32 x 16"):
         drawn(of_images, tmp_path / "b", f"against={cache}", "height=64", "width=32")
+
+
+def test_samples_are_compared_with_a_cache_in_tars(of_images, pictures, vae, tmp_path):
+    cache = latent_runs.cache(pictures, tmp_path / "cache", vae, size=32, writers=["webdataset"])
+    found = []
+    for number, against in enumerate((cache, cache / "webdataset")):
+        out = drawn(of_images, tmp_path / f"{number}", f"against={against}", "count=2", "classes=[cat,dog]", "steps=1")
+        found.append(json.loads((out / "distances.json").read_text())["sliced_wasserstein"])
+    assert found[0] == found[1]
 
 
 def test_samples_of_two_models_are_not_mixed(of_images, tmp_path):

@@ -25,17 +25,19 @@ from vae3d.checkpoints import state
 from vae3d.commands import launch, train_diffusion
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.config.issues import ConfigError
+from vae3d.data.rows import file_hashes
+from vae3d.data.selection import is_held_out
 from vae3d.data.sources import DataError
 from vae3d.diffusion import data
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
 from vae3d.errors import UserError
-from vae3d.inference.scale import ScaleError
 from vae3d.latents.cache import CacheError
+from vae3d.latents.clips import Transform, items_of
+from vae3d.latents.scale import ScaleError
 from vae3d.training import diffusion_trainer
-from vae3d.training.checkpointer import SaveError
-from vae3d.training.failures import TooManyFailures
+from vae3d.training.failures import SaveError, TooManyFailures
 
 sys.path.insert(0, str(tiny.ROOT / "scripts"))
 FOUR = "model.channels=[8,8,8]"  # 4 x 4
@@ -75,7 +77,7 @@ def test_a_step_waits_for_the_device_twice(data, request, tmp_path):
     """With classes, learned variances and weights by SNR from a cache; with rectified flow and noise on the fly."""
     process = ["process=flow"] if data == "encoded" else ["process=ddpm_learned_sigma", "process.min_snr=5"]
     t = latent_runs.trainer(tmp_path, *request.getfixturevalue(data), *process, "label_dropout=0.1")
-    t.setup()
+    t.setup(None)
     check_two_waits(t, steps=2)
 
 
@@ -219,6 +221,14 @@ def test_an_export_that_a_kill_left_out_is_written_at_the_next_start(cached, tmp
         [(tmp_path / run / "exports/step-0000004" / name).read_bytes() for name in names] for run in ("whole", "killed")
     )
     assert whole == killed
+
+
+def test_steps_that_are_never_finite_stop_a_run_without_a_limit_of_failures(cached, tmp_path):
+    told = [*cached, "trainer.max_steps=40", "trainer.save_every=0", "validation.every=0"]
+    trainer = latent_runs.trainer(tmp_path, *told, "trainer.robust.max_consecutive_failures=0")
+    next(trainer.network.parameters()).data.fill_(torch.nan)
+    with pytest.raises(TooManyFailures, match="20 steps in a row were skipped"):
+        trainer.fit()
 
 
 @pytest.mark.parametrize("ends", ["signal", "data", "ruined"])
@@ -433,6 +443,25 @@ def test_entries_of_split_test_are_neither_trained_on_nor_held_out(splits):
     assert len(held_out) == (5 if "val" in splits else 3)
 
 
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_a_cache_holds_out_the_files_that_its_clips_would(count):
+    """Also where a file has several rows, and the cache windows and mirrored entries of each."""
+    names = [f"{i}.mp4" for i in range(count)]
+    rows = pd.DataFrame(
+        [(f"/videos/{name}", name, start, start + 1e-5) for name in names for start in (np.nan, 2.0)],
+        columns=["path", "name", "start", "end"],
+    )
+    expected = set(rows["path"][is_held_out(file_hashes(rows), num_val_files=3)])
+    assert len(expected) == {1: 0, 5: 1, 40: 3}[count]
+    rows = rows.assign(split=None, text=None, error=None, row=range(len(rows)))
+    items, _ = items_of(rows, Transform(16, 16), labels="none")
+    entries = [(item.key + end, item.path, "#" in end) for item in items for end in ("[0:9]", "[0:9]#flip")]
+    index = pd.DataFrame(entries, columns=["key", "source", "flip"]).assign(split="")
+    train, held_out = data.split_cache(index, num_val_files=3)
+    assert set(index["source"][held_out]) == expected
+    assert set(index["source"][train]) == set(rows["path"]) - expected
+
+
 def test_labels_of_a_cache_are_its_own(cached):
     with pytest.raises(ConfigError, match="labels=folder: "):
         latent_runs.config(*cached, "labels=folder")
@@ -451,6 +480,31 @@ def test_clips_are_validated_and_sampled_as_long_as_the_longest_that_is_trained_
     assert data.held_out[0].values.shape[2] == 5
     asked = build_latent_data(latent_runs.config(*told, "validation.frames=3"), codec, 0, 1)
     assert (asked.size, asked.held_out[0].values.shape[2]) == ((3, 64, 64), 3)
+
+
+def test_files_that_are_too_small_are_listed(vae, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "set")
+    Image.new("RGB", (40, 64)).save(tmp_path / "set/train/cat/9.png")
+    config = [f"vae.path={vae}", f"data.source.path={tmp_path / 'set'}", "data.height=64", "data.width=64"]
+    trainer = latent_runs.trainer(tmp_path / "run", *config, "data.min_side=50")
+    trainer.log.close()
+    listed = [json.loads(line) for line in (tmp_path / "run/data_errors.jsonl").read_text().splitlines()]
+    assert [entry["path"] for entry in listed] == [str(tmp_path / "set/train/cat/9.png")]
+    assert "data.min_side=50" in listed[0]["reason"]
+
+
+def test_rows_of_one_held_out_file_keep_their_own_classes(vae, pictures, tmp_path):
+    rows = ["path,label,split", "0.png,cat,train", "1.png,dog,train", "0.png,cat,val", "0.png,dog,val", "1.png,cat,val"]
+    for i in range(2):
+        shutil.copy(pictures / f"train/cat/{i + 1}.png", tmp_path / f"{i}.png")
+    (tmp_path / "images.csv").write_text("\n".join(rows))
+    told = [f"vae.path={vae}", "data=video_csv", f"data.source.path={tmp_path / 'images.csv'}", "labels=column"]
+    told += ["data.height=64", "data.width=64", "data.frames.min=1", "data.frames.max=1", "validation.every=1"]
+    config = latent_runs.config(*told)
+    codec = train_diffusion.codec_of(config, torch.device("cpu"))
+    ranks = [build_latent_data(config, codec, rank, 2) for rank in range(2)]
+    labels = {batch.positions[0]: batch.labels.tolist() for data in ranks for batch in data.held_out}
+    assert [ranks[0].classes[label] for number in range(3) for label in labels[number]] == ["cat", "dog", "cat"]
 
 
 def test_a_class_whose_files_are_all_held_out_is_named(vae, tmp_path, caplog):

@@ -68,7 +68,7 @@ def test_differences_are_paired_by_video():
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
     from vae3d.evaluation.page import Row, page_metrics, ranking
-    from vae3d.training.checkpointer import BestExport
+    from vae3d.training.best import BestExport
 
     def ratio(name: str, *frames: float) -> VideoScore:
         scores = {"seam_ratio": Score(float(np.mean(frames)), list(frames))}

@@ -26,10 +26,10 @@ from vae3d.config.validate import check_comparison
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer, Network, constant_frame_psnr
 from vae3d.inference.comparison_report import degenerate_pairs
-from vae3d.inference.folder import FolderError
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
 from vae3d.models.interface import convert_latents
+from vae3d.result_folder import FolderError
 
 SHIFT, SCALE = [0.1 * i for i in range(16)], [1 + 0.1 * i for i in range(16)]
 TEACHER = [

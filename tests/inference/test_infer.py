@@ -19,9 +19,11 @@ from vae3d.data.readers import MediaError, open_media
 from vae3d.data.sources import DataError
 from vae3d.errors import UserError
 from vae3d.host_memory import keep_freed_memory
-from vae3d.inference.folder import FolderError
+from vae3d.inference.cost import timed
 from vae3d.inference.reconstruct import identifier
+from vae3d.inference.video import write_video
 from vae3d.pixels import to_uint8
+from vae3d.result_folder import FolderError
 
 INFER = [sys.executable, str(tiny.ROOT / "infer.py")]
 
@@ -227,6 +229,22 @@ def test_single_settings_of_the_model_can_be_changed(export, videos, tmp_path):
     assert stems(tmp_path / "out_rec") == ["000001_clip0.mp4"]
 
 
+@pytest.mark.parametrize("name", ["taesd", "diffusers", "temporal_diffusers"])
+def test_frame_batch_is_that_of_any_network_of_single_frames(name, videos, tmp_path):
+    vae3d.save(tiny.model(name), tmp_path / "export")
+    settings = [
+        f"checkpoint={tmp_path}/export",
+        f"source={videos}",
+        f"save_dir={tmp_path}/out",
+        "frame_batch=1",
+        "metrics=[]",
+    ]
+    config = check_inference(tiny.compose(*settings, config="infer"))
+    _, reconstructor = infer.build_reconstructor(config, torch.device("cpu"))
+    model = reconstructor.model
+    assert getattr(model, "spatial_vae", model).frame_batch == 1
+
+
 def test_a_faulty_file_stops_or_is_skipped_and_listed(export, videos, tmp_path):
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
     (tmp_path / "b.mp4").write_bytes(b"")
@@ -257,6 +275,11 @@ def test_names_are_safe_and_unique():
     assert identifier(7, "x.mp4") != identifier(8, "x.mp4")
 
 
+@pytest.mark.parametrize("source", ["鯉" * 80 + ".mp4", "/".join(["a" * 200] * 4) + "_*.png"], ids=["file", "images"])
+def test_outputs_of_long_names_can_be_written(tmp_path, source):
+    write_video(tmp_path / f"{identifier(123_456_789, source)}.mp4", np.zeros((1, 16, 16, 3), np.uint8), 24)
+
+
 def test_two_ranks_share_the_files(export, videos, tmp_path):
     settings = [f"checkpoint={export}", f"source={videos}", "metrics=[psnr]", f"save_dir={tmp_path / 'two'}"]
     codes, printed = tiny.run_ranks(*INFER, *settings, cwd=tmp_path)
@@ -278,6 +301,28 @@ def test_command_line_ends_as_one_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cost_is_measured_on_the_first_file_that_can_be_read_if_others_are_skipped(export, tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/a.mp4").write_bytes(b"no video")
+    tiny.write_video(tmp_path / "source/b.mp4", tiny.frames(3))
+    settings = ["cost=true", "height=16", "width=16"]
+    with pytest.raises(UserError, match=r"1 of 2 files could not be reconstructed:\n.*a\.mp4"):
+        run(export, tmp_path / "source", tmp_path / "out", "on_error=skip", *settings)
+    assert json.loads((tmp_path / "out_rec/metrics.json").read_text())["cost"]["frames"] == 3
+    with pytest.raises(MediaError, match=r"a\.mp4"):
+        run(export, tmp_path / "source", tmp_path / "stopped", *settings)
+
+
+def test_every_accelerator_is_waited_for(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    device = torch.device("meta")  # stands for any that is no CPU
+    timed(lambda: torch.zeros(1), device, repeats=3)
+    assert waited == [device] * 4  # the warm-up too
+    timed(lambda: torch.zeros(1), torch.device("cpu"), repeats=3)
+    assert len(waited) == 4
+
+
 def test_cost_of_coding_is_measured_on_request(export, videos, tmp_path):
     """tiny spatial VAE: 2x2 smaller, 4 channels."""
     run(export, videos, tmp_path / "out", "cost=true", "num_samples=2", "num_frames=9")
@@ -293,8 +338,6 @@ def test_cost_of_coding_is_measured_on_request(export, videos, tmp_path):
 
 
 def test_memory_of_a_run_is_its_peak():
-    from vae3d.inference.cost import timed
-
     keep_freed_memory()  # as infer.py does on a CPU: runs could reuse what the first one freed
     _, memory = timed(lambda: torch.ones(2**26).add_(1), torch.device("cpu"))
     assert (

@@ -7,24 +7,32 @@ import resource
 import shutil
 import signal
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from torch import nn
 
 from tests import tiny
 from tests.inference.test_infer import run
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.media import MediaError
+from vae3d.data.readers import open_media
 from vae3d.errors import UserError
-from vae3d.inference.folder import FolderError, locked
+from vae3d.inference import files as files_command
 from vae3d.inference.video import VideoWriter, write_image, write_video
 from vae3d.io import FileError
 from vae3d.loading import model_config
+from vae3d.metrics import build_metrics, registry
+from vae3d.metrics.base import frame_pairs
+from vae3d.metrics.distribution import Features
+from vae3d.result_folder import FolderError, locked
 
-SETTINGS = ["metrics=[psnr,ssim]", "height=16", "width=16"]
+SIZE = ["height=16", "width=16"]
+SETTINGS = ["metrics=[psnr,ssim]", *SIZE]
 
 
 @pytest.fixture
@@ -178,3 +186,49 @@ def test_a_file_that_the_model_makes_nan_of_fails_with_its_name(source, tmp_path
     with pytest.raises(UserError, match=r"(?s)3 of 3 files .*a0\.mp4.*a2\.mp4.*b1\.mp4"):
         run(tmp_path / "broken", source, tmp_path / "skip/out", "on_error=skip")
     assert not [path for path in tmp_path.glob("s*/out_*/*") if path.suffix in (".mp4", ".png")]
+
+
+class Colours(nn.Module):
+    """Stands for Inception: features of a frame are the means of its quarters."""
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(frames, 2).flatten(1)
+
+
+@pytest.fixture
+def quick_rfid(monkeypatch):
+    monkeypatch.setattr(registry, "find_files", lambda _: ({}, {}))
+    monkeypatch.setattr(registry.Networks, "inception", lambda _: Colours())
+
+
+def test_features_are_read_one_by_one_from_files_and_never_sent(export, source, tmp_path, monkeypatch, quick_rfid):
+    sent = []
+    monkeypatch.setattr(files_command, "gather_to_main", lambda item: sent.append(item) or [item])
+    run(export, source, tmp_path / "out", "metrics=[psnr,rfid]", *SIZE)
+    assert not any(isinstance(part, Features) for part in everything(sent))
+    read = [
+        [open_media(path).read(range(3)) for path in sorted((tmp_path / f"out_{kind}").glob("*.mp4"))]
+        for kind in ("ori", "rec")
+    ]
+    metrics = build_metrics(["rfid"])
+    expected = metrics.aggregate([metrics.score(frame_pairs(*pair)) for pair in zip(*read, strict=True)])["rfid"]
+    assert json.loads((tmp_path / "out_rec/metrics.json").read_text())["rfid"] == pytest.approx(expected)
+
+
+def test_a_file_whose_features_were_lost_is_reconstructed_again(export, source, tmp_path, quick_rfid):
+    run(export, source, tmp_path / "out", "metrics=[rfid]", *SIZE)
+    before = files(tmp_path / "out_rec")
+    [lost, *_] = sorted((tmp_path / "out_rec/.done").glob("*.npz"))
+    lost.unlink()
+    run(export, source, tmp_path / "out", "metrics=[rfid]", *SIZE)
+    assert files(tmp_path / "out_rec") == before
+
+
+def everything(tree):
+    """The objects within lists, tuples, dicts and dataclasses."""
+    if is_dataclass(tree):
+        tree = vars(tree)
+    if isinstance(tree, dict | list | tuple):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from everything(part)
+    yield tree

@@ -255,6 +255,13 @@ def test_a_split_can_be_read_alone(photos, tmp_path):
         LatentCache(folder, split="test")
 
 
+def test_texts_with_any_line_break_are_read_as_they_were(photos, tmp_path):
+    texts = ["a\rb", 'a\r\n"b"', "a\nb"]
+    pd.DataFrame({"path": [f"cat/{i}.png" for i in range(3)], "text": texts}).to_parquet(photos / "table.parquet")
+    folder = caches.made(photos / "table.parquet", tmp_path / "cache")
+    assert LatentCache(folder).index["text"].tolist() == texts
+
+
 def test_one_flipped_bit_anywhere_is_found_when_it_is_read(cached, tmp_path):
     """In the header, in names, shapes, offsets and values of a shard; in index, metadata and statistics."""
     hurt, found, right = shutil.copytree(cached, tmp_path / "hurt"), 0, entries(cached)

@@ -11,6 +11,8 @@ from tests.latents import families
 from tests.models.test_diffusers_vae import COGVIDEOX
 from vae3d.latents import LatentCodec
 from vae3d.latents.codec import Moments, PixelError
+from vae3d.models.interface import VideoAutoencoder
+from vae3d.types import Delta, LatentSpec
 
 UNIT_FACTORS = {
     "spatial": {"scaling_factor": 1.0, "shift_factor": 0.0},
@@ -100,21 +102,15 @@ def test_ranges_of_pixels_mean_the_same(name):
     assert rec["unit"].max() <= 1
 
 
-class Identity(torch.nn.Module):
+class Identity(VideoAutoencoder):
     """An autoencoder that loses nothing, to see what the codec itself does to pixels."""
-
-    pixel_channels = 3
 
     def __init__(self):
         super().__init__()
-        from vae3d.types import LatentSpec
-
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.spec = LatentSpec(3, 1, 1, True, (0.25,) * 3, (2.0,) * 3)
 
     def encode(self, video):
-        from vae3d.types import Delta
-
         return Delta(video)
 
     def decode(self, z, num_frames=None):
@@ -168,8 +164,7 @@ def test_rounding_to_bf16_is_no_other_range():
 @pytest.mark.parametrize(("name", "chunk"), [("wan", 2), ("wan", 4), ("spatial", 1), ("temporal_vae", 2), ("taehv", 4)])
 def test_pieces_give_what_the_whole_gives(name, chunk):
     whole, pieces = codec(name), codec(name, chunk_frames=chunk)
-    whole.model.chunk_latents = None
-    whole._by_size = False
+    whole.model.fit_chunks = lambda height, width: None
     video = families.clip(13)
     z = whole.encode(video)
     torch.testing.assert_close(pieces.encode(video), z, rtol=1e-5, atol=1e-5)

@@ -261,6 +261,17 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
     assert partial_statistics(job.storage)[2].summary() == LatentCache(job.folder).statistics
 
 
+def test_the_status_of_a_cache_is_shown_without_writing_there(job, capsys):
+    with Claims(job.folder / CLAIMS, STALE) as claims:
+        encode.begin(job, claims)
+        claims.take(shards.claim_name(2))
+        folders = job.folder, job.folder / CLAIMS
+        before = caches.files(job.folder), [folder.stat().st_mtime_ns for folder in folders]
+        assert encode_status.main([str(job.folder)]) == 1
+        assert (caches.files(job.folder), [folder.stat().st_mtime_ns for folder in folders]) == before
+    assert "shard 00002: process" in capsys.readouterr().out
+
+
 def test_a_process_waits_for_others_and_only_one_of_them_completes_the_cache(job, whole):
     with Claims(job.folder / CLAIMS, STALE) as claims:
         encode.begin(job, claims)

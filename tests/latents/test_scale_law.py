@@ -54,7 +54,7 @@ def latent_stats():
 def test_train_time_latents_have_mean_0_and_deviation_1_per_channel(name, few, tmp_path, latent_stats):
     before = open_codec(export(name, tmp_path / "export"), pixel_range="uint8")
     caches.made(few, tmp_path / "cache", before, frames=5, dtype="fp32")
-    assert latent_stats(tmp_path / "cache", "--write", tmp_path / "export", "--per-channel") == 0
+    assert latent_stats(tmp_path / "cache", "--write", tmp_path / "export", "--per_channel") == 0
     ours = open_codec(tmp_path / "export", pixel_range="uint8")
     cache = LatentCache(tmp_path / "cache", ours)
     assert len(cache) == 3
@@ -82,8 +82,8 @@ def test_one_factor_is_written_on_request_and_deviations_of_means_too(few, tmp_p
     for arguments, expected in [
         ([], {"scaling_factor": 1 / told["scale"], "shift_factor": 0.1}),
         (["--shift"], {"scaling_factor": 1 / told["scale"], "shift_factor": told["shift"]}),
-        (["--per-channel"], {"scaling_factor": [1 / std for std in told["std"]], "shift_factor": told["mean"]}),
-        (["--per-channel", "--of-means"], {"scaling_factor": [1 / std for std in told["std_of_mean"]]}),
+        (["--per_channel"], {"scaling_factor": [1 / std for std in told["std"]], "shift_factor": told["mean"]}),
+        (["--per_channel", "--of_means"], {"scaling_factor": [1 / std for std in told["std_of_mean"]]}),
     ]:
         out = tmp_path / "-".join(["out", *arguments])
         assert latent_stats(tmp_path / "cache", "--write", folder, "--out", out, *arguments) == 0
@@ -104,7 +104,7 @@ def test_factors_per_channel_reach_diffusers_and_come_back(name, reference, few,
     write_export(Checkpoint(config, tiny.model(name, *style).state_dict(), tmp_path, "export"), tmp_path / "export")
     ours = open_codec(tmp_path / "export", pixel_range="uint8")
     caches.made(few, tmp_path / "cache", ours, frames=1, dtype="fp32")
-    assert latent_stats(tmp_path / "cache", "--write", tmp_path / "export", "--per-channel") == 0
+    assert latent_stats(tmp_path / "cache", "--write", tmp_path / "export", "--per_channel") == 0
     write_diffusers(read_checkpoint(tmp_path / "export"), tmp_path / "diffusers")
     told = LatentCache(tmp_path / "cache", open_codec(tmp_path / "diffusers")).statistics  # of the same autoencoder
     theirs = reference.from_pretrained(tmp_path / "diffusers", local_files_only=True).config
@@ -172,7 +172,7 @@ def test_only_models_and_the_doors_to_them_know_factors():
         "vae3d/models/",
         "vae3d/checkpoints/",
         "vae3d/latents/identity.py",
-        "vae3d/inference/scale.py",
+        "vae3d/latents/scale.py",
         "vae3d/loading.py",
         "scripts/",
         "vae3d/commands/convert.py",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.metrics.clips import frechet_distance
 from vae3d.metrics.base import MetricError
-from vae3d.metrics.distribution import Moments, frechet
+from vae3d.metrics.distribution import FeatureStats, frechet
 
 
 def features(n: int, d: int = 24, seed: int = 0, steepness: float = 2.0) -> Tensor:
@@ -19,8 +19,8 @@ def features(n: int, d: int = 24, seed: int = 0, steepness: float = 2.0) -> Tens
     return torch.randn(n, d, generator=rng, dtype=torch.float64) @ mix + 5
 
 
-def moments(*chunks: Tensor) -> Moments:
-    m = Moments()
+def moments(*chunks: Tensor) -> FeatureStats:
+    m = FeatureStats()
     for chunk in chunks:
         m.update(chunk)
     return m
@@ -112,7 +112,7 @@ def test_chunks_give_the_moments_of_the_whole_in_any_split_and_order(sizes, orde
 def test_merging_gives_the_moments_of_the_whole_in_any_order(order):
     a = features(60)
     parts = [moments(part) for part in a.split((2, 0, 17, 41))]
-    whole = Moments()
+    whole = FeatureStats()
     for i in order:
         whole.merge(parts[i])
     assert whole.count == 60
@@ -123,7 +123,7 @@ def test_merging_gives_the_moments_of_the_whole_in_any_order(order):
 def test_a_merge_leaves_the_merged_part_as_it_was():
     first, second = moments(features(5)), moments(features(6, seed=1))
     before = first.cov(), second.cov()
-    whole = Moments()
+    whole = FeatureStats()
     for part in (first, second, second):
         whole.merge(part)
     assert whole.count == 17

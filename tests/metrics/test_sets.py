@@ -236,6 +236,39 @@ def test_a_failed_result_leaves_nothing_behind(networks):
     assert len(got.scores["psnr"].frames) == 10
 
 
+class FailsOnce(Psnr):
+    """A PSNR whose second update runs out of memory, once."""
+
+    updates = 0
+
+    def measure(self, chunk):
+        self.updates += 1
+        if self.updates == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().measure(chunk)
+
+
+def test_a_failed_update_leaves_nothing_behind():
+    metrics = MetricSet([Flicker(), FailsOnce()])
+    ref, rec = pair(3)
+    with pytest.raises(torch.OutOfMemoryError):
+        result(metrics, ref, ref, chunk=1)
+    assert result(metrics, ref, rec) == result(MetricSet([Flicker(), Psnr()]), ref, rec)
+
+
+def test_a_video_whose_frames_failed_leaves_nothing_behind():
+    metrics = MetricSet([Flicker(), Psnr()])
+    ref, rec = pair(3)
+
+    def broken():
+        yield ref, ref
+        raise MetricError("the file ends here")
+
+    with pytest.raises(MetricError, match="the file ends here"):
+        metrics.score(broken())
+    assert metrics.score([(ref, rec)]) == result(MetricSet([Flicker(), Psnr()]), ref, rec)
+
+
 def test_the_mean_over_videos_leaves_out_those_without_a_value():
     results = [VideoResult({"tpsnr": Score(v)}) for v in (30.0, None, 40.0)]
 

@@ -9,12 +9,15 @@ from torch import Tensor, nn
 from tests import tiny
 from tests.models import wan
 from tests.models.diffusers_tiny import CONFIGS
-from vae3d.models import pruning
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.models.pruning import PruningError, channel_classes, match_layers, prune
 from vae3d.models.taehv import TAEHV
 from vae3d.models.taesd import TAESD
+from vae3d.pruning.choose import IMPORTANCE, merge_groups, numbers_to_keep
+from vae3d.pruning.layers import PruningError, sizes_of
+from vae3d.pruning.match import match_layers
+from vae3d.pruning.prune import prune
+from vae3d.pruning.trace import Channels, channel_classes
 from vae3d.types import Delta
 
 
@@ -46,7 +49,7 @@ def clips(frames: int = 1, side: int = 16) -> Tensor:
     return torch.rand(2, 3, frames, side, side, generator=generator).double() * 2 - 1
 
 
-def classes_of(model: VideoAutoencoder, part: str = "decoder.") -> list[list[pruning.Channels]]:
+def classes_of(model: VideoAutoencoder, part: str = "decoder.") -> list[list[Channels]]:
     pairs, _ = match_layers(model, model, lambda runs: [names for names, _ in runs])
     return channel_classes(model, {name: model.get_submodule(name) for name in pairs if name.startswith(part)})
 
@@ -63,17 +66,17 @@ def remove_what_is_pruned(source: VideoAutoencoder, student: VideoAutoencoder, p
     pairs = {mine: theirs for mine, theirs in pairs.items() if theirs.startswith(part)}
     layers = {theirs: source.get_submodule(theirs) for theirs in pairs.values()}
     smaller = {theirs: student.get_submodule(mine) for mine, theirs in pairs.items()}
-    groups = [pruning._merge_groups(group, layers, smaller) for group in channel_classes(source, layers)]
+    groups = [merge_groups(group, layers, smaller) for group in channel_classes(source, layers)]
     wanted, sizes = (
         {(name, side): size for name, layer in found.items()
-         for side, size in zip(("in", "out"), pruning._sizes(name, layer), strict=True)}
+         for side, size in zip(("in", "out"), sizes_of(name, layer), strict=True)}
         for found in (smaller, layers)
     )  # fmt: skip
-    remove_all_but(source, groups, pruning._numbers_to_keep(groups, wanted, sizes), None)
+    remove_all_but(source, groups, numbers_to_keep(groups, wanted, sizes), None)
 
 
 def remove_all_but(
-    model: VideoAutoencoder, groups: list[list[pruning.Channels]], keep: list[int], doubled: bool | None
+    model: VideoAutoencoder, groups: list[list[Channels]], keep: list[int], doubled: bool | None
 ) -> None:
     generator = torch.Generator().manual_seed(3)
     for group, count in zip(groups, keep, strict=True):
@@ -174,7 +177,7 @@ def test_a_pruned_decoder_starts_nearer_to_the_larger_one_than_a_random_one_and_
     assert errors["refit"] < 0.5 * errors["random"]
 
 
-@pytest.mark.parametrize("importance", pruning.IMPORTANCE)
+@pytest.mark.parametrize("importance", IMPORTANCE)
 def test_every_importance_leaves_the_models_as_they_were(importance):
     source, student = taesd(decoder_channels=(6, 4, 4, 4)), taesd(decoder_channels=(4, 4, 4, 3))
     student.train()

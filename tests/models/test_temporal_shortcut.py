@@ -13,7 +13,7 @@ from vae3d.checkpoints.formats import Checkpoint, CheckpointError
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
 from vae3d.errors import UserError
-from vae3d.inference.scale import pixel_effect
+from vae3d.latents.scale import pixel_effect
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import config_of
 from vae3d.models.taehv import TAEHV

@@ -18,6 +18,7 @@ from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.taehv import TAEHV
 from vae3d.models.taehv import VARIANTS as TAEHV_VARIANTS
 from vae3d.models.taesd import TAESD
+from vae3d.types import Delta, LatentSpec
 
 SMALL = {"multipliers": [1, 2], "downsample": [True], "layers": 1}  # of stride 2; Wan2.2's 4
 SIZES = {"wan": (14, 16), "wan22": (20, 22)}  # in latents
@@ -273,10 +274,67 @@ def test_the_classes_of_diffusers_that_have_exact_tiles():
     assert {kind for kind, entry in CLASSES.items() if not entry.whole_frames} == set(LOCAL)
 
 
+@pytest.mark.parametrize("name", tiny.MODEL)
+@torch.no_grad()
+def test_every_model_of_conf_codes_in_tiles(name):
+    """Otherwise frames are coded whole, in more memory than was asked for, and records say that they were not."""
+    model = tiny.model(name).eval()
+    stride = model.spec.space_stride
+    model.set_tiles(4 * stride, 2 * stride)
+    tiling, parts = model.tiling, []
+
+    class Recorder:
+        def __getattr__(self, name):
+            return getattr(tiling, name)
+
+        def __call__(self, part, *args, **kwargs):
+            parts.append(part)
+            return tiling(part, *args, **kwargs)
+
+    model.tiling = Recorder()
+    video = noise(model.pixel_channels, 2, stride, 6 * stride).float()
+    out = model(video, sample=False)
+    assert {*parts} == {"encoder", "decoder"}
+    assert out.video.shape == video.shape
+    parts.clear()
+    stream = model.stream(*video.shape[-2:])
+    stream.chunks(2)
+    stream(video)
+    assert {*parts} == {"encoder", "decoder"}
+
+
+class Untiled(VideoAutoencoder):
+    """A model that ignores `tiling`."""
+
+    whole_frames = "GroupNorm"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv3d(3, 3, 1)
+        self.spec = LatentSpec(3, 1, 2, True, (0.0,) * 3, (1.0,) * 3)
+
+    def encode(self, video):
+        return Delta(self.conv(video[..., ::2, ::2]))
+
+    def decode(self, z, num_frames=None):
+        return self.conv(z).repeat_interleave(2, 3).repeat_interleave(2, 4)
+
+
+@pytest.mark.parametrize("overlap", [None, 4])
+def test_a_model_that_does_not_code_in_tiles_is_refused(overlap):
+    model = Untiled()
+    with pytest.raises(
+        UserError, match=f"tile=8, tile_overlap={overlap}: Untiled .*encoder and decoder.*leave out tile"
+    ):
+        model.set_tiles(8, overlap)
+    assert model.tiling is None
+
+
 BLENDED = {
     "spatial": lambda: tiny.model("spatial"),
     "temporal_vae": lambda: tiny.model("temporal_vae"),
     "temporal_taef2": lambda: tiny.model("temporal_taef2"),
+    "opensora_v1_3": lambda: tiny.model("opensora_v1_3"),
     "AutoencoderKL": lambda: diffusers("AutoencoderKL"),
     "AutoencoderDC": lambda: diffusers("AutoencoderDC"),
     "AutoencoderKLLTXVideo": lambda: diffusers("AutoencoderKLLTXVideo"),  # whose decoder draws noise

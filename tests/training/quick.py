@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests import tiny
 from vae3d.commands import train
@@ -30,3 +34,15 @@ def trainer(videos: Path | TrainConfig, folder: Path, **changes: Any) -> VaeTrai
         assert hasattr(node, name), key
         setattr(node, name, value)
     return train.build_trainer(config, folder)
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let every file with `name` in its name fail as on a full disk, when it is fsynced."""
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if name in Path(os.readlink(f"/proc/self/fd/{descriptor}")).name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)

@@ -13,8 +13,7 @@ from tests.adversarial import toy
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints import state
-from vae3d.training.checkpointer import SaveError
-from vae3d.training.failures import TooManyFailures
+from vae3d.training.failures import SaveError, TooManyFailures
 from vae3d.transfer import HostBuffers, tensors_of
 
 ASYNC = {"trainer.async_mode": "async", "trainer.save_every": 2, "trainer.max_steps": 6, "trainer.keep": 0}

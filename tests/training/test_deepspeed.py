@@ -75,7 +75,7 @@ def test_a_step_that_one_rank_leaves_before_any_backward_pass_is_skipped_by_both
         assert report["skips"] == [False, False, True]
 
 
-@pytest.mark.parametrize("failure", ["nan", "memory"])
+@pytest.mark.parametrize("failure", ["nan", "memory", "gradient", "gradient, offloaded"])
 def test_a_step_that_fails_after_a_backward_pass_saves_the_weights_before_it_and_ends_both(both, failure):
     for report in both:
         ended = report[failure]

@@ -9,12 +9,14 @@ import vae3d
 from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d import loading
+from vae3d.adversarial.base import UpdatePhase
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import ResumeError
-from vae3d.commands import train
+from vae3d.commands import step_cost, train
 from vae3d.config.issues import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
+from vae3d.training.step_status import StepMetrics
 from vae3d.training.teacher import Distillation, TeacherError, capture_activations, one_per_latent
 from vae3d.types import ClipBatch, Delta, Reconstruction, TeacherTargets
 
@@ -141,6 +143,29 @@ def test_other_features_make_another_run(videos, teacher, tmp_path):
     trainer(videos, teacher, tmp_path, *FEATURES).fit()
     with pytest.raises(ResumeError, match=r"teacher.features.decoder.middle.2: 'decoder.middle.2' in the checkpoint"):
         trainer(videos, teacher, tmp_path)
+
+
+def test_what_is_counted_is_the_step_of_a_training(videos, teacher, tmp_path):
+    t = trainer(
+        videos, teacher, tmp_path, *FEATURES, "loss.logvar=0.5", "stage.latent_noise=0.3", "trainer.precision=bf16"
+    )
+    counted = step_cost.TrainingStep(t.config, torch.device("cpu"), vae3d.load(teacher))
+    counted.student.load_state_dict(t.strategy.model.state_dict())
+    clip = clip_of()
+    t.forward_backward([clip], UpdatePhase(model=True, discriminator=False), 0, StepMetrics())
+    counted.passes(clip, step=0)
+    groups = [optimizer.param_groups for optimizer in (t.optimizer, counted.optimizer)]
+    assert [group["part"] for group in groups[0]] == ["all", "projections", "logvar"]
+    for mine, theirs in zip(*groups, strict=True):
+        assert {name: theirs[name] for name in ("part", "lr_scale", "weight_decay")}.items() <= mine.items()
+        for p, q in zip(mine["params"], theirs["params"], strict=True):
+            assert torch.equal(p.grad, q.grad)
+
+
+def test_sampled_latents_of_a_teacher_are_counted(videos, teacher):
+    config = tiny.training("wan", videos, *STUDENT, f"teacher.path={teacher}", "teacher.sample=true")
+    needs = step_cost.vae_needs(config, 1, lambda: tiny.model("wan", *FACTORS))
+    assert needs.stays["teacher"] > 0
 
 
 @pytest.mark.parametrize("features", [[], FEATURES], ids=["plain", "features"])

@@ -118,6 +118,19 @@ def test_only_rank_0_writes(tmp_path):
     assert kept.calls == []
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_file_is_listed_once_though_every_start_of_a_run_meets_it(tmp_path, rank):
+    for new in ("cut.mp4", "empty.mp4"):
+        log = RunLog(tmp_path, Loggers([]), rank=rank)
+        log.open(0, 9)
+        log.skipped_files([("small.mp4", "is too small")])
+        log.errors([("bad.mp4", "is ✗"), (new, "is damaged")])
+        log.close()
+    lines = (tmp_path / f"data_errors{rank or ''}.jsonl").read_text().splitlines()
+    names = [json.loads(line)["path"] for line in lines]
+    assert names == [*["small.mp4"] * (rank == 0), "bad.mp4", "cut.mp4", "empty.mp4"]
+
+
 # ---- configuration
 
 

@@ -84,6 +84,30 @@ def test_a_layout_that_does_not_fit_is_a_error_of_the_configuration(videos, monk
         vae3d.checkpoints.export.to_layout({}, "wan")
 
 
+def errors(name, videos, *overrides) -> dict[str, str]:
+    settings = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "trainer.publish.prefix=x", *overrides]
+    try:
+        tiny.training(name, videos, *settings, "data.frames.min=1", "data.frames.max=1", meta_check=True)
+    except ConfigError as error:
+        return {issue.key: issue.message for issue in error.issues}
+    return {}
+
+
+@pytest.mark.parametrize(("layout", "word"), [("native", None), ("videox_fun", None), ("diffusers", "decoder_widths")])
+def test_what_a_file_cannot_hold_is_an_error_before_training(videos, layout, word):
+    found = errors("wan", videos, "model.decoder_widths=[8,4]", f"trainer.publish.layout={layout}")
+    assert found.keys() == ({"trainer.publish.layout"} if word else set())
+    assert all(word in message for message in found.values())
+
+
+def test_a_final_model_of_four_channels_is_an_error_before_training(videos):
+    settings = ["adversary=none", "teacher=none", "trainer.publish.layout=native", "trainer.publish.final_model=true"]
+    found = errors("taehv", videos, *settings, "model.pixel_channels=4")
+    assert found.keys() == {"trainer.publish.final_model"}
+    assert "4 channels" in found["trainer.publish.final_model"]
+    assert errors("taehv", videos, *settings) == {}
+
+
 def test_a_lone_state_file_goes_on_bit_for_bit_in_another_folder(videos, tmp_path):
     long = {**NAMED, "trainer.max_steps": 4}
     whole = trainer(videos, tmp_path / "whole", **long)

@@ -131,22 +131,17 @@ def test_every_part_of_a_training_state_is_checked_before_it_is_taken(small, run
     good = torch.load(run, weights_only=True)
 
     resuming = quick.trainer(small, tmp_path)
-
-    def resume(file: Path) -> None:
-        resuming.config.run.resume_from = str(file)
-        resuming.resume()
-
     for key, change in WRONG.items():
-        assert key in refused(resume, good, change, tmp_path)
+        assert key in refused(resuming.resume, good, change, tmp_path)
     with monkeypatch.context() as patch:  # writing and reading files takes most of the time
         for key in WHOLE:
             for value in (["x"], 1.5, "x"):
                 patch.setattr(state_files, "_read", lambda *_, key=key, value=value, **__: {**good, key: value})
-                assert key in message(resume, tmp_path / "stranger.pt"), value
+                assert key in message(resuming.resume, tmp_path / "stranger.pt"), value
             patch.setattr(state_files, "_read", lambda *_, key=key, **__: {k: v for k, v in good.items() if k != key})
-            message(resume, tmp_path / "stranger.pt")
+            message(resuming.resume, tmp_path / "stranger.pt")
     (tmp_path / "good.pt").write_bytes(run.read_bytes())
-    resume(tmp_path / "good.pt")
+    resuming.resume(tmp_path / "good.pt")
     assert resuming.step == 2
 
 
@@ -159,10 +154,6 @@ def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path)
     good = torch.load(tmp_path / "run/checkpoints/step-0000002/state.pt", weights_only=True)
 
     resuming = latent_runs.trainer(tmp_path / "other", *clips, network="video_transformer")
-
-    def resume(file: Path) -> None:
-        resuming.config.run.resume_from = str(file)
-        resuming.resume()
 
     wrong = {
         "classes": put([3], "latents", "classes"),
@@ -178,10 +169,10 @@ def test_every_part_of_a_diffusion_state_is_checked_before_it_is_taken(tmp_path)
         "data": put({"rows": 1}, "data"),
     }
     for key, change in wrong.items():
-        message = refused(resume, good, change, tmp_path)
+        message = refused(resuming.resume, good, change, tmp_path)
         assert key in message or key == "vae"
     torch.save(good, tmp_path / "good.pt")
-    resume(tmp_path / "good.pt")
+    resuming.resume(tmp_path / "good.pt")
     assert resuming.step == 2
 
 

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.quick import trainer
+from tests.training.quick import fill_disk, trainer
 from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
-from vae3d.checkpoints import export, state
+from vae3d.checkpoints import state
 from vae3d.data.clips import Unreadable
 from vae3d.losses.objective import ErrorMap, Term, WeightedTerm
 from vae3d.training import memory
-from vae3d.training.checkpointer import SaveError, run_on_all_ranks
-from vae3d.training.failures import TooManyFailures
+from vae3d.training.checkpointer import run_on_all_ranks
+from vae3d.training.failures import SaveError, TooManyFailures
 from vae3d.training.preflight import PreflightError
+from vae3d.training.step_status import StepMetrics
 
 LONG = {"trainer.max_steps": 9, "trainer.save_every": 0}
 
@@ -78,10 +79,23 @@ def test_preflight_needs_memory_for_the_optimizers_moments(videos, tmp_path, mon
         t.fit()
 
 
+def test_preflight_takes_the_memory_of_a_step_of_several_micro_batches(videos, tmp_path):
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.accumulate": 2})
+    with memory.PeakMemory([]) as tried:
+        t.preflight()
+    clips = list(t.data.clips(0, 2))
+    t.train_step(clips[:2])
+    with memory.PeakMemory([]) as real:
+        t.forward_backward(clips[2:], t.adversary.update_phase(1), 1, StepMetrics())
+    moments = sum(2 * p.nbytes for p in t.network.parameters() if p.requires_grad)
+    assert tried.peak == pytest.approx(real.peak + moments, rel=0.01)
+
+
 def test_preflight_leaves_no_trace(videos, tmp_path):
     runs = []
     for preflights in (False, True):
-        t = trainer(videos, tmp_path / str(preflights), **{"trainer.robust.preflight": preflights})
+        changes = {"trainer.robust.preflight": preflights, "trainer.accumulate": 2}
+        t = trainer(videos, tmp_path / str(preflights), **changes)
         t.fit()
         runs.append(weights(t))
     assert all(torch.equal(tensor, runs[1][name]) for name, tensor in runs[0].items())
@@ -208,16 +222,26 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run_until_patience_ends(video
         t.checkpointer.save(t.step)
 
 
-def test_an_export_that_cannot_be_written_leaves_the_checkpoint(videos, tmp_path, monkeypatch, caplog):
-    t = trainer(videos, tmp_path, **LONG)
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(export, "write_export", full)
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize(
+    ("file", "complete"), [("state.pt", False), ("run.json", False), ("model.yaml", True), ("model.safetensors", True)]
+)
+def test_a_disk_too_full_for_any_file_of_a_checkpoint_does_not_end_the_run(
+    videos, tmp_path, monkeypatch, caplog, file, complete, mode
+):
+    t = trainer(videos, tmp_path, **LONG, **{"trainer.async_mode": mode})
+    with monkeypatch.context() as patch:
+        fill_disk(patch, file)
+        t.checkpointer.save(t.step)
+        t.checkpointer.wait()
+    assert (state.latest_state(tmp_path / "checkpoints") is not None) == complete
+    assert not list((tmp_path / "exports").glob("*"))
+    assert "No space left on device" in caplog.text
+    assert "training goes on" in caplog.text
     t.checkpointer.save(t.step)
-    assert state.latest_state(tmp_path / "checkpoints").name == "step-0000000"
-    assert "step-0000000 is complete, but its outputs are not: rank 0: OSError" in caplog.text
+    t.checkpointer.wait()
+    assert (tmp_path / "exports/step-0000000/model.yaml").is_file()
 
 
 @pytest.mark.parametrize(("threshold", "compacts"), [(None, False), (4.0, False), (2.0, True)])

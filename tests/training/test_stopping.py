@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 import vae3d
-from tests.training.quick import trainer
+from tests.training.quick import fill_disk, trainer
 from tests.training.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
 from vae3d.checkpoints import state
 from vae3d.commands import console, launch
@@ -21,8 +21,7 @@ from vae3d.data.clips import Unreadable
 from vae3d.data.sources import DataError
 from vae3d.io import FileError, is_disk_error
 from vae3d.training import checkpointer
-from vae3d.training.checkpointer import SaveError
-from vae3d.training.failures import SpikeError
+from vae3d.training.failures import SaveError, SpikeError
 from vae3d.training.runlog import STOPS, stop_signals
 
 PUBLISHES = {"trainer.publish.prefix": "vae", "trainer.publish.layout": "native"}
@@ -121,11 +120,12 @@ def test_a_last_save_that_fails_is_an_error_that_says_what_is_lost(
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 def test_an_export_that_fails_at_the_end_is_an_error_and_the_same_command_writes_it(videos, tmp_path, monkeypatch):
     t = trainer(videos, tmp_path, **PUBLISHES)
     with monkeypatch.context() as patch:
-        patch.setattr("vae3d.checkpoints.export.write_export", full)
-        with pytest.raises(SaveError, match=r"step-0000002 is complete, but its outputs are not: rank 0: OSError"):
+        fill_disk(patch, "model.yaml")
+        with pytest.raises(SaveError, match=r"step-0000002 is complete, but its outputs are not: rank 0: .*model.yaml"):
             t.fit()
     assert not (tmp_path / "vae_final_ema.pt").exists()
     assert trainer(videos, tmp_path, **PUBLISHES).fit()
@@ -227,6 +227,20 @@ def test_a_stale_export_of_a_step_is_not_taken_for_the_new_checkpoints(videos, t
             trainer(videos, tmp_path, **again).fit()
     trainer(videos, tmp_path, **again).fit()
     assert (tmp_path / "exports/step-0000002/model.safetensors").read_bytes() != stale
+
+
+def test_what_a_deleted_checkpoint_wrote_goes_at_the_next_start_and_what_is_older_stays(videos, tmp_path, caplog):
+    often = {**PUBLISHES, "trainer.save_every": 1, "trainer.keep": 2}
+    trainer(videos, tmp_path, **often, **{"trainer.max_steps": 3}).fit()
+    assert steps(tmp_path, "exports") == [2, 3]
+    state.discard(tmp_path / "checkpoints", 3)
+    t = trainer(videos, tmp_path, **often, **{"trainer.max_steps": 6})
+    with caplog.at_level("INFO"):
+        t.checkpointer.complete_newest(t.step)
+    t.log.close()
+    assert steps(tmp_path, "exports") == [2]
+    assert sorted(path.name for path in tmp_path.glob("vae_*step*")) == ["vae_ema_step2.pt", "vae_step2.pt"]
+    assert "step-0000003" in caplog.text
 
 
 def test_loading_a_run_says_where_its_export_is_older_than_its_checkpoint(videos, tmp_path, monkeypatch, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import signal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tests import tiny, warm
 from tests.device_stub import check_two_waits
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
-from vae3d import loading
+from vae3d import distributed, loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
@@ -124,6 +125,19 @@ def test_another_teacher_or_other_features_have_files_of_their_own(tmp_path):
         assert other.cache.hits == 0
 
 
+@pytest.mark.parametrize("setting", ["model.pad_w=circular", "model.latents_std=[2,2,2,2]"])
+def test_a_teacher_that_differs_in_a_setting_alone_has_files_of_its_own(tmp_path, setting):
+    student, teacher, other = tiny.model("wan"), tiny.model("wan"), tiny.model("wan", setting)
+    student.latent = "normalized"
+    other.load_state_dict(teacher.state_dict())
+    for network in (teacher, other):
+        Distillation(network, student, cache=str(tmp_path)).compute_targets(batch(1))
+    again = Distillation(other, student, cache=str(tmp_path))
+    z = again.compute_targets(batch(1)).targets.z
+    assert again.cache.hits == 1
+    assert torch.equal(z, Distillation(other, student).compute_targets(batch(1)).targets.z)
+
+
 def test_a_batch_with_a_new_clip_or_a_damaged_file_is_computed(tmp_path):
     given = Distillation(toy(0), toy(9), cache=str(tmp_path))
     z = given.compute_targets(batch(1, 2)).targets.z
@@ -151,6 +165,32 @@ def test_a_full_cache_takes_no_more(tmp_path):
     given = Distillation(toy(0), toy(9), cache=str(tmp_path), cache_gib=1e-7)  # 107 bytes; a clip's latents have 64
     given.compute_targets(batch(1, 2))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+
+
+def test_the_ranks_share_the_size_of_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    limit = 8 * 64 / 2**30  # of 8 clips
+    ranks = [Distillation(toy(0), toy(9), cache=str(tmp_path), cache_gib=limit) for _ in range(4)]
+    for rank, given in enumerate(ranks):
+        given.compute_targets(batch(*range(10 * rank, 10 * rank + 3)))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 8
+
+
+@pytest.mark.parametrize("step", ["save_file", "atomic_path"])
+def test_a_disk_that_is_full_ends_the_cache_and_not_the_run(tmp_path, monkeypatch, caplog, step):
+    given = Distillation(toy(0), toy(9), cache=str(tmp_path))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(teacher_cache, step, full)
+        z = given.compute_targets(batch(1, 2)).targets.z
+        assert torch.equal(z, given.compute_targets(batch(1, 2)).targets.z)
+    given.compute_targets(batch(3, 4))
+    assert (given.cache.hits, given.cache.misses) == (0, 6)
+    assert caplog.text.count("teacher.cache") == 1
+    assert not list(tmp_path.rglob("*.*"))
 
 
 def test_pruning_at_the_start_of_a_run_is_repeatable_and_a_resumed_run_does_not_prune(videos, larger, tmp_path, caplog):

@@ -70,6 +70,10 @@ def test_collectives_time_out_soon_but_for_the_first_step_and_validations(ranks)
         assert report["wan"]["timeouts"] == [short, *[long, short] * 4]  # a checkpoint in each step
 
 
+def test_the_pictures_of_validated_clips_go_to_the_first_rank_only(ranks):
+    assert [report["mixture"]["pictures"] for report in ranks] == [[True] * 3, [False] * 3]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_gradients_are_summed_over_ranks_in_reduce_dtype_and_divided_in_fp32(ranks, dtype):
     first, second = (report["averaged"][dtype] for report in ranks)

@@ -25,7 +25,7 @@ from vae3d.metrics import METRICS, build_metrics
 from vae3d.metrics.distribution import Rfid
 from vae3d.metrics.registry import Entry
 from vae3d.pixels import to_uint8
-from vae3d.training.checkpointer import SaveError
+from vae3d.training.failures import SaveError
 from vae3d.training.vae_validation import validate
 from vae3d.types import ClipBatch
 

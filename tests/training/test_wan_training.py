@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from PIL import Image
@@ -52,9 +54,12 @@ FAMILY = {
         ("wan_erp_depth", "wan22", ["model.pixel_channels=1"]),
     ],
 )
-def test_the_panorama_recipes_run_on_wan22_and_qwen_image(rooms, tmp_path, monkeypatch, experiment, weights, more):
+def test_the_panorama_recipes_run_on_wan22_and_qwen_image(
+    rooms, tmp_path, monkeypatch, caplog, experiment, weights, more
+):
     """From published weights to files of averaged weights, with a closed seam where the recipe closes it."""
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "vae3d")
     overrides, layout, channels = FAMILY[weights]
     name = "wan22" if weights == "wan22" else "wan"
     shape = [*tiny.MODEL[name], "model.multipliers=[1,1]"]
@@ -77,6 +82,7 @@ def test_the_panorama_recipes_run_on_wan22_and_qwen_image(rooms, tmp_path, monke
     t = train.build_trainer(config, tmp_path / "run")
     t.fit()
     assert t.step == 2
+    assert ("pad_w=circular is not in the file" in caplog.text) == (experiment == "wan_erp_best")
     [published] = (tmp_path / "run").glob("vae_*_final_ema.pt")
     model, again = vae3d.load(tmp_path / "run"), vae3d.load(published)
     expected = 1 if "model.pixel_channels=1" in more else channels

@@ -65,7 +65,8 @@ def train(config: TrainConfig, folder: Path) -> dict[str, object]:
 
 
 def some_steps(config: TrainConfig, folder: Path, accumulate: int) -> dict[str, object]:
-    """Weights after six steps, and of each step the shape of a micro-batch and the positions of this rank's clips."""
+    """Weights after six steps, of each step the shape of a micro-batch and the positions of this rank's clips, and
+    whether this rank has the pictures of each validated clip."""
     t = quick.trainer(config, folder, **{"trainer.accumulate": accumulate, "trainer.save_every": 0})
     clips, shapes, positions = t.data.clips(0, 6), [], []
     for _ in range(6):
@@ -73,8 +74,9 @@ def some_steps(config: TrainConfig, folder: Path, accumulate: int) -> dict[str, 
         shapes.append(list(batches[0].video.shape))
         positions.append([int(position) for batch in batches for position in batch.positions])
         t.train_step(batches)
+    pictures = [clip.panels is not None for clip in t.validate_clips(t.metrics)]
     t.log.close()
-    return {"weights": t.network.state_dict(), "shapes": shapes, "positions": positions}
+    return {"weights": t.network.state_dict(), "shapes": shapes, "positions": positions, "pictures": pictures}
 
 
 def refused(config: TrainConfig, folder: Path, rank: int) -> list[str]:

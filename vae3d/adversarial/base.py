@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean, reduction_buffer
 from vae3d.layout import place
-from vae3d.optim import can_fuse
+from vae3d.optim import adamw
 from vae3d.pixels import as_rgb
 from vae3d.restore import check_like, load_optimizer
 from vae3d.schedules import ramp
@@ -35,12 +35,16 @@ class UpdatePhase(NamedTuple):
 class Adversary:
     """Adversarial training: discriminators with their optimizer and state. The base class has none.
 
+    optimizer: the discriminators', from `load` on; None without any.
+
     The generator's loss uses a frozen discriminator, the discriminator's loss detached reconstructions. In each step
     the trainer computes and differentiates both for every micro-batch, then calls `sync_remaining`, and then, on all
     ranks alike, `average_gradients` and `step`, or `reset_step`. `average_gradients` and `generator_loss` may
     communicate between ranks; `sync_remaining` makes up for the calls of generator_loss that this rank skipped. None of
     them may wait for the device: the trainer reads what a decision needs, twice in a step.
     """
+
+    optimizer: torch.optim.Optimizer | None = None
 
     def load(self, model: nn.Module, device: torch.device, seed: int, rank: int) -> None:
         """Build on the device of training; called once, before anything else.
@@ -150,13 +154,8 @@ class DiscriminatorAdversary(Adversary):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed_of(seed, self.name))  # of the CPU only
             self.discriminator = place(self.build(), device)
-        self.optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(),
-            self.lr,
-            tuple(self.betas),
-            weight_decay=self.weight_decay,
-            fused=can_fuse(device),
-        )
+        params = self.discriminator.parameters()
+        self.optimizer = adamw(params, device, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
         # Allocated before the first step, see ReplicatedDataParallel.
         statistics = [buffer for buffer in self.discriminator.buffers() if buffer.is_floating_point()]
         self._reduction_buffer = reduction_buffer([*self.discriminator.parameters(), *statistics, *also_reduce])

@@ -81,7 +81,7 @@
       return;
     }
     if (file.size > data.limits.upload) {
-      showError(`${file.name} has ${megabytes(file.size)}; the limit is ${megabytes(data.limits.upload)} (--max-upload changes it)`);
+      showError(`${file.name} has ${megabytes(file.size)}; the limit is ${megabytes(data.limits.upload)} (--max_upload changes it)`);
       return;
     }
     chooseOther(null);

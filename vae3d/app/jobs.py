@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vae3d.app.process import Stopped, Worker
+from vae3d.app.process import UNEXPECTED, Stopped, Worker
 from vae3d.app.settings import Limits, Settings
 from vae3d.errors import UserError
 from vae3d.io import naming, remove
@@ -83,8 +83,7 @@ class Jobs:
         self._queue: queue.Queue[Job | None] = queue.Queue()
         self._lock = threading.RLock()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
-        self._thread.start()
+        self._start_thread()
 
     # ---- files
 
@@ -243,7 +242,19 @@ class Jobs:
                 "folder on another disk before you start vae3d app"
             )
 
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="jobs", daemon=True)
+        self._thread.start()
+
     def _work(self) -> None:
+        try:
+            self._run_all()
+        finally:
+            with self._lock:
+                if not self._closing:  # an error in vae3d, which Python prints as this thread ends
+                    self._start_thread()
+
+    def _run_all(self) -> None:
         while True:
             try:
                 job = self._queue.get(timeout=TICK)
@@ -266,25 +277,25 @@ class Jobs:
         def stop() -> bool:
             return self._closing or job.state == "cancelled"
 
+        result, wrong = None, UNEXPECTED
         try:
             with naming(job.folder):
                 job.folder.mkdir(parents=True)
             request = {"do": "run", "path": str(job.source.path), "name": job.source.name, "folder": str(job.folder)}
             result = self.worker.ask({**request, "settings": asdict(job.settings)}, progress, stop)
         except Stopped:
-            shutil.rmtree(job.folder, ignore_errors=True)
+            pass
         except UserError as error:
-            shutil.rmtree(job.folder, ignore_errors=True)
-            with self._lock:
-                if job.state != "cancelled":
-                    job.state, job.text = "failed", str(error)
-        else:
-            with self._lock:
-                if job.state == "cancelled":  # too late to stop it
-                    shutil.rmtree(job.folder, ignore_errors=True)
-                else:
+            wrong = str(error)
+        finally:
+            with self._lock:  # a job may have been cancelled too late to stop it
+                if job.state == "running" and result is not None:
                     job.state, job.fraction, job.text, job.result = "done", 1.0, "done", result
-        job.used = time.monotonic()
+                else:
+                    shutil.rmtree(job.folder, ignore_errors=True)
+                    if job.state == "running":
+                        job.state, job.text = "failed", wrong
+            job.used = time.monotonic()
 
 
 class Upload:
@@ -309,7 +320,7 @@ class Upload:
 
 
 def too_large(name: str, limit: int) -> str:
-    return f"{name}: is larger than {limit / 1e6:g} MB, the limit (`--max-upload` changes it)"
+    return f"{name}: is larger than {limit / 1e6:g} MB, the limit (`--max_upload` changes it)"
 
 
 def walk(root: Path) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from vae3d.app.settings import READING, Limits
 from vae3d.errors import UserError
 
 POLL = 0.1  # seconds
+UNEXPECTED = "an error in vae3d ended the job; the terminal in which `vae3d app` runs shows it"
 Progress = Callable[[float, str], None]  # fraction in [0, 1], what is done
 
 
@@ -71,12 +72,18 @@ class Worker:
         self._connection: Any = None
 
     def ask(self, request: dict[str, Any], progress: Progress, stop: Callable[[], bool] = lambda: False) -> Any:
-        """The answer to a request of worker.Requests. stop: whether the job was cancelled.
+        """The answer to a request of worker.Runner. stop: whether the job was cancelled.
 
         Raises UserError with what went wrong, Stopped.
         """
-        self._start()
-        self._connection.send_bytes(json.dumps(request).encode())
+        try:
+            self._start()
+        except (OSError, EOFError) as error:
+            raise UserError(f"the process that runs the models cannot be started: {error}; try again") from error
+        try:
+            self._connection.send_bytes(json.dumps(request).encode())
+        except ConnectionError:
+            raise UserError(self._why_ended()) from None
         stage, last = "", time.monotonic()
         while True:
             if stop():
@@ -86,7 +93,7 @@ class Worker:
                 if stage == READING and time.monotonic() - last > self.limits.wait:
                     self.close()
                     raise UserError(
-                        f"the file could not be read: no frame within {self.limits.wait:g} s (`--read-timeout`)"
+                        f"the file could not be read: no frame within {self.limits.wait:g} s (`--read_timeout`)"
                     )
                 continue
             try:
@@ -132,4 +139,4 @@ class Worker:
             )
         if code < 0:
             return f"the file crashed its decoder, or the model failed ({signal.Signals(-code).name})"
-        return "an error in vae3d ended the job; the terminal in which `vae3d app` runs shows it"
+        return UNEXPECTED

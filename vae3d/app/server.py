@@ -176,7 +176,7 @@ class Guard:
         host = headers.get("host", "")
         name = host_name(host)
         if name not in self.hosts:
-            return refuse(f"this server is not {name!r}; if that is a name of this machine, start it with --allow-host")
+            return refuse(f"this server is not {name!r}; if that is a name of this machine, start it with --allow_host")
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return refuse(f"requests from {origin!r} are refused")

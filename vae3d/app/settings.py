@@ -63,5 +63,5 @@ def check_pixels(frames: int, height: int, width: int, limits: Limits) -> None:
     if pixels > limits.pixels:
         raise UserError(
             f"{plural(frames, 'frame')} of {width} x {height} are {pixels / 1e6:.1f} million pixels, and the limit is "
-            f"{limits.pixels / 1e6:g}; choose fewer frames or a smaller height (`--max-megapixels` changes the limit)"
+            f"{limits.pixels / 1e6:g}; choose fewer frames or a smaller height (`--max_megapixels` changes the limit)"
         )

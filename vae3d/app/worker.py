@@ -31,6 +31,7 @@ from vae3d.data.clips import read_resized, to_video
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.readers import VIDEO_SUFFIXES, open_media
+from vae3d.data.versions import source_version
 from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
@@ -184,7 +185,7 @@ class Runner:
 
     def _read(self, path: Path, name: str, settings: Settings, alpha: bool) -> Clip:
         """The frames of the settings, at their size: those of the last job, if they are the same."""
-        key = (path, settings.start, settings.frames, settings.height, alpha)
+        key = (path, settings.start, settings.frames, settings.height, alpha, source_version(str(path)))
         if self.clip is not None and self.clip.key == key:
             return self.clip
         self.forget()
@@ -306,7 +307,7 @@ def code(model: VideoAutoencoder, clip: Clip, report: Callable[[int], None]) -> 
     frames, height, width = clip.frames.shape[:3]
     device = next(model.parameters()).device
     stream = model.stream(height, width)
-    set_chunks(model, height, width)
+    model.fit_chunks(height, width)
     lengths = stream.chunks(frames)
     parts, latents = [], []
     report(0)
@@ -327,13 +328,6 @@ def code(model: VideoAutoencoder, clip: Clip, report: Callable[[int], None]) -> 
         np.concatenate(parts),
         f"{plural(z.shape[1], 'channel')} of {shape}, {ratio:.1f} times fewer numbers; {speed}",
     )
-
-
-def set_chunks(model: VideoAutoencoder, height: int, width: int) -> None:
-    """Let `decode` take as many latents at once as a stream, where the model chooses by size."""
-    if hasattr(model, "chunk_latents"):
-        model.chunk_latents = None
-        model.chunk_latents = model.stream(height, width).chunk_latents
 
 
 def with_noise(z: Tensor, noise: float) -> Tensor:

@@ -21,7 +21,7 @@ from vae3d.checkpoints.published import State, rename_keys
 from vae3d.io import atomic_dir, atomic_path, atomic_write, write_json, write_text, yaml_text
 from vae3d.models.diffusers_vae import PREFIX, DiffusersVAE
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.registry import target_of
+from vae3d.models.registry import RUNNING, target_of
 from vae3d.models.spatial import SpatialVAE, per_channel
 from vae3d.models.taehv import TAEHV
 from vae3d.models.taesd import TAESD
@@ -29,8 +29,13 @@ from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
 LDM_GROUPS = 32  # of the normalisation, hard-coded in latent-diffusion
-# Settings of an Open-Sora VAE that change how it runs, not what its weights compute.
-RUNTIME_SETTINGS = ("scaling_factor", "shift_factor", "frame_batch", "gradient_checkpointing")
+# Settings that change results, and that files of other programs do not hold.
+LOST: dict[type[nn.Module], Sequence[str]] = {
+    WanVAE: ("pad_w", "pad_h"),
+    TAEHV: ("decoder_space_upscale",),
+    TAESD: ("latents_mean", "latents_std"),
+    DiffusersVAE: ("pad_w", "decode_timestep"),
+}
 
 
 # ---- this project's export
@@ -52,6 +57,17 @@ def replace_export(checkpoint: Checkpoint, folder: Path, **info: Any) -> None:
 # ---- layouts of other programs
 
 
+def lost_settings(checkpoint: Checkpoint) -> list[str]:
+    """Notes on what a file of another program's layout does not say about this model, and changes its results."""
+    network = next((kind for kind in LOST if _is_a(checkpoint, kind)), None)
+    if network is None:
+        return []
+    config, defaults = checkpoint.config, _defaults(network)
+    changed = {name: config[name] for name in LOST[network] if config.get(name) not in (None, defaults[name])}
+    settings = [f"{name}={str(value).replace(' ', '')}" for name, value in changed.items()]
+    return [f"{setting} is not in the file; set it where the file is used" for setting in settings]
+
+
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a folder for from_pretrained of diffusers' AutoencoderKL, AutoencoderKLWan or AutoencoderTiny, or of the
     class that a DiffusersVAE runs."""
@@ -59,8 +75,9 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         state = {key.removeprefix(PREFIX): tensor for key, tensor in checkpoint.state.items()}
         config_json = {"_class_name": checkpoint.config["kind"], **(checkpoint.config.get("config") or {})}
     elif _is_a(checkpoint, WanVAE):
+        _require_whole_decoder(checkpoint, "diffusers")
         state = wan.to_diffusers(checkpoint.state)
-        config_json = wan.diffusers_config(_wan_config(checkpoint, "diffusers"))
+        config_json = wan.diffusers_config(_wan_config(checkpoint))
     elif _is_a(checkpoint, TAESD):
         try:
             config_json = taesd.diffusers_config(checkpoint.config)
@@ -73,6 +90,7 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         if config["scaling_factor"] is None:
             raise CheckpointError(f"{checkpoint.path}: the latents' scaling factor is not known; give --scaling_factor")
         config_json = ldm.diffusers_config(config) | _diffusers_factors(config)
+    checkpoint.notes += lost_settings(checkpoint)
     _save(state, folder / "diffusion_pytorch_model.safetensors")
     write_json(folder / "config.json", config_json)
 
@@ -83,10 +101,12 @@ def write_qwen_image(checkpoint: Checkpoint, folder: Path) -> None:
     Three channels of pixels are those of Qwen-Image and Qwen-Image-Edit, four of Qwen-Image-Layered.
     """
     _require(checkpoint, WanVAE, "qwen_image", channels=(3, 4))
+    _require_whole_decoder(checkpoint, "qwen_image")
     try:
-        config_json = wan.qwen_image_config(_wan_config(checkpoint, "qwen_image"))
+        config_json = wan.qwen_image_config(_wan_config(checkpoint))
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}; use the layout diffusers") from error
+    checkpoint.notes += lost_settings(checkpoint)
     _save(wan.to_diffusers(checkpoint.state), folder / "diffusion_pytorch_model.safetensors")
     write_json(folder / "config.json", config_json)
 
@@ -152,18 +172,23 @@ def write_wan(checkpoint: Checkpoint, file: Path) -> None:
     weights, which gives the same normalised latents.
     """
     _require(checkpoint, WanVAE, "wan")
+    _require_whole_decoder(checkpoint, "wan")
+    checkpoint.notes += lost_settings(checkpoint)
     _save(_with_published_constants(checkpoint, "wan"), file)
 
 
 def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file for VideoX-Fun's AutoencoderKLWan; constants as in write_wan."""
     _require(checkpoint, WanVAE, "videox_fun")
+    _require_whole_decoder(checkpoint, "videox_fun")
+    checkpoint.notes += lost_settings(checkpoint)
     _save(wan.to_videox_fun(_with_published_constants(checkpoint, "videox_fun")), file)
 
 
 def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file like the published ones. Its metadata is in the file, or in <its stem>.json beside it."""
     config = _require(checkpoint, TAEHV, "taehv")
+    checkpoint.notes += lost_settings(checkpoint)
     _save(checkpoint.state, file, taehv.to_metadata(config))
     if file.suffix != ".safetensors":
         write_json(file.with_suffix(".json"), taehv.info_of(config))
@@ -172,6 +197,7 @@ def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
 def write_taesd(checkpoint: Checkpoint, folder: Path) -> None:
     """Write VARIANT_encoder.pth and VARIANT_decoder.pth, like the published ones, in fp32."""
     variant = _require(checkpoint, TAESD, "taesd")["variant"]
+    checkpoint.notes += lost_settings(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("encoder", "decoder"):
         state = rename_keys({k: t for k, t in checkpoint.state.items() if k.startswith(part)}, [(f"^{part}.", "^")])
@@ -179,13 +205,18 @@ def write_taesd(checkpoint: Checkpoint, folder: Path) -> None:
             torch.save(_contiguous(state), stream)
 
 
+def check_final_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration of a model that write_final_model takes, whole. Raises CheckpointError for another."""
+    return _require(checkpoint, TAEHV, "taehv")
+
+
 def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a TAEHV in fp32 as final_model.pth, final_model.safetensors and model.json.
 
     final_model.pth is a plain state dict, which the published TAEHV class loads with weights_only=True; model.json is
-    its metadata. final_model.safetensors contains both.
+    its metadata. final_model.safetensors contains both. Raises CheckpointError as check_final_model does.
     """
-    config = _require(checkpoint, TAEHV, "taehv")
+    config = check_final_model(checkpoint)
     state = {key: tensor.float() for key, tensor in checkpoint.state.items()}
     _save(state, folder / "final_model.safetensors", taehv.to_metadata(config))
     write_json(folder / taehv.INFO_FILE, taehv.info_of(config))
@@ -225,15 +256,25 @@ def to_layout(state: State, layout: str) -> State:
     return FLAT_LAYOUTS[layout](state)
 
 
+def flat_state(checkpoint: Checkpoint, layout: str) -> State:
+    """The weights under the keys of `layout`. Raises CheckpointError if it is unknown, or does not fit the model."""
+    if layout == "diffusers" and _is_a(checkpoint, WanVAE):
+        _require_whole_decoder(checkpoint, layout, "use native")
+    return to_layout(checkpoint.state, layout)
+
+
 def write_flat(checkpoint: Checkpoint, layout: str, file: Path) -> None:
     """Write one file for torch.load(..., weights_only=True), under the keys of `layout`, atomically.
 
-    Constants of a Wan VAE are folded as in write_wan. Its pixels may have any number of channels: programs that open
-    the file must build their network with as many.
+    Constants of a Wan VAE are folded as in write_wan. Its pixels may have any number of channels, and its decoder, but
+    for diffusers, any widths: programs that open the file must build their network with the same.
+    Raises CheckpointError as flat_state does.
     """
-    state = _with_published_constants(checkpoint, layout) if _is_a(checkpoint, WanVAE) else checkpoint.state
+    if _is_a(checkpoint, WanVAE):
+        checkpoint = replace(checkpoint, state=_with_published_constants(checkpoint, layout))
+    state = flat_state(checkpoint, layout)
     with atomic_write(file) as stream:
-        torch.save(_contiguous(to_layout(state, layout)), stream)
+        torch.save(_contiguous(state), stream)
 
 
 # ---- file names that other programs expect, in a run's folder
@@ -286,15 +327,18 @@ def _defaults(network: type[nn.Module]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
 
 
-def _wan_config(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
-    """Every constructor argument of a WanVAE. Raises CheckpointError for a decoder of other widths or blocks."""
-    config = _defaults(WanVAE) | checkpoint.config
+def _require_whole_decoder(checkpoint: Checkpoint, layout: str, hint: str = "use the layout export") -> None:
+    """Raises CheckpointError for a WanVAE whose decoder has other widths or blocks, as no other program builds."""
     for name in ("decoder_widths", "decoder_blocks"):
-        if config[name] is not None:
+        if (found := checkpoint.config.get(name)) is not None:
             raise CheckpointError(
-                f"{checkpoint.path} has {name}={list(config[name])}, which the {layout} layout does not know; use the "
-                "layout export"
+                f"{checkpoint.path} has {name}={list(found)}, which the {layout} layout does not know; {hint}"
             )
+
+
+def _wan_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Every constructor argument of a WanVAE."""
+    config = _defaults(WanVAE) | checkpoint.config
     config["decoder_channels"] = config["decoder_channels"] or config["channels"]
     zeros, ones = [0.0] * config["latent_channels"], [1.0] * config["latent_channels"]
     return config | {"latents_mean": config["latents_mean"] or zeros, "latents_std": config["latents_std"] or ones}
@@ -305,7 +349,7 @@ def _require_published_size(config: dict[str, Any]) -> None:
     for part, network in (("spatial", SpatialVAE), ("temporal", TemporalVAE)):
         published = _defaults(network) | {"_target_": target_of(network)}
         for name, value in config[part].items():
-            if name not in RUNTIME_SETTINGS and value != published.get(name):
+            if name not in ("scaling_factor", "shift_factor", *RUNNING) and value != published.get(name):
                 raise CheckpointError(
                     f"the original code builds one network only: {part} {name} is {value}, not {published[name]}; "
                     "use the layout export"
@@ -317,7 +361,7 @@ def _require_published_size(config: dict[str, Any]) -> None:
 
 def _with_published_constants(checkpoint: Checkpoint, layout: str) -> State:
     """Weights of a Wan VAE whose latents have the mean and standard deviation that other programs hard-code."""
-    config = _wan_config(checkpoint, layout)
+    config = _wan_config(checkpoint)
     mean, std = (torch.tensor(config[name], dtype=torch.float64) for name in ("latents_mean", "latents_std"))
     constants = wan.published_constants(config["latent_channels"], config["shortcuts"])
     published_mean, published_std = (torch.tensor(values, dtype=torch.float64) for values in constants)

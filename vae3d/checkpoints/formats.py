@@ -63,7 +63,8 @@ ROOT = "."  # name of the VAE without a prefix
 class Checkpoint:
     """A model's weights under this project's keys, and the configuration (`_target_` tree) that builds it.
 
-    layout: the one found at `path`. notes: assumptions, and what was skipped.
+    layout: the one found at `path`. notes: assumptions, and what was skipped. assumed: settings of `config` that `path`
+    does not hold, so they are those of the published model.
     """
 
     config: dict[str, Any]
@@ -71,6 +72,7 @@ class Checkpoint:
     path: Path
     layout: str
     notes: list[str] = field(default_factory=list)
+    assumed: Collection[str] = ()
 
     def part(self, name: str) -> State:
         """State of the submodule `name`; the whole state if this is a checkpoint of that submodule alone."""
@@ -181,7 +183,7 @@ def _read_published(weights: Path, config_json: dict[str, Any], variant: str | N
         raise CheckpointError(f"{weights}: looks like {layout}, but {missing} is not in it") from missing
     except (IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{weights}: looks like {layout}, but its tensors have other shapes") from error
-    return Checkpoint(config, state, weights, layout, published.notes)
+    return Checkpoint(config, state, weights, layout, published.notes, published.assumed)
 
 
 def _select_config_json(config_json: dict[str, Any], layout: str) -> dict[str, Any]:

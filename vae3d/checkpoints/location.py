@@ -31,6 +31,7 @@ OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 # An encoder and a decoder in two files, as of TAESD: taef2_encoder.pth, taef2_decoder.pth
 HALVES = re.compile(r"(.*)(encoder|decoder)(\.\w+)")
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+STEP = re.compile(r"step-(\d+)")
 PART = "::"  # separates a file and a part of it: weights.ckpt::ema_model
 
 
@@ -98,10 +99,9 @@ def find_weights(path: Path) -> Path:
             f"{path}: is a checkpoint in DeepSpeed's own format, whose files hold code; extract its weights with "
             f"python -m deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization and give OUT/model.safetensors"
         )
-    exports = sorted((path / "exports").glob("step-*/model.safetensors"))
-    if exports:
-        warn_if_older(path, exports[-1].parent)
-        return exports[-1]
+    if exports := step_folders(path / "exports", "model.safetensors"):
+        warn_if_older(path, exports[-1])
+        return exports[-1] / "model.safetensors"
     others = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
     if len(others) == 1 or (others and tuple(others) == halves(others[0])):
         return others[0]
@@ -114,6 +114,17 @@ def find_weights(path: Path) -> Path:
     )
 
 
+def step_of(folder: Path) -> int:
+    """1000 for .../step-0001000."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def step_folders(root: Path, file: str = "") -> list[Path]:
+    """The folders step-N in `root`, in the order of N; with `file`, those that hold it."""
+    found = [folder for folder in root.glob("step-*") if STEP.fullmatch(folder.name) and (folder / file).exists()]
+    return sorted(found, key=step_of)
+
+
 def halves(path: Path) -> tuple[Path, ...]:
     """The files of the decoder and the encoder, if `path` is named as one of them; else ()."""
     match = HALVES.fullmatch(path.name)
@@ -122,11 +133,11 @@ def halves(path: Path) -> tuple[Path, ...]:
 
 def warn_if_older(run: Path, export: Path) -> None:
     """Warn if a run's newest export is older than its newest checkpoint, which a kill or a full disk can cause."""
-    checkpoints = sorted(file.parent.name for file in (run / "checkpoints").glob("step-*/run.json"))
-    if checkpoints and checkpoints[-1] > export.name:
+    checkpoints = step_folders(run / "checkpoints", "run.json")
+    if checkpoints and step_of(checkpoints[-1]) > step_of(export):
         log.warning(
-            f"{export.name} is the newest export of {run}, but its newest checkpoint is {checkpoints[-1]}; run the "
-            "training command again to write the missing export"
+            f"{export.name} is the newest export of {run}, but its newest checkpoint is {checkpoints[-1].name}; run "
+            "the training command again to write the missing export"
         )
 
 

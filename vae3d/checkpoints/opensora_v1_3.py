@@ -26,6 +26,7 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     if latents != published["latent_channels"]:
         stats, used = {"latents_mean": [0.0] * latents, "latents_std": [1.0] * latents}, "0 and 1"
     weights.notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
+    weights.assumed += ["latents_mean", "latents_std"]
     config = {
         "_target_": "vae3d.models.opensora_v1_3.OpenSoraV13VAE",
         "channels": base,

@@ -37,7 +37,8 @@ class PublishedWeights:
     """The tensors of one VAE under the keys of its layout, in fp32.
 
     config_json: {} if there is none, or if it describes another part of a pipeline. other_keys: the file's other
-    tensors. variant: given by the user, for a TAEHV. notes: readers append what they assume.
+    tensors. variant: given by the user, for a TAEHV. notes: readers append what they assume; to `assumed`, the settings
+    that only the published model's own configuration gives.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class PublishedWeights:
     other_keys: Sequence[str] = ()
     variant: str | None = None
     notes: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
 
 
 def read_config_json(file: Path) -> dict[str, Any]:

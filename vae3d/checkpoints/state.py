@@ -23,8 +23,10 @@ import torch
 
 from vae3d.arguments import ArgumentError, Range, check_fields, flatten, without_source_name
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
+from vae3d.checkpoints.location import step_folders, step_of
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
+from vae3d.models.registry import RUNNING
 
 META = "run.json"  # a folder without it is incomplete
 STATE = "state.pt"
@@ -35,10 +37,11 @@ MUST_MATCH = (
     "data.buckets.shapes", "data.buckets.aspects", "data.buckets.frames", "data.buckets.multiple",
     "data.stride", "data.fps", "data.panorama", "data.depth.mapping", "teacher.features", "run.seed",
 )  # fmt: skip
-# Exceptions, which may change as optim may: the discriminator's learning rate is often tied to optim.
+# Exceptions, beside those of RUNNING, which may change as optim may: the discriminator's learning rate is often tied to
+# optim.
 MAY_CHANGE = (
     *(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power")),
-    *("denoiser.gradient_checkpointing", "denoiser.dropout"),
+    "denoiser.dropout",
 )
 
 # What reading damaged files raises, in addition to the documented errors: found by changing random bytes.
@@ -110,7 +113,12 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 def superseded(root: Path, keep: int) -> list[int]:
     """The steps of all step folders but the newest `keep`; none if `keep` is 0."""
-    return [step_of(folder) for folder in _steps(root)[:-keep]] if keep else []
+    return [step_of(folder) for folder in step_folders(root)[:-keep]] if keep else []
+
+
+def later(root: Path, step: int) -> list[int]:
+    """The steps of all step folders after `step`."""
+    return [number for number in map(step_of, step_folders(root)) if number > step]
 
 
 def discard(root: Path, step: int) -> None:
@@ -127,14 +135,9 @@ def prune(root: Path, keep: int) -> None:
         discard(root, step)
 
 
-def step_of(folder: Path) -> int:
-    """1000 for .../step-0001000."""
-    return int(folder.name.removeprefix("step-"))
-
-
 def latest_state(root: Path) -> Path | None:
     """The newest complete checkpoint."""
-    complete = [folder for folder in _steps(root) if (folder / META).is_file()]
+    complete = [folder for folder in step_folders(root) if (folder / META).is_file()]
     return complete[-1] if complete else None
 
 
@@ -153,7 +156,7 @@ def find_state(root: Path, asked: str) -> Path:
     if asked != "latest" and (step_name is None or path.name != asked):
         folder = path.parent if step_name else path
         folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
-    complete = [step for step in _steps(folder) if (step / META).is_file()]
+    complete = [step for step in step_folders(folder) if (step / META).is_file()]
     found = complete[-1:] if step_name is None else [step for step in complete if step_of(step) == int(step_name[1])]
     if not found:
         existing = ", ".join(step.name for step in complete) or "no complete checkpoint"
@@ -296,6 +299,7 @@ def check_same_run(
         for key, pair in changed.items()
         if without_source_name(key).startswith(must_match)
         and key not in MAY_CHANGE
+        and key.rpartition(".")[2] not in RUNNING
         and not _of_new_source(key, changed)
     }
     if fatal:
@@ -311,7 +315,3 @@ def _of_new_source(key: str, changed: Mapping[str, tuple[Any, Any]]) -> bool:
     """Whether a setting is of a source of a mixture that was added or taken out, as files may be."""
     name = re.match(r"data\.sources\.[^.]+\.", key)
     return name is not None and None in changed.get(f"{name[0]}weight", ())
-
-
-def _steps(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d+", folder.name))

@@ -31,7 +31,7 @@ TO_DIFFUSERS = RENAMES["wan to diffusers"]
 def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     """Configuration and state of a WanVAE, from official keys and shapes and from diffusers' config.json.
 
-    Raises KeyError for a missing tensor, ValueError for a network of another form.
+    Raises KeyError for a missing tensor, ValueError for a network of another form or a config.json with one constant.
     """
     state = weights.state
     shortcuts = _has_shortcuts(state)
@@ -41,10 +41,13 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
         raise ValueError(f"its levels have {widths} channels, which are no multiples of the first convolution's {base}")
     latents = state["conv2.weight"].shape[0]
     mean, std = (weights.config_json.get(name) for name in ("latents_mean", "latents_std"))
-    if mean is None or std is None:
+    if (mean is None) != (std is None):
+        raise ValueError("config.json must have both latents_mean and latents_std, or neither")
+    if mean is None:
         mean, std = published_constants(latents, shortcuts)
         used = "those of the published weights" if any(mean) else "0 and 1"
         weights.notes.append(f"the file does not hold its latents' mean and standard deviation; {used} are used")
+        weights.assumed += ["latents_mean", "latents_std"]
     pixel_channels, patch = _pixels(state["encoder.conv1.weight"].shape[1], shortcuts)
     config = {
         "_target_": "vae3d.models.wan.WanVAE",

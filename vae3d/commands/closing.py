@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from vae3d.checkpoints.location import step_folders
 from vae3d.checkpoints.state import latest_state
 from vae3d.commands.sweep import metric_rows
 from vae3d.report import score_names, text_table
@@ -69,7 +70,7 @@ def score_rows(rows: Sequence[Row], better: Mapping[str, bool | None]) -> list[l
 
 def places(folder: Path) -> list[tuple[str, str]]:
     """(what, path) of a run's files that exist."""
-    exports = sorted((folder / "exports").glob("step-*"))
+    exports = step_folders(folder / "exports")
     tracks = [path.name for path in (folder / "tensorboard",) if path.exists()]
     found = [
         ("run", folder),

@@ -10,14 +10,14 @@ import torch
 
 from vae3d.checkpoints.formats import read_checkpoint
 from vae3d.commands import train_diffusion
-from vae3d.commands.estimate import clips_text, diffusion_needs, estimates, world_of
+from vae3d.commands.estimate import clips_text, diffusion_needs, estimates
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.commands.meta_check import lacking_weights
 from vae3d.commands.step_cost import vae_needs
 from vae3d.commands.summary import data_summary, first_batch, summary
 from vae3d.commands.training_data import build_training_data, naming_source
 from vae3d.config.diffusion import DiffusionConfig
-from vae3d.config.schema import Data, TrainConfig
+from vae3d.config.schema import Data, TrainConfig, world_of
 from vae3d.config.sources import sources_of
 from vae3d.data.loader import check_files_exist
 from vae3d.data.selection import clip_lengths

@@ -19,10 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     complete = storage.stamp(COMPLETE) is not None
     state = "complete" if complete else "not complete"
     print(f"{args.cache}: {state}, {done} of {total} shards ({done / total:.0%})")
-    with storage.claims(args.stale) as claims:
-        for holder in claims.holders():
-            state = "lost, the next free process takes over" if holder.stale else "at work"
-            what = "index and statistics" if holder.name == FINISH else holder.name.replace("-", " ")
-            seen = f"last sign of life {holder.silent:.0f} s ago"
-            print(f"  {what}: process {holder.pid} of {holder.host}, {state} ({seen})")
+    for holder in storage.claims(args.stale).holders():  # not entered, which would write
+        state = "lost, the next free process takes over" if holder.stale else "at work"
+        what = "index and statistics" if holder.name == FINISH else holder.name.replace("-", " ")
+        seen = f"last sign of life {holder.silent:.0f} s ago"
+        print(f"  {what}: process {holder.pid} of {holder.host}, {state} ({seen})")
     return 0 if complete else 1

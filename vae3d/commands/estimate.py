@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -51,12 +50,6 @@ def diffusion_needs(
     stays = {"weights": weights, "gradients": weights, "AdamW": 2 * weights, "EMA": on_device * weights}
     stays["autoencoder"] = bytes_of(data.codec.model.parameters()) if decodes else 0
     return Needs(stays, {"forward and backward": cost.peak}, cost.flops, (3 + rates) * weights, rates * weights)
-
-
-def world_of(config: Any) -> int:
-    """Ranks of the run."""
-    launcher = config.launcher
-    return int(os.environ.get("WORLD_SIZE", launcher.nproc if launcher.name == "torchrun" else 1))
 
 
 def clips_text(clips: int, frames: int) -> str:

@@ -20,10 +20,10 @@ from vae3d.commands.flags import parse_eval
 from vae3d.distributed import init_inference, process_group_scope
 from vae3d.evaluation.page import limit_clips, make_report, make_rows, short_names, write_clips
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
-from vae3d.evaluation.score import Job, collect, plan, score_jobs
+from vae3d.evaluation.score import ScoringJob, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
 from vae3d.evaluation.summary import compare, summarize, unequal_sets
-from vae3d.evaluation.tables import comparison_table, set_table, side_by_side, write_per_frame, write_per_video
+from vae3d.evaluation.tables import comparison_table, means_table, set_table, write_per_frame, write_per_video
 from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
@@ -56,7 +56,7 @@ class Evaluation:
     name: str
     rec: Path
     output: Path
-    jobs: list[Job]
+    jobs: list[ScoringJob]
     unmatched: list[str]
     failed: list[str]
 
@@ -87,7 +87,7 @@ def evaluate(args: Namespace, command: str = "") -> int:
     if len(evaluations) > 1:
         differences = compare(results, metrics.columns)
         if ranks.is_main_process:
-            print(f"\n{side_by_side(summaries)}\n\n{comparison_table(differences)}")
+            print(f"\n{means_table(summaries)}\n\n{comparison_table(differences)}")
             for warning in unequal_sets({name: [v.name for v in videos] for name, videos in results.items()}):
                 print(f"warning: {warning}", file=sys.stderr)
             file = evaluations[0].output / COMPARISON

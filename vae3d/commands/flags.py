@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vae3d.argparse_types import byte_size, finite_float, non_negative_int, positive_float, positive_int
 from vae3d.metric_names import ALIAS, PRESET_METRICS, SUMMARIES
@@ -27,8 +30,18 @@ LAYOUTS = (
 )  # that convert writes
 
 
+class _Parser(argparse.ArgumentParser):
+    """Flags are spelt --two_words, as keys of the configuration are; --two-words is taken too."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = [*(sys.argv[1:] if args is None else args)]
+        end = words.index("--") if "--" in words else len(words)
+        flags = [re.sub("^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in words[:end]]
+        return super().parse_known_args([*flags, *words[end:]], namespace)
+
+
 def _parser(parse: Callable[..., Namespace], epilog: str | None = None) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _Parser(
         description=inspect.cleandoc(parse.__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, epilog=epilog
     )
 
@@ -81,20 +94,20 @@ def parse_app(argv: Sequence[str] | None = None) -> Namespace:
         "--host", default="127.0.0.1", help="address to listen at, default %(default)s, this machine only"
     )
     parser.add_argument(
-        "--allow-host",
+        "--allow_host",
         action="append",
         default=[],
         metavar="NAME",
         help="another name by which browsers reach the page",
     )
-    parser.add_argument("--max-upload", type=positive_float, default=500.0, metavar="MB", help="default %(default)g")
-    parser.add_argument("--max-frames", type=positive_int, default=129, help="of a job, default %(default)s")
-    parser.add_argument("--max-height", type=positive_int, default=1080, help="in pixels, default %(default)s")
+    parser.add_argument("--max_upload", type=positive_float, default=500.0, metavar="MB", help="default %(default)g")
+    parser.add_argument("--max_frames", type=positive_int, default=129, help="of a job, default %(default)s")
+    parser.add_argument("--max_height", type=positive_int, default=1080, help="in pixels, default %(default)s")
     parser.add_argument(
-        "--max-megapixels", type=positive_float, default=100.0, help="of all frames of a job, default %(default)g"
+        "--max_megapixels", type=positive_float, default=100.0, help="of all frames of a job, default %(default)g"
     )
     parser.add_argument(
-        "--read-timeout", type=positive_float, default=60.0, metavar="S", help="for one frame, default %(default)g"
+        "--read_timeout", type=positive_float, default=60.0, metavar="S", help="for one frame, default %(default)g"
     )
     parser.add_argument(
         "--keep",
@@ -214,12 +227,12 @@ def parse_measure_scale(argv: Sequence[str] | None = None) -> Namespace:
 
     Encodes the centre clip of COUNT files, evenly spread over the source, in fp32, and samples from the posteriors. An
     image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion has it (--shift: also
-    shift_factor, the mean; --per-channel: both for each channel). Other models get latents_mean and
+    shift_factor, the mean; --per_channel: both for each channel). Other models get latents_mean and
     latents_std for each channel. `normalize` then returns latents of unit variance, also in files that
     scripts/convert_checkpoint.py writes from the export. Without --out the export is rewritten; of a run, the newest.
 
-    --by-pixels sets the deviation of each channel so that equal errors of normalised latents change the decoded pixels
-    equally, for losses on latents (stages 1 and 2 of a temporal VAE on top). An image VAE also needs --per-channel.
+    --by_pixels sets the deviation of each channel so that equal errors of normalised latents change the decoded pixels
+    equally, for losses on latents (stages 1 and 2 of a temporal VAE on top). An image VAE also needs --per_channel.
     """
     parser = _parser(parse_measure_scale)
     parser.add_argument("checkpoint", type=Path, help="run, export, or published weights")
@@ -229,7 +242,7 @@ def parse_measure_scale(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
     parser.add_argument("--width", type=positive_int, default=256)
     _add_export_arguments(parser)
-    parser.add_argument("--by-pixels", action="store_true", help="scale each channel by its effect on the pixels")
+    parser.add_argument("--by_pixels", action="store_true", help="scale each channel by its effect on the pixels")
     parser.add_argument("--seed", type=non_negative_int, default=0)
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(argv)
@@ -238,7 +251,7 @@ def parse_measure_scale(argv: Sequence[str] | None = None) -> Namespace:
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
-    how.add_argument("--per-channel", action="store_true", help="image VAE: write mean and deviation per channel")
+    how.add_argument("--per_channel", action="store_true", help="image VAE: write mean and deviation per channel")
     parser.add_argument("--out", type=Path, help="write another export instead")
 
 
@@ -248,12 +261,12 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
         python scripts/latent_stats.py latents/photos
         python scripts/latent_stats.py latents/photos --verify
         python scripts/latent_stats.py s3://bucket/latents --partial
-        python scripts/latent_stats.py latents/photos --write runs/sd_vae_gan --per-channel
+        python scripts/latent_stats.py latents/photos --write runs/sd_vae_gan --per_channel
         python scripts/latent_stats.py latents/videos --write Wan2.1_VAE.pth --out wan_measured
 
     --write gives an image VAE one scaling_factor, 1 / deviation of all values (--shift: also shift_factor, the mean;
-    --per-channel: both for each channel). Other models get latents_mean and latents_std for each channel. If the cache
-    holds moments, the deviation is that of samples and includes the posteriors' variance; --of-means excludes it, for
+    --per_channel: both for each channel). Other models get latents_mean and latents_std for each channel. If the cache
+    holds moments, the deviation is that of samples and includes the posteriors' variance; --of_means excludes it, for
     diffusion models that train on means. A cache opened with the export then has the new scale, and so do files that
     scripts/convert_checkpoint.py writes from it. Without --out the export is rewritten; of a run, the newest.
     """
@@ -263,7 +276,7 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--partial", action="store_true", help="of the shards that are encoded so far; writes nothing")
     parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
     _add_export_arguments(parser)
-    parser.add_argument("--of-means", action="store_true", help="without the variance of the posteriors")
+    parser.add_argument("--of_means", action="store_true", help="without the variance of the posteriors")
     args = parser.parse_args(argv)
     if args.partial and (args.write or args.verify):
         parser.error("--partial: neither --write nor --verify; they need the whole cache")

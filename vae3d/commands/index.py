@@ -8,7 +8,7 @@ from vae3d.commands.flags import parse_index
 from vae3d.data.media import DataError
 from vae3d.data.paths import is_url
 from vae3d.data.tar_index import Settings, Shard, build_index, samples_of
-from vae3d.data.webdataset import cached_index, find_shards, index_of
+from vae3d.data.webdataset import cached_index, find_shards, index_of, list_all
 from vae3d.data.workers import processor_count
 from vae3d.latents.tar_shards import latent_rows
 from vae3d.text import byte_text, plural
@@ -16,7 +16,7 @@ from vae3d.text import byte_text, plural
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_index(argv)
-    shards = find_shards(args.shards)
+    shards = find_shards(list_all(args.shards))
     settings = Settings(_kind(shards[0]), args.media)
     out = args.out or index_of(args.shards, [shard.path for shard in shards])
     if is_url(str(out)):

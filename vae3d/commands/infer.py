@@ -32,7 +32,6 @@ from vae3d.loading import load_with_checkpoint, require_file_channels
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_steps
 from vae3d.models.cuda_graphs import graph_steps
-from vae3d.models.spatial import SpatialVAE
 from vae3d.precision import disable_tf32, slow_conv3d
 
 if TYPE_CHECKING:
@@ -70,8 +69,7 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
         raise UserError(f"codec={config.codec} keeps no alpha, which {config.checkpoint} has; use codec=lossless")
     if model.pixel_channels == 3 and (unfit := [metric.name for metric in metrics if metric.alpha]):
         raise UserError(f"metrics: {', '.join(unfit)} needs alpha, which {config.checkpoint} has not; leave it out")
-    if isinstance(spatial := getattr(model, "spatial_vae", model), SpatialVAE):
-        spatial.frame_batch = config.frame_batch
+    model.set_frame_batch(config.frame_batch)
     if config.compile:
         compile_steps(model)
     if config.cuda_graphs:
@@ -108,12 +106,13 @@ def reconstruct(
             hashes = {name: weights_hash(network.state_dict()) for name, network in networks.items()}
             hashes["checkpoint's configuration"] = json_hash(checkpoint.config)
             results.begin(command_record(asdict(config), hashes, table), config.overwrite)
-        cost = measure_first_file(reconstructor, table) if config.cost and main else None
+        skip_errors = config.on_error == "skip"
+        cost = measure_first_file(reconstructor, table, skip_errors=skip_errors) if config.cost and main else None
         ranks.wait_for_everyone()
         reconstruct_files(
             results,
             table,
-            skip_errors=config.on_error == "skip",
+            skip_errors=skip_errors,
             rank=ranks.process_index,
             world_size=ranks.num_processes,
             cost=cost,

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from vae3d.commands.training_data import SourceData, build_schedule, read_sources
 from vae3d.data.batch_schedule import ClipIndex, FrameCounts, Interleaved, Schedule
@@ -18,16 +19,15 @@ from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weigh
 from vae3d.data.clips import MixedClips
 from vae3d.data.file_table import sizes_of
 from vae3d.data.fingerprint import fingerprint_of_cache
-from vae3d.data.held_out import HeldOut, held_out_of, in_turn, require_held_out
+from vae3d.data.held_out import HeldOut, held_out_clip, held_out_of, in_turn, read_held_out, require_held_out
 from vae3d.data.loader import Tables, schedule_notes
 from vae3d.data.selection import clip_lengths
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
-from vae3d.diffusion.data import CachedLatents, ClipSize, HeldOutClip, LatentData
-from vae3d.latents.cache import NO_LABEL, SizeGroup, class_names
+from vae3d.diffusion.data import Batch, CachedLatents, ClipSize, LatentData
+from vae3d.latents.cache import NO_LABEL, LatentCache, SizeGroup, class_names
 from vae3d.latents.clips import distinct_labels
 from vae3d.latents.codec import LatentCodec
-from vae3d.latents.tar_shards import open_cache
 from vae3d.text import plural
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def build_latent_data(config: DiffusionConfig, codec: LatentCodec, rank: int, wo
 
 def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     mode = None if config.vae.sample else "mean"
-    cache = open_cache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
+    cache = LatentCache(config.cache, codec, mode=mode, seed=config.run.seed, flips=config.data.flip)
     labelled = config.labels != "none"
     if labelled:
         given = np.array(cache.labels)
@@ -152,7 +152,12 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     size = diffusion_data.choose_size(counts, validation.height, validation.width)
     notes = [line for source in sources for line in source.lines([*source.tables.notes, *source.training.notes])]
     errors = [error for source in sources for error in source.reasons(source.tables.errors)]
-    possible: list[list[HeldOutClip]] = []
+    skipped_files = [
+        entry
+        for source in sources
+        for entry in source.reasons([*source.tables.skipped_files, *source.training.skipped_files])
+    ]
+    possible: list[list[tuple[HeldOut, int]]] = []
     for source, labels in zip(sources, val_labels, strict=True):
         clips = held_out_clips(source, labels, validation) if validation.every else []
         possible += clips
@@ -162,7 +167,12 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
     if validation.every:
         frames = validation.frames or min(stream.schedule.frames.all()[-1] for stream in streams)
         require_held_out(chosen, frames, files_held_out)
-    held_out, unread = diffusion_data.read_held_out(chosen, rank, world_size)
+    read, unread = read_held_out([clip for clip, _ in chosen], rank, world_size)
+    numbers = [int(batch.positions) for batch in read]
+    held_out = [
+        Batch(batch.video, torch.tensor([chosen[number][1]]), [number], [])
+        for number, batch in zip(numbers, read, strict=True)
+    ]
     files = sum(map(len, train_labels)) + files_held_out
     labels_of = {source.name: labels for source, labels in zip(sources, train_labels, strict=True)}
     return LatentData(
@@ -177,10 +187,11 @@ def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size
         classes=classes,
         trained_classes=trained_classes if classes else [],
         held_out=held_out,
-        held_out_sizes=diffusion_data.distinct_sizes(codec, (clip.size for clip in chosen)),
+        held_out_sizes=diffusion_data.distinct_sizes(codec, (clip.size for clip, _ in chosen)),
         sample=config.vae.sample,
         fingerprint=fingerprint,
         errors=errors + unread,
+        skipped_files=skipped_files,
         notes=[
             *notes,
             f"{plural(files, 'file')}, {files_held_out} of them held out; encoded batch by batch",
@@ -212,31 +223,27 @@ def _distinct(labels: Sequence[np.ndarray]) -> list[int]:
     return sorted({*chain(*(np.unique(of_table).tolist() for of_table in labels))})
 
 
-def held_out_clips(source: SourceData, labels: np.ndarray, validation: DiffusionValidation) -> list[list[HeldOutClip]]:
-    """Clips of a source's held-out files, at most validation.clips of each of its sizes, which take turns: of
-    validation.frames frames or, if that is null, of as many as training clips have at most, in buckets as many as those
-    of the longest one that the file fits. labels: [rows] classes of the held-out files."""
+def held_out_clips(
+    source: SourceData, labels: np.ndarray, validation: DiffusionValidation
+) -> list[list[tuple[HeldOut, int]]]:
+    """Clips of a source's held-out files with their classes, at most validation.clips of each of its sizes, which take
+    turns: of validation.frames frames or, if that is null, of as many as training clips have at most, in buckets as
+    many as those of the longest one that the file fits. labels: [rows] classes of the held-out files."""
     table, settings, count = source.tables.val, source.settings, validation.clips
-    paths, parts = table.paths(np.arange(len(table))), [table.bounds(row) for row in range(len(table))]
     buckets = [stream.bucket for stream in source.training.streams]
     if source.own.buckets is None or validation.frames is not None:
         longest = max(stream.schedule.frames.all()[-1] for stream in source.training.streams)
         frames = validation.frames or longest
         sizes = None if source.own.buckets is None else buckets
-        found = [(clip, frames) for clip in held_out_of(table, settings, frames, count, source.name, sizes)]
+        found = held_out_of(table, settings, frames, count, source.name, sizes)
     else:
-        fitting = longest_buckets(buckets, *sizes_of(table), clip_lengths(table, settings)).tolist()
+        fitting = longest_buckets(buckets, *sizes_of(table), clip_lengths(table, settings))
         found = [
-            (
-                HeldOut(path, bounds, replace(settings, height=buckets[i].height, width=buckets[i].width)),
-                buckets[i].frames,
-            )
-            for path, bounds, i in zip(paths, parts, fitting, strict=True)
-            if i >= 0
+            held_out_clip(table, row, replace(settings, height=bucket.height, width=bucket.width), bucket.frames)
+            for i, bucket in enumerate(buckets)
+            for row in np.flatnonzero(fitting == i)[:count].tolist()
         ]
-    label_of = dict(zip(zip(paths, map(str, parts), strict=True), labels.tolist(), strict=True))
-    by_size: dict[ClipSize, list[HeldOutClip]] = {}
-    for clip, frames in found:
-        held_out = HeldOutClip(clip, frames, label_of[clip.path, str(clip.bounds)])
-        by_size.setdefault(held_out.size, []).append(held_out)
+    by_size: dict[ClipSize, list[tuple[HeldOut, int]]] = {}
+    for clip in found:
+        by_size.setdefault(clip.size, []).append((clip, int(labels[clip.row])))
     return [by_size[size][:count] for size in sorted(by_size)]

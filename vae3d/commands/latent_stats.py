@@ -15,11 +15,10 @@ import torch
 
 from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
-from vae3d.inference.scale import LatentStats, off_scale
 from vae3d.latents.cache import LatentCache, SizeGroup
 from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, partial_statistics, storage_of
+from vae3d.latents.scale import LatentStats, off_scale
 from vae3d.latents.shards import shards_in
-from vae3d.latents.tar_shards import open_cache
 from vae3d.loading import load, open_codec
 from vae3d.text import plural
 
@@ -32,10 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.partial:
         print_partial(storage_of(args.cache))
         return
-    cache = open_cache(args.cache, verify=args.verify)
+    cache = LatentCache(args.cache, verify=args.verify)
     print_statistics(
         cache,
-        "" if args.write else "; if the export has not been updated since, use --write EXPORT --per-channel",
+        "" if args.write else "; if the export has not been updated since, use --write EXPORT --per_channel",
     )
     if args.write is not None:
         write(args)
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def print_statistics(cache: LatentCache, hint: str) -> None:
     content = f"{plural(len(cache), 'entry')}", f"; {plural(len(cache.classes), 'class')}"
-    print_table(cache.statistics, cache.meta, cache.folder, *content, hint, cache.sizes())
+    print_table(cache.statistics, cache.meta, cache.name, *content, hint, cache.sizes())
 
 
 def print_partial(storage: LocalStorage | ObjectStorage) -> None:
@@ -89,10 +88,10 @@ def print_table(
 
 def write(args: Namespace) -> None:
     checkpoint, model = load_unscaled(args.write, args.out)
-    cache = open_cache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
+    cache = LatentCache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
     spec = load(rescale(checkpoint, model, scale_of_cache(cache, args.of_means), args)).spec
     print_normalized(
-        cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per-channel", args.of_means
+        cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per_channel", args.of_means
     )
 
 

@@ -11,8 +11,8 @@ from vae3d.data.image_folder import open_images_or_source
 from vae3d.data.media import DataError
 from vae3d.data.shard_writer import check_broken, entries_of, plan_record, plan_shards, write_shards
 from vae3d.data.tar_index import INDEX
-from vae3d.inference.folder import has_results, locked
 from vae3d.io import read_json, write_json
+from vae3d.result_folder import has_results, locked
 from vae3d.text import byte_text, plural
 
 PLAN = "shards.json"  # what the shards are made of, so that a killed run goes on
@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{len(entries)} rows are parts of {plural(files, 'file')}; each row gets a copy of its file")
     spans = plan_shards(entries, args.size, args.samples)
     with locked(args.out, str(args.out)):
-        begin(args.out, plan_record(entries, spans))
+        write_plan(args.out, plan_record(entries, spans))
         shards = write_shards(entries, spans, args.out, args.workers)
     total = sum(shard.stat().st_size for shard in shards)
     print(f"{plural(len(entries), 'sample')}, {byte_text(total)} -> {plural(len(shards), 'shard')} in {args.out}")
     print(f"index -> {args.out / INDEX}; train on them with data=webdataset data.source.path={args.out}")
 
 
-def begin(folder: Path, record: dict[str, Any]) -> None:
+def write_plan(folder: Path, record: dict[str, Any]) -> None:
     """Write shards.json, or check that the existing one has the same record. Raises DataError."""
     if (folder / PLAN).is_file():
         if read_json(folder / PLAN) != record:

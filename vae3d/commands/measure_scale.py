@@ -20,8 +20,8 @@ from vae3d.commands.flags import parse_measure_scale
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.inference.scale import LatentStats, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.io import atomic_dir, atomic_files, naming
+from vae3d.latents.scale import LatentStats, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.loading import build_from_checkpoint
 from vae3d.precision import as_device
 from vae3d.text import plural

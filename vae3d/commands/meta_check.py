@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import nn
 from vae3d import loading
 from vae3d.adversarial.base import Adversary
 from vae3d.adversarial.seraena import Seraena
-from vae3d.checkpoints.export import to_layout
-from vae3d.checkpoints.formats import CheckpointError, meta_model, read_checkpoint
+from vae3d.checkpoints.export import check_final_model, flat_state
+from vae3d.checkpoints.formats import Checkpoint, CheckpointError, meta_model, read_checkpoint
 from vae3d.commands import train
 from vae3d.commands.training_data import clip_sizes, pixel_channels
 from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
@@ -28,20 +29,21 @@ from vae3d.config.sources import of_source, sources_of
 from vae3d.config.validate import training_issues
 from vae3d.data.aspects import AUTO
 from vae3d.errors import UserError
-from vae3d.inference import scale
+from vae3d.latents import scale
 from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
 from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
 from vae3d.models.diffusers_vae import DiffusersVAE
-from vae3d.models.interface import attach_decoder, nearest_frames, share_frames
-from vae3d.models.pruning import PruningError, match_layers
-from vae3d.models.taehv import TAEHV
+from vae3d.models.interface import nearest_frames, share_frames
 from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
+from vae3d.pruning.layers import PruningError
+from vae3d.pruning.match import match_layers
 from vae3d.schedules import ALL_ON
 from vae3d.text import plural
 from vae3d.training.freeze import PartError, parameters_behind, train_parts
+from vae3d.training.student import build_student, reconstruct
 from vae3d.training.teacher import Distillation
 from vae3d.types import ClipBatch
 
@@ -55,7 +57,7 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     """What does not fit between model, stage, losses and data."""
     found = list(_metric_issues(config))
     with torch.device("meta"):
-        model = built("model", config.model, loading.instantiate, found)
+        model = built("model", config, train.build_model, found)
         objective = built("loss", config.loss, train.build_objective, found)
     if model is None or objective is None:
         return found
@@ -145,14 +147,18 @@ def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssu
     publish = config.trainer.publish
     if config.trainer.compile and not blocks_of(model):
         yield ConfigIssue("trainer.compile", True, f"a {type(model).__name__} has no blocks to compile", "use false")
-    if publish.final_model and not isinstance(model, TAEHV):
-        hint = "use trainer.publish.prefix, or the export"
-        yield ConfigIssue("trainer.publish.final_model", True, "is for TAEHV only", hint)
+    weights = Checkpoint(config.model, model.state_dict(), Path("the model"), "export")
+    if publish.final_model:
+        try:
+            check_final_model(weights)
+        except CheckpointError as error:
+            hint = "use trainer.publish.prefix, or the export"
+            yield ConfigIssue("trainer.publish.final_model", True, str(error), hint)
     if publish.measure_scale and (why := scale.unscalable_reason(model)):
         yield ConfigIssue("trainer.publish.measure_scale", publish.measure_scale, why, "use 0")
     if publish.prefix is not None:
         try:
-            to_layout(model.state_dict(), publish.layout)
+            flat_state(weights, publish.layout)
         except CheckpointError as error:
             yield ConfigIssue("trainer.publish.layout", publish.layout, str(error))
 
@@ -376,13 +382,9 @@ def _step_issues(
         batch = ClipBatch(
             torch.zeros(1, model.pixel_channels, frames, height, width, device="meta"), torch.full((1,), -1), [""]
         )
-        student, settings = model, {"pixels": objective.needs_pixels}
         try:
-            if distillation is not None:
-                batch = distillation.compute_targets(batch)
-                student = distillation.wrap_student(model, frames)
-                settings |= {"latents": distillation.latents(batch, step=0), "encode": objective.needs_posterior}
-            out = attach_decoder(student(batch.video, **settings), model)
+            student, _ = build_student(config, model, objective, distillation, frames)
+            batch, out = reconstruct(config, student, model, objective, distillation, batch, ALL_ON)
             loss, _ = objective(batch, out, ALL_ON)
         except (ValueError, RuntimeError) as error:
             yield ConfigIssue(

@@ -23,16 +23,16 @@ from vae3d.diffusion.quality import distances, draw_reference_sets
 from vae3d.distributed import init_inference
 from vae3d.errors import UserError
 from vae3d.hashing import weights_hash
-from vae3d.inference.folder import begin, has_results, locked, resumes
 from vae3d.inference.pictures import grid
-from vae3d.inference.scale import LatentStats
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.codec import LatentCodec
+from vae3d.latents.scale import LatentStats
 from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.pixels import Quantized
 from vae3d.progress import progress
+from vae3d.result_folder import has_results, locked, resumes, write_command
 from vae3d.running_stats import RunningStats
 from vae3d.text import plural
 from vae3d.transfer import on_host
@@ -262,7 +262,7 @@ def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], ma
                 hint = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
                 reason = f"out={folder} holds {hint}"
             else:
-                begin(folder, command)
+                write_command(folder, command)
         except OSError as error:
             reason = f"{error.filename}: {error.strerror}"
         except UserError as error:

@@ -25,16 +25,16 @@ from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.adversarial.seraena import Seraena
 from vae3d.commands import train
 from vae3d.commands.training_data import frame_counts
-from vae3d.models.interface import attach_decoder
-from vae3d.optim import can_fuse
-from vae3d.precision import DTYPES, autocast
+from vae3d.layout import place
+from vae3d.models.interface import VideoAutoencoder
+from vae3d.optim import adamw
+from vae3d.precision import DTYPES
 from vae3d.schedules import ALL_ON
 from vae3d.training.ema import Ema
-from vae3d.training.freeze import set_mode, train_parts
 from vae3d.training.memory import PeakMemory
 from vae3d.training.proximal import Proximal
+from vae3d.training.student import build_student, reconstruct
 from vae3d.training.teacher import StudentWithProjections
-from vae3d.training.trainer import adamw
 from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
@@ -125,20 +125,14 @@ class TrainingStep:
     ) -> None:
         self.config, self.device, data = config, device, config.data
         self.frames, self.height, self.width = size or (frame_counts(data).all()[-1], data.height, data.width)
-        self.model = loading.instantiate(config.model).to(device)
-        groups = train_parts(self.model, config.stage.train)
-        set_mode(self.model, config.stage.train)
-        if config.stage.no_micro_batching and hasattr(self.model, "micro_frames"):
-            self.model.micro_frames = None
-        self.distillation, self.student = train.build_distillation(config, teacher, self.model), self.model
-        if self.distillation is not None:
-            self.student = self.distillation.wrap_student(self.model, self.frames)
-        if isinstance(self.student, StudentWithProjections):
-            groups.append({"params": list(self.student.projections.parameters())})
-        self.objective = train.build_objective(config.loss)
+        self.model = place(train.build_model(config), device)
+        self.objective = train.build_objective(config.loss).to(device)
+        self.distillation = train.build_distillation(config, teacher, self.model)
+        self.student, groups = build_student(config, self.model, self.objective, self.distillation, self.frames)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
-        self.optimizer = adamw(groups, config.optim, fused=can_fuse(device))
+        optim = config.optim
+        self.optimizer = adamw(groups, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
 
     def prepare(self) -> None:
         """Build the EMA and the discriminator, as the trainer does before the first step."""
@@ -163,14 +157,10 @@ class TrainingStep:
         phase: UpdatePhase = BOTH,
     ) -> None:
         """Forward and backward of a micro-batch. done: called with the name of each part when it ends."""
-        settings = {"pixels": self.objective.needs_pixels, "noise": self.config.stage.latent_noise}
-        if self.distillation is not None:
-            batch = self.distillation.compute_targets(batch)
-            settings["latents"] = self.distillation.latents(batch, step)
-            settings["encode"] = self.objective.needs_posterior
-        with autocast(self.device, self.config.trainer.precision), torch.set_grad_enabled(phase.model):
-            out = self.student(batch.video, **settings)
-        out = attach_decoder(out, self.model)
+        with torch.set_grad_enabled(phase.model):
+            batch, out = reconstruct(
+                self.config, self.student, self.model, self.objective, self.distillation, batch, step
+            )
         done("forward")
         if phase.model:
             loss, _ = self.objective(batch, out, step)
@@ -290,8 +280,8 @@ def countable() -> Iterator[None]:
     """What shapes alone do not allow is replaced by what costs the same."""
     with (  # by functions, not mocks, which would keep the tensors that they are called with
         patch("vae3d.models.layers.stream_conv._taps_apart", lambda x: False),  # as on a GPU
-        patch("vae3d.models.diffusers_vae._numbers", lambda buffer: ()),
-        patch("vae3d.models.opensora._numbers", lambda buffer: ()),  # values of the latents' statistics
+        patch.object(VideoAutoencoder, "latent_stats", lambda model: {"latents_mean": (), "latents_std": ()}),
+        patch.object(ClipBatch, "generators", lambda *_: None),  # which are seeded by the values of positions
         patch.object(Seraena, "_draw_fakes", lambda *_: None),
         patch.object(ReplayBuffer, "gather", lambda buffer, indices, images, contexts: (images, contexts)),
         patch.object(ReplayBuffer, "push", lambda *_: None),

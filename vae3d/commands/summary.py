@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,10 +28,9 @@ SHOWN_FILES = 4  # held-out files that are named
 LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's or its own"}  # of teacher.decode
 
 
-def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None) -> list[str]:
+def summary(config: TrainConfig, model: nn.Module, ranks: int) -> list[str]:
     """Parts, parameters, latent shapes, losses and batches of a run. The model's parts must be frozen already."""
     data, trainer = config.data, config.trainer
-    world = world_size or int(os.environ.get("WORLD_SIZE", config.launcher.nproc))
     kind = f" ({model.kind})" if isinstance(model, DiffusersVAE) else ""
     lines = [f"{type(model).__name__}{kind}: {millions(model.parameters())} parameters"]
     parts = model.trainable_parts()
@@ -65,7 +63,7 @@ def summary(config: TrainConfig, model: nn.Module, world_size: int | None = None
         kind = (
             "" if own.buckets is None else f", of {own.frames.max} frames of {own.height}x{own.width}; see the buckets"
         )
-        batches.append(f"{of}{batch_summary(own.batch_size, world, trainer.accumulate)}{kind}")
+        batches.append(f"{of}{batch_summary(own.batch_size, ranks, trainer.accumulate)}{kind}")
     if len(batches) == 1 and "" in sources:
         return [*lines, f"{batches[0]}; {steps}"]
     return [*lines, *batches, steps]

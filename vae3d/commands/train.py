@@ -13,7 +13,8 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from vae3d.checkpoints.state import starting_state
+from vae3d.checkpoints.export import lost_settings
+from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, summary
 from vae3d.commands.training_data import build_training_data
@@ -22,22 +23,22 @@ from vae3d.data.sources import Table
 from vae3d.data.streaming import StreamingData
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
-from vae3d.inference.scale import longest_clips
+from vae3d.latents.scale import longest_clips
 from vae3d.layout import place
-from vae3d.loading import initialize, instantiate, load, load_with_checkpoint
+from vae3d.loading import check_scale, initialize, instantiate, load, load_with_checkpoint
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.pruning import prune
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
 from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
-from vae3d.training.checkpointer import check_may_start
+from vae3d.pruning.prune import prune
+from vae3d.training.checkpointer import check_may_start, find_checkpoint
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
 from vae3d.training.teacher import Distillation
@@ -46,6 +47,14 @@ from vae3d.training.vae_trainer import VaeTrainer
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
     from vae3d.config.schema import Loss, TrainConfig
+
+
+def build_model(config: TrainConfig) -> VideoAutoencoder:
+    """With random weights; it codes clips whole with stage.no_micro_batching."""
+    model = instantiate(config.model)
+    if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
+        model.micro_frames = None
+    return model
 
 
 def build_objective(config: Loss) -> Objective:
@@ -123,13 +132,15 @@ def prune_everywhere(
         try:
             with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
                 variant = {"variant": model.variant} if hasattr(model, "variant") else {}
-                larger = load_with_checkpoint(path, changes=variant, adapter=isinstance(model, DiffusersVAE))[1]
+                checkpoint, larger = load_with_checkpoint(path, None, variant, adapter=isinstance(model, DiffusersVAE))
+            scale = check_scale(model, checkpoint)
             larger = larger.to(device)
             clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
             if not clips:
                 raise UserError(f"{path} cannot be pruned: no clip could be read")
             options = {"importance": settings.importance, "refit": settings.refit, "seed": config.run.seed}
-            lines = [f"{path} {line}" for line in prune(larger, model.to(device), torch.cat(clips), **options)]
+            pruned = prune(larger, model.to(device), torch.cat(clips), **options)
+            lines = [*scale, *(f"{path} {line}" for line in pruned)]
         except UserError as error:
             failure = error
         model.cpu()
@@ -145,9 +156,10 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     if config.trainer.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("trainer.precision is fp16, which needs a GPU; use bf16 or fp32")
     check_may_start(folder, config.run.resume)
-    resumes = starting_state(folder / "checkpoints", config.run.resume_from) is not None
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
+    checkpoint = find_checkpoint(folder, config.run.resume_from)
+    resumes = checkpoint is not None
     data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
     shapes = {shape._replace(stream=0) for shape in data.shapes()}
@@ -158,9 +170,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     measured = [*validation.metrics, *validation.slow_metrics] if validation.every else []
     metrics = build_metrics(measured, accelerator.device)
     torch.manual_seed(config.run.seed)
-    model = instantiate(config.model)
-    if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
-        model.micro_frames = None
+    model = build_model(config)
     anchored = config.optim.proximal > 0  # needs the initial weights also where a checkpoint replaces them
     started = []
     if isinstance(config.stage.init_from, dict) and "prune" in config.stage.init_from:
@@ -178,7 +188,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     teacher = None if config.teacher.path is None else place(load(config.teacher.path), accelerator.device)
     distillation = build_distillation(config, teacher, model)
     trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)
-    trainer.setup()
+    trainer.setup(checkpoint)
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         trainer.log.say(line)
     for line in data.warnings:
@@ -190,6 +200,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
             f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
             "will open the exports of this run"
         )
+    if config.trainer.publish.prefix is not None:
+        for note in lost_settings(Checkpoint(config.model, {}, folder, "export")):
+            trainer.log.say(f"published weights: {note}")
     if isinstance(model, WanVAE) and config.trainer.precision != "fp32" and (error := slow_conv3d()):
         trainer.log.say(error)
     return trainer

@@ -27,14 +27,14 @@ from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
 from vae3d.diffusion.data import ClipSize, LatentData
 from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
-from vae3d.inference.scale import unscalable_reason
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
+from vae3d.latents.scale import unscalable_reason
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.precision import set_cudnn_benchmark
 from vae3d.text import plural
-from vae3d.training.checkpointer import check_may_start
+from vae3d.training.checkpointer import check_may_start, find_checkpoint
 from vae3d.training.diffusion_trainer import DiffusionTrainer
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     check_may_start(folder, config.run.resume)
     accelerator = init_training(config.trainer.precision)
     check_ranks_agree(asdict(config))
+    checkpoint = find_checkpoint(folder, config.run.resume_from)
     codec = codec_of(config, accelerator.device)
     data = build_latent_data(config, codec, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
@@ -67,7 +68,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
     vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
     logger, hint = loggers_of(config), scale_hint(config, data)
     trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
-    trainer.setup()
+    trainer.setup(checkpoint)
     return trainer
 
 
@@ -216,14 +217,14 @@ def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
     is_export = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
     out, then = ("", "") if is_export else (" --out FOLDER", "; then set vae.path=FOLDER")
     if config.cache is not None:
-        means = "" if config.vae.sample else " --of-means"
-        command = f"scripts/latent_stats.py {config.cache} --write {path} --per-channel{means}{out}"
+        means = "" if config.vae.sample else " --of_means"
+        command = f"scripts/latent_stats.py {config.cache} --write {path} --per_channel{means}{out}"
     else:
         node = next(iter(sources_of(config.data).values())).source
         source = node.get("path") or node.get("root") or "SOURCE"
         frames, height, width = max(data.sizes, key=math.prod)
         command = (
-            f"scripts/measure_scale.py {path} {source} --per-channel --frames {frames} --height {height} "
+            f"scripts/measure_scale.py {path} {source} --per_channel --frames {frames} --height {height} "
             f"--width {width}{out}"
         )
     return f"measure the scale and write it into the autoencoder: python {command}{then}"

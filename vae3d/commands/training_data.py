@@ -204,7 +204,7 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
     held_out: list[ClipBatch] = []
     if validation.every:
         require_held_out(chosen, validation.frames, sum(len(source.tables.val) for source in sources))
-        held_out, more = read_held_out(chosen, validation.frames, rank, world_size)
+        held_out, more = read_held_out(chosen, rank, world_size)
         errors += more
     workers, note = usable_workers(data.workers)
     return TrainingData(

@@ -27,9 +27,9 @@ from vae3d.inference.pictures import ERROR_LABEL, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import FileError, atomic_write, naming
 from vae3d.metrics import MetricSet, Score, build_metrics
-from vae3d.metrics.base import Better, frame_curves
+from vae3d.metrics.base import Better, frame_curves, frame_pairs
 from vae3d.models.interface import VideoAutoencoder
-from vae3d.pixels import as_unit, displayable, to_uint8
+from vae3d.pixels import displayable, to_uint8
 from vae3d.precision import as_device
 from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES
@@ -40,7 +40,6 @@ from vae3d.text import plural
 DEFAULT = ("taef2_encoder.pth", "taef2_decoder.pth")
 METRICS = ("psnr", "ssim", "lpips", "flicker")
 ARROWS = {True: " ↑", False: " ↓"}
-SCORED_FRAMES = 16  # per update of the metrics
 CLIP = "video"  # its id on the page
 HINTS = (
     "psnr: below 25 dB a video looks blurred, above 35 the difference is hard to see. ssim: 1 if equal. lpips: 0 if "
@@ -145,15 +144,14 @@ def score(
     """Scores of [T, H, W, 3] uint8, their columns, and why some metrics are left out."""
     unsupported = {m.name: reason for m in metrics if (reason := m.why_unsupported(*original.shape[:3])) is not None}
     chosen = metrics.subset([m.name for m in metrics if m.name not in unsupported])
-    for start in range(0, len(original), SCORED_FRAMES):
-        chosen.update(*(as_unit(video[start : start + SCORED_FRAMES], device) for video in (original, result)))
+    scores = chosen.score(frame_pairs(original, result, device)).scores
     missing = {
         name: f"{reason.partition(' (')[0]} is not on this machine: vae3d fetch-weights --metrics {name} gets it"
         if reason.endswith("is not on this machine")
         else reason
         for name, reason in metrics.skipped.items()
     }
-    return chosen.result().scores, chosen.columns, missing | unsupported
+    return scores, chosen.columns, missing | unsupported
 
 
 def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> dict[str, str]:

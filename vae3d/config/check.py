@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from vae3d.checkpoints.location import cached_repository, exists, hub_hint
 from vae3d.config.adapter import adapter_issues
-from vae3d.config.fields import allowed, allowed_entry, fields_of, nested_schema
+from vae3d.config.fields import allowed, allowed_entry, bare, fields_of, nested_schema
 from vae3d.config.issues import (
     MISSING,
     NO_VALUE,
@@ -50,6 +50,7 @@ EXAMPLES = {
     "cache": "cache=FOLDER of the latents (the same command resumes)",
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 CHECKPOINT_KEYS = ("checkpoint", "teacher.path", "vae", "vae.path", "stage.init_from")
 
 
@@ -202,9 +203,10 @@ def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
             if issue.value != MISSING:
                 issues.append(issue)
             parent = present
-            for depth, name in enumerate(path):
+            for depth, part in enumerate(path):
+                name = part if part in parent else part.partition("[")[0]  # a section of a list goes with the list
                 if depth == len(path) - 1 or not isinstance(parent.get(name), dict):
-                    parent.pop(name, None)  # with all that is in it, if that is a list
+                    parent.pop(name, None)
                     break
                 parent = parent[name]
         return adapter.validate_python(present), issues
@@ -231,14 +233,14 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
             hint = nearest(name, fields, prefix)
             return ConfigIssue(f"{prefix}{name}", NO_VALUE, "unknown key", hint, malformed=True), path
         field = fields[name]
-        schema = nested_schema(field.annotation)
-        if typing.get_origin(field.annotation) is dict and loc:
+        schema, container = nested_schema(field.annotation), typing.get_origin(bare(field.annotation))
+        is_entry = container in (dict, list) and bool(loc)
+        if container is dict and loc:
             path.append(loc.pop(0))
             if schema and loc == ["[key]"]:  # as pydantic calls a wrong name
                 schema, loc = None, []
         elif schema and loc and loc[0].isdigit():
             path[-1] += f"[{loc.pop(0)}]"
-    is_entry = typing.get_origin(field.annotation) is list and loc
     message, hint = f"must be {allowed_entry(field) if is_entry else allowed(field)}", ""
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
@@ -283,6 +285,8 @@ def _exists(path: str) -> bool:
     if "{" in path and not exists(path):
         from braceexpand import UnbalancedBracesError, braceexpand
 
+        if (ends := RANGE.sub(_ends, path)) != path and not _exists(ends):  # a range may have very many names
+            return False
         try:
             names = list(braceexpand(path))
         except UnbalancedBracesError:
@@ -290,6 +294,13 @@ def _exists(path: str) -> bool:
         if names != [path]:
             return all(map(_exists, names))
     return exists(path) or ("*" in path and any(glob.iglob(glob.escape(path).replace("[*]", "*"))))
+
+
+def _ends(match: re.Match[str]) -> str:
+    """{08,10} for {08..10}, padded with zeros as braceexpand does."""
+    ends = match.groups()
+    padded = any(len(end) > 1 and end.startswith("0") for end in ends)
+    return f"{{{','.join(end.zfill(max(map(len, ends)) if padded else 0) for end in ends)}}}"
 
 
 def _download_hint(key: str, path: str) -> str:
@@ -306,7 +317,7 @@ def _download_hint(key: str, path: str) -> str:
 def resume_issues(config: Any) -> Iterator[ConfigIssue]:
     """Of a path in run.resume_from. Names of checkpoints are looked up later, in the run's folder."""
     path = config.run.resume_from
-    if path in (None, "latest") or re.fullmatch(r"(step|checkpoint)-\d+", Path(path).name) or Path(path).is_file():
+    if path in (None, "latest") or re.fullmatch(r"step-\d+", Path(path).name) or Path(path).is_file():
         return
     if not Path(path).is_dir():
         yield ConfigIssue("run.resume_from", path, "no such file or folder")

@@ -77,6 +77,14 @@ def _prefix(value: str) -> str:
     return value
 
 
+def _starts(value: Any) -> Any:
+    """One error for the whole value, where pydantic has one for each type that it may have."""
+    starts = value.values() if isinstance(value, dict) else [value]
+    if not all(isinstance(start, str | int | float) and not isinstance(start, bool) for start in starts):
+        raise ValueError("must be random, or a checkpoint, or a dict of these by submodule")
+    return value
+
+
 def _ascending(value: list[float]) -> list[float]:
     if value != sorted(value):
         raise ValueError("must be in ascending order")
@@ -109,6 +117,7 @@ Aspects = Annotated[
 Name = Annotated[str, AfterValidator(_name)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
+InitFrom = Annotated[str | dict[str, str], BeforeValidator(_starts)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Reader = Literal["auto", "pyav", "decord", "torchcodec", "torchcodec_cuda"]
 Split = Literal["train", "val", "test"]
@@ -134,16 +143,22 @@ def defaults_of(schema: Any) -> dict[str, Any]:
     }
 
 
+def bare(kind: Any) -> Any:
+    """A field's type without limits and null."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return bare(inner[0])
+    if origin in (typing.Union, types.UnionType) and types.NoneType in inner and len(inner) == 2:
+        return bare(next(one for one in inner if one is not types.NoneType))
+    return kind
+
+
 def nested_schema(kind: Any) -> Any:
     """The schema of a section, which may be null, or of the entries of a dict or list of sections; None for other
     types."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Annotated:
-        return nested_schema(inner[0])
-    if origin in (typing.Union, types.UnionType) and types.NoneType in inner and len(inner) == 2:
-        return nested_schema(next(one for one in inner if one is not types.NoneType))
-    if origin in (dict, list):
-        kind = inner[-1]
+    kind = bare(kind)
+    if typing.get_origin(kind) in (dict, list):
+        kind = typing.get_args(kind)[-1]
     return kind if dataclasses.is_dataclass(kind) else None
 
 
@@ -153,8 +168,8 @@ def allowed(field: FieldInfo) -> str:
 
 
 def allowed_entry(field: FieldInfo) -> str:
-    """What an entry of a list field allows."""
-    return _words(typing.get_args(field.annotation)[0])
+    """What an entry of a list or dict field allows."""
+    return _words(typing.get_args(bare(field.annotation))[-1])
 
 
 def _words(kind: Any, metadata: Sequence[Any] = ()) -> str:

@@ -6,6 +6,7 @@ class. All other keys are closed. `???` (MISSING) marks what only the user can g
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from vae3d.config.fields import (
     Counts,
     Float,
     FolderName,
+    InitFrom,
     Int,
     Name,
     PathPrefix,
@@ -75,7 +77,7 @@ class Stage:
     train: dict[str, Annotated[Float, Field(gt=0)]] = setting(
         MISSING, "Part of the model -> its multiple of `optim.lr`. All other parts are frozen, in eval mode."
     )
-    init_from: Any = setting(
+    init_from: InitFrom = setting(
         MISSING, "random, a checkpoint, {submodule: checkpoint}, or {prune: checkpoint of a larger model}."
     )
     prune: Prune = Field(default_factory=Prune)
@@ -326,7 +328,7 @@ class Teacher:
     cache: str | None = setting(
         None, "Folder that keeps its latents and features of every clip, for clips that come again. null: none."
     )
-    cache_gib: Float = setting(50.0, "GiB of the folder's disk after which nothing is added.", gt=0)
+    cache_gib: Float = setting(50.0, "GiB of the folder's disk, by all ranks, after which nothing is added.", gt=0)
 
 
 @dataclass(config=STRICT)
@@ -431,6 +433,12 @@ class Launcher:
     )
     nproc: Int = setting(1, "Ranks on this machine.", ge=1)
     args: Strings = setting(list, "Further arguments of torchrun.")
+
+
+def world_of(config: Any) -> int:
+    """Ranks of the run: of the launch that this process is part of, or of the one that config.launcher would start."""
+    launcher = config.launcher
+    return int(os.environ.get("WORLD_SIZE", launcher.nproc if launcher.name == "torchrun" else 1))
 
 
 @dataclass(config=STRICT)

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from vae3d.config.check import Rule, check, check_all, resume_issues
 from vae3d.config.issues import NO_VALUE, ConfigIssue
-from vae3d.config.schema import BucketShape, CompareConfig, Data, InferConfig, TrainConfig
+from vae3d.config.schema import BucketShape, CompareConfig, Data, InferConfig, TrainConfig, world_of
 from vae3d.config.sources import of_source, sources_of
 from vae3d.text import plural
 
@@ -49,8 +49,7 @@ def source_paths(data: Data) -> dict[str, Any]:
 
 def batch_issues(config: Any) -> Iterator[ConfigIssue]:
     """The batch must divide over ranks and micro-batches, of every source and of every listed bucket."""
-    launcher, accumulate, sources = config.launcher, config.trainer.accumulate, config.data.sources
-    world = int(os.environ.get("WORLD_SIZE", launcher.nproc if launcher.name == "torchrun" else 1))
+    world, accumulate, sources = world_of(config), config.trainer.accumulate, config.data.sources
     share = world * accumulate
     # Not sources_of, which reads all values: one that is wrong would skip this rule.
     for name, own in sources.items() if sources else [("", config.data)]:
@@ -138,7 +137,8 @@ def _adversary(config: TrainConfig) -> dict[str, Any]:
 def _has_shortcut(config: TrainConfig) -> bool:
     """Of the temporal VAE, if there is one."""
     model = config.model if isinstance(config.model, dict) else {}
-    return bool(model.get("temporal", model).get("shortcut"))
+    coder = model.get("temporal", model)
+    return isinstance(coder, dict) and bool(coder.get("shortcut"))
 
 
 def _deepspeed(config: TrainConfig) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
@@ -80,11 +80,12 @@ class FrameCounts:
     def choices(self) -> range:
         return range(self.minimum, self.maximum + 1, self.step)
 
-    def draw(self, rng: np.random.Generator, lengths: np.ndarray) -> int:
-        """The frame count of a step. lengths: frames that each row of the step has."""
+    def draw(self, rng: np.random.Generator, lengths: Callable[[], np.ndarray] | None = None) -> int:
+        """The frame count of a step. lengths: returns the frames that each row of the step has; needed with `fit`, and
+        slow for many rows, so that it is called then only."""
         if rng.random() < self.images:
             return 1
-        return self.largest_fitting(lengths) if self.fit else int(rng.choice(self.choices))
+        return self.largest_fitting(lengths()) if self.fit else int(rng.choice(self.choices))
 
     def largest_fitting(self, lengths: np.ndarray) -> int:
         """The largest count that all rows have. Rows below the minimum are ignored: the schedule replaces them."""
@@ -175,8 +176,10 @@ class BatchSchedule(OneStream):
     def frames_at(self, step: int) -> int:
         """Frames per clip of a step."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
-        lengths = self.lengths[[self._row_at(position) for position in positions]]
-        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")), lengths)
+        return self.frames.draw(
+            np.random.default_rng(seed_of(self.seed, step, "frames")),
+            lambda: self.lengths[[self._row_at(position) for position in positions]],
+        )
 
     def step(self, step: int) -> list[list[ClipIndex]]:
         """This rank's clips of a step, one list per micro-batch.

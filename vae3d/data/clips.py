@@ -7,7 +7,6 @@ ClipDataset does all three for a row of a table, collate stacks samples to a bat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -69,7 +68,13 @@ class ClipSettings:
 
     def length(self, num_frames: np.ndarray | float, fps: np.ndarray | float) -> np.ndarray:
         """The longest clip that a file gives: the number of i for which frame floor(i * step) exists."""
-        return np.ceil(np.asarray(num_frames) / self.step(fps)).astype(int)
+        return thinned_count(np.asarray(num_frames), self.step(fps))
+
+
+def thinned_count(num_frames: np.ndarray | int, step: np.ndarray | float) -> np.ndarray:
+    """The number of i for which frame floor(i * step) exists, of a file with so many frames. step: at least 1."""
+    count = np.ceil(num_frames / step).astype(int)  # but for rounding, by which the quotient may be off by one
+    return count + (np.floor(count * step) < num_frames) - (np.floor((count - 1) * step) >= num_frames)
 
 
 def frame_indices(
@@ -87,7 +92,7 @@ def frame_indices(
         span = int((frames - 1) * step) + 1
         first = int(start * (num_frames - span + 1))
         return [first + int(i * step) for i in range(frames)]
-    last = math.ceil(num_frames / step) - 1  # of the frames 0, step, 2 step, ...
+    last = int(thinned_count(num_frames, step)) - 1  # of the frames 0, step, 2 step, ...
     if sampling == "strided":
         stride = last // (frames - 1)
         first = int(start * (last - (frames - 1) * stride + 1))

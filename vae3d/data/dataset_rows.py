@@ -9,10 +9,9 @@ the package datasets (the extra `huggingface`), which goes online only for strea
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -26,7 +25,8 @@ import yaml
 
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, one_line
-from vae3d.data.paths import HF_IMAGE, HF_VIDEO
+from vae3d.data.paths import HF_IMAGE, HF_VIDEO, local_name
+from vae3d.data.stores import PACKAGES
 from vae3d.data.tables import kind_of
 from vae3d.text import plural
 
@@ -223,8 +223,10 @@ def opening_errors(path: str) -> Iterator[None]:
 def _check_local(folder: str) -> None:
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder{how_to_download(folder)}")
-    if remote := _remote_file(Path(folder)):
-        raise DataError(f"{folder}: the data files that its README.md names are on the network ({remote})")
+    if remote := _remote_file(folder):
+        raise DataError(
+            f"{folder}: data files that its README.md or .huggingface.yaml names are on the network ({remote})"
+        )
 
 
 def is_online() -> bool:
@@ -232,10 +234,27 @@ def is_online() -> bool:
     return os.environ.get("VAE3D_ONLINE") == "1"
 
 
-def not_local(path: str) -> str | None:
-    """The part of a path in a row, such as zip://a.mp4::/data/a.zip, that is not on this machine; None: all are."""
-    parts = ((part, *part.partition("://")) for part in path.split("::"))
-    return next((part for part, protocol, mark, _ in parts if mark and protocol not in LOCAL), None)
+def not_local(path: str, allowed: Container[str] = LOCAL) -> str | None:
+    """The part of a path in a row, such as zip://a.mp4::/data/a.zip, that is opened by another protocol; None: no part.
+    A word alone is one too in such a chain, for fsspec: reference::/data/a.json reads what a.json says, anywhere."""
+    parts = path.split("::")
+    for part in parts:
+        protocol, mark, _ = part.partition("://")
+        if protocol not in allowed and (mark or (len(parts) > 1 and re.fullmatch(r"\w+", part))):
+            return part
+    return None
+
+
+def why_refused(path: str, folder: str) -> str | None:
+    """Why a path in a row of a stream is not opened; None: it is. folder: the dataset, or its name on the hub, from
+    where no row may name a file of this machine."""
+    if not is_online() and (remote := not_local(path)):
+        return f"is on the network ({remote}), and VAE3D_ONLINE=1 is not set"
+    if other := not_local(path, {*LOCAL, *PACKAGES}):
+        return f"is not read by that protocol ({other})"
+    if not os.path.isdir(folder) and local_name(path.split("::")[-1]) is not None:
+        return f"is a file of this machine ({path}), which a dataset on the hub cannot name"
+    return None
 
 
 def is_hub_name(path: str | Path) -> bool:
@@ -278,15 +297,27 @@ def _library() -> ModuleType:
     return datasets
 
 
-def _remote_file(folder: Path) -> str | None:
-    """A URL of data in a repository's card, which even an offline load_dataset would open; None without one."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+def _remote_file(folder: str) -> str | None:
+    """What a repository's card or .huggingface.yaml names as data that is not in files of this machine, which even an
+    offline load_dataset would open; None without any. Read as the library does. Raises DataError."""
+    from huggingface_hub import DatasetCard
+
+    card, settings = Path(folder, "README.md"), Path(folder, ".huggingface.yaml")
     try:
-        metadata = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:  # load_dataset reports it
-        return None
-    configs = metadata.get("configs") if isinstance(metadata, dict) else None
-    found = re.search(r"\w+://[^\s\"]+", json.dumps(configs, default=str))
-    return found and found[0]
+        metadata = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+        metadata |= (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}) if settings.exists() else {}
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{folder}: its README.md or .huggingface.yaml cannot be read: {one_line(error)}") from error
+    texts = _texts_of(metadata.get("configs"))
+    return next((text for text in texts if "://" in text or not_local(text)), None)
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from (*_texts_of(key), *_texts_of(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts_of(inner)
+    elif isinstance(value, str):
+        yield value

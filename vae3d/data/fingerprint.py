@@ -269,6 +269,26 @@ class SourceFingerprints:
         return lines
 
 
+class DataChanges:
+    """The rows of the training data, and after a load how they differ from those of the checkpoint."""
+
+    def __init__(self, fingerprint: Fingerprint | SourceFingerprints | None) -> None:
+        self.fingerprint = fingerprint
+        self.lines: list[str] = []
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {} if self.fingerprint is None else self.fingerprint.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        if self.fingerprint is None:
+            return
+        mixture = isinstance(self.fingerprint, SourceFingerprints)
+        if state and isinstance(state, Mapping) and any("/" in name for name in state) != mixture:
+            self.lines = [f"{'one source' if mixture else 'a mixture'} before, {'a mixture' if mixture else 'one'} now"]
+        else:
+            self.lines = self.fingerprint.changes_since(state)
+
+
 def fingerprint_of_cache(index: pd.DataFrame, digest: str) -> DataFingerprint:
     """Fingerprint of the entries of a latent cache. digest: of the settings it was encoded with."""
     keys = index["key"].tolist()

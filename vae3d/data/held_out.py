@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,23 +21,38 @@ from vae3d.data.selection import clip_lengths
 from vae3d.text import plural
 from vae3d.types import ClipBatch
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A clip for validation: its file, and how it is cut. groups: whose means it counts for, beside that of all clips,
-    such as its source and its size."""
+    """A clip for validation: its file, and how it is cut. row: of the table of held-out files. groups: whose means it
+    counts for, beside that of all clips, such as its source and its size."""
 
+    row: int
     path: str
     bounds: Bounds
     settings: ClipSettings
+    frames: int
     groups: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width."""
+        return self.frames, self.settings.height, self.settings.width
+
+
+def held_out_clip(
+    table: FileTable, row: int, settings: ClipSettings, frames: int, groups: tuple[str, ...] = ()
+) -> HeldOut:
+    return HeldOut(row, table.path(row), table.bounds(row), settings, frames, groups)
 
 
 def long_enough(table: pd.DataFrame | FileTable, settings: ClipSettings, frames: int, count: int) -> list[HeldOut]:
     """The first `count` held-out videos with at least `frames` frames."""
     table = as_file_table(table)
     rows = np.flatnonzero(clip_lengths(table, settings) >= frames)[:count].tolist()
-    return [HeldOut(table.path(row), table.bounds(row), settings) for row in rows]
+    return [held_out_clip(table, row, settings, frames) for row in rows]
 
 
 def held_out_of(
@@ -63,11 +79,11 @@ def held_out_of(
     for row in sorted(size_of)[:count]:
         height, width = size_of[row]
         groups = (*named, "_".join((*named, f"{height}x{width}")))
-        clips.append(HeldOut(table.path(row), table.bounds(row), replace(settings, height=height, width=width), groups))
+        clips.append(held_out_clip(table, row, replace(settings, height=height, width=width), frames, groups))
     return clips
 
 
-def in_turn(sources: Sequence[Sequence[HeldOut]], count: int) -> list[HeldOut]:
+def in_turn(sources: Sequence[Sequence[T]], count: int) -> list[T]:
     """`count` clips, one of each source after the other."""
     return [clip for clips in zip_longest(*sources) for clip in clips if clip is not None][:count]
 
@@ -83,10 +99,10 @@ def validation_clips(
     """
     clips = long_enough(table, settings, frames, count)
     require_held_out(clips, frames, len(table))
-    return read_held_out(clips, frames)
+    return read_held_out(clips)
 
 
-def require_held_out(clips: Sequence[HeldOut], frames: int, files: int) -> None:
+def require_held_out(clips: Sequence[Any], frames: int, files: int) -> None:
     """Raises DataError without clips. files: that are held out."""
     if not clips:
         raise DataError(
@@ -96,14 +112,14 @@ def require_held_out(clips: Sequence[HeldOut], frames: int, files: int) -> None:
 
 
 def read_held_out(
-    clips: Sequence[HeldOut], frames: int, rank: int = 0, world_size: int = 1
+    clips: Sequence[HeldOut], rank: int = 0, world_size: int = 1
 ) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
     """This rank's share of the clips, whose positions are their numbers, and (path, reason) of files that failed."""
     read, errors = [], []
     for number in range(rank, len(clips), world_size):
         clip = clips[number]
         try:
-            read.append(validation_clip(clip.path, clip.bounds, number, clip.settings, frames))
+            read.append(validation_clip(clip.path, clip.bounds, number, clip.settings, clip.frames))
         except MediaError as error:
             errors.append((error.path, error.reason))
     return read, errors

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import lzma
 import os
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,17 +22,16 @@ import pyarrow.compute as pc
 from vae3d.data.dataset_rows import (
     IMAGE,
     VIDEO,
-    is_online,
     media_columns,
     member_name,
     nested_columns,
-    not_local,
     open_splits,
     open_stream,
     opening_errors,
     row_paths,
+    why_refused,
 )
-from vae3d.data.media import DataError, StreamItem
+from vae3d.data.media import DataError, StreamItem, one_line
 from vae3d.data.rows import joined, rows_from_paths
 from vae3d.data.versions import file_stamp
 
@@ -38,6 +41,10 @@ if TYPE_CHECKING:
 NO_LABEL = -1  # of test sets whose labels are kept secret
 HELD_OUT = ("validation", "valid", "val", "test")  # the first that exists is the validation split
 TEXTS = ("string", "large_string")  # types
+ARCHIVE_ERRORS = (  # of an archive that a row names; RuntimeError: it has a password
+    *(OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError),
+    *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 CAPTIONS = ("text", "caption", "prompt")  # the first that exists gives the captions
 
 
@@ -128,6 +135,11 @@ class HuggingFace:
         for key, name in (("split", train), ("val_split", self.val_split)):
             if name is not None and name not in splits:
                 raise DataError(f"data.source.{key}={name}: {self.path} has only the splits {', '.join(splits)}")
+        if train == self.val_split:
+            raise DataError(
+                f"data.source.val_split={train} is the training split of {self.path}; name another (it has "
+                f"{', '.join(splits)}), or hold files out with data.num_val_files"
+            )
         others = [name for name in (self.val_split, *HELD_OUT) if name in splits and name != train]
         roles = {train: "train"} | dict.fromkeys(others[:1], "val")
         return roles | ({"test": "test"} if "test" in splits and "test" not in roles else {})
@@ -227,11 +239,14 @@ class HuggingFaceStream:
         name = f"{self.path}/{member_name(self.split, self.column, row, self.kind)}"
         if content is not None or not path:
             return StreamItem(name, content, self.kind, None if content is not None else f"has no {self.kind}")
-        if not is_online() and (remote := not_local(path)):
-            return StreamItem(name, None, self.kind, f"is on the network ({remote}), and VAE3D_ONLINE=1 is not set")
+        if reason := why_refused(path, self.path):
+            return StreamItem(name, None, self.kind, reason)
         if "::" in path:  # a member of an archive
-            with opening_errors(self.path), fsspec.open(path, "rb") as file:
-                return StreamItem(name, file.read(), self.kind)
+            try:
+                with fsspec.open(path, "rb") as file:
+                    return StreamItem(name, file.read(), self.kind)
+            except ARCHIVE_ERRORS as error:
+                return StreamItem(name, None, self.kind, f"cannot be read ({path}): {one_line(error)}")
         return StreamItem(path if "://" in path else os.path.join(self.path, path), None, self.kind)
 
 

@@ -68,6 +68,8 @@ def cached_copy(name: str, size: int, version: int | str, read: Callable[[int, i
         with part.open("r+b") as stream:
             for start in range(0, size, stores.PIECE):
                 stream.write(read(start, min(stores.PIECE, size - start)))
+            stream.flush()
+            os.fsync(stream.fileno())  # else a machine that goes down leaves zeros of the full size
         os.replace(part, file)
     except OSError as error:
         raise _unusable(error) from error

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,12 +37,12 @@ from vae3d.data.rows import Listing, exists, in_threads
 from vae3d.data.sources import Source
 from vae3d.data.versions import file_stamp
 from vae3d.hashing import json_hash
-from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, remove, write_json
+from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, write_json
 
 LARGE = 100_000  # rows; every process reads a smaller table itself
 KEPT_DAYS = 30
 KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
-VERSION = 2
+VERSION = 3
 
 
 class Large(NamedTuple):
@@ -121,19 +122,31 @@ def _is_current(folder: Path) -> bool:
 
 def delete_unused(folder: Path) -> None:
     """Delete prepared tables that no run has opened for KEPT_DAYS days, those opened longest ago if they have more than
-    KEPT_BYTES together, and what killed processes left."""
-    total = 0
-    folders = sorted(((path.stat().st_mtime, path) for path in folder.iterdir() if path.is_dir()), reverse=True)
-    for opened, table in folders:  # the last opened first
+    KEPT_BYTES together, and what killed processes left. Others may write tables and selections meanwhile."""
+    total, tables = 0, []
+    for table in folder.iterdir():
+        with suppress(FileNotFoundError):
+            if table.is_dir():
+                tables.append((table.stat().st_mtime, table))
+    for opened, table in sorted(tables, reverse=True):  # the last opened first
         days = (time.time() - opened) / 86400
         if TMP_NAME.fullmatch(table.name):  # another process may be writing it now
             unwanted = days > 1
         else:
-            total += sum(file.stat().st_size for file in table.rglob("*"))
+            total += _size_of(table)
             unwanted = total > KEPT_BYTES or days > KEPT_DAYS
         if unwanted:
-            remove(table)
-            table.with_name(f"{table.name}.lock").unlink(missing_ok=True)
+            shutil.rmtree(table, ignore_errors=True)  # but not its .lock, which another process may hold
+
+
+def _size_of(folder: Path) -> int:
+    """Bytes of the files that are there, as far as they stay."""
+    total = 0
+    for here, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(here, name)).st_size
+    return total
 
 
 @contextmanager

@@ -178,7 +178,8 @@ class IndexRows:
         self.name = ", ".join(opened.file for opened in self.indices)
 
     def versions(self) -> list[Any]:
-        files = [[opened.file, size_and_version(opened.file), opened.split] for opened in self.indices]
+        """The shards that are used too: there may be more of them at the next start, of the same pattern and index."""
+        files = [[opened.file, size_and_version(opened.file), opened.used(), opened.split] for opened in self.indices]
         return [self.source.paths, self.source.val_paths, files]
 
     def count(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.object_cache import cached_copy
 from vae3d.data.paths import is_stored, is_url, local_name, split_member, suffix_of
-from vae3d.data.stores import read_range, remote_version
+from vae3d.data.stores import check_current, read_range, remote_version
 from vae3d.text import plural
 
 
@@ -183,7 +183,10 @@ def _copy(name: str, size: int, version: int | str) -> Path:
     def read(start: int, count: int) -> bytes:
         if local_name(url) is not None:
             return open_range(url, offset + start, count)
-        return read_range(url, offset + start, count, name)
+        content = read_range(url, offset + start, count, name)
+        if 0 < start == size - count:  # the last of several pieces
+            check_current(url, name)
+        return content
 
     return cached_copy(name, size, version, read)
 

@@ -111,12 +111,21 @@ def _check_version(url: str, name: str, version: str) -> None:
 _versions: OrderedDict[str, tuple[int, str]] = OrderedDict()  # URL -> size and version
 
 
+def check_current(url: str, name: str) -> None:
+    """Raise MediaError if an object that was read in pieces was replaced meanwhile. Over HTTP each piece says so."""
+    if not is_http(url):
+        system, path = file_system(url)
+        system.invalidate_cache(path)
+        _check_version(url, name, _ask_version(url, name)[1])
+
+
 def remote_version(url: str, name: str) -> tuple[int, str]:
     with _lock:
         known = _versions.get(url)
-    if known is not None:
-        return known
+    return known or _remember(url, *_ask_version(url, name))
 
+
+def _ask_version(url: str, name: str) -> tuple[int, str]:
     def request() -> tuple[int, str]:
         system, path = file_system(url)
         if is_http(url):
@@ -127,7 +136,7 @@ def remote_version(url: str, name: str) -> tuple[int, str]:
             raise MediaError(name, "is a folder, not an object")
         return info["size"], version_of(info)
 
-    return _remember(url, *with_retries(request, url, name))
+    return with_retries(request, url, name)
 
 
 def _remember(url: str, size: int, version: str) -> tuple[int, str]:

@@ -12,6 +12,7 @@ integers, from which the same command goes on with the same clips. With other ra
 from __future__ import annotations
 
 import io
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ from vae3d.data.file_table import as_file_table
 from vae3d.data.images import ImageReader
 from vae3d.data.media import DataError, MediaError, Reader, StreamItem
 from vae3d.data.memory_file import memory_file
-from vae3d.data.readers import READERS
+from vae3d.data.readers import READERS, decodes_on_gpu
 from vae3d.data.rows import rows_from_paths
 from vae3d.data.workers import load
 from vae3d.seeding import seed_of
@@ -52,6 +53,7 @@ from vae3d.types import ClipBatch
 
 MAX_UNUSABLE = 1000  # items in a row that are too short or too small
 WARN_AFTER = 100  # items, of which more than half were too short or too small
+SHOWN = 5  # items that cannot be read, in a message
 LOOKED_AT = 10  # times as many held-out items as are needed
 
 
@@ -164,8 +166,7 @@ class ShuffledItems:
 
 @dataclass(frozen=True)
 class StreamingSchedule(OneStream):
-    """Which frame count each step has, and which clips of a step this rank reads; see BatchSchedule. lengths: empty, as
-    a stream does not know them."""
+    """Which frame count each step has, and which clips of a step this rank reads; see BatchSchedule."""
 
     frames: FrameCounts
     seed: int
@@ -173,7 +174,6 @@ class StreamingSchedule(OneStream):
     accumulate: int = 1
     rank: int = 0
     world_size: int = 1
-    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, int))
 
     def __post_init__(self) -> None:
         if self.frames.fit:
@@ -181,7 +181,7 @@ class StreamingSchedule(OneStream):
 
     def frames_at(self, step: int) -> int:
         """Frames per clip of a step."""
-        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")), self.lengths)
+        return self.frames.draw(np.random.default_rng(seed_of(self.seed, step, "frames")))
 
     def clips(self, number: int) -> list[ClipIndex]:
         """Positions and frame counts of this rank's micro-batch `number`, of all its micro-batches."""
@@ -311,7 +311,8 @@ class StreamingData(StepShapes):
         self.positions = [Position()] * max(1, self.workers)
         # (micro-batch, the reader's position behind it), as far back as a checkpoint may need them
         self._passed: list[deque[tuple[int, Position]]] = [deque() for _ in self.positions]
-        self.fingerprint = StreamingFingerprint(self.stream.name, self.stream.shards)
+        readers = self.schedule.world_size * len(self.positions)
+        self.fingerprint = StreamingFingerprint(self.stream.name, self.stream.shards, readers)
 
     def clips(
         self, first: int, last: int, stopping: Callable[[], bool] = lambda: False
@@ -334,6 +335,7 @@ class StreamingData(StepShapes):
             stopping=stopping,
             item_bytes=self.item_bytes,
             held=count,
+            spawn=decodes_on_gpu(self.settings.reader),
             batch_size=None,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
@@ -361,12 +363,16 @@ def _unchanged(item: Any) -> Any:
 
 @dataclass(frozen=True)
 class StreamingFingerprint:
+    """readers: of all ranks, if the others have as many as this one: else shards are read twice, or never."""
+
     name: str
     shards: int
+    readers: int
 
     def digests(self) -> dict[str, Any]:
         """Values that must be equal on all ranks."""
-        return {"data: the stream": self.name, "data: its shards": self.shards}
+        readers = {"data: its readers (ranks x data.workers)": self.readers}
+        return {"data: the stream": self.name, "data: its shards": self.shards, **readers}
 
 
 class StreamingState:
@@ -448,14 +454,14 @@ def first_clips(
     stream: ShardedStream, settings: ClipSettings, frames: int, count: int, rank: int = 0, world_size: int = 1
 ) -> tuple[list[ClipBatch], list[tuple[str, str]]]:
     """This rank's share of one clip from each of the first `count` items with at least `frames` frames, from their
-    middle; and (path, reason) of items that failed. Raises DataError if none is long enough.
+    middle; and (path, reason) of items that failed. Raises DataError if none can be read, or none is long enough.
     """
-    clips, errors, found = [], [], 0
-    limit = LOOKED_AT * count
+    clips, errors, found, looked_at = [], [], 0, 0
     items = (item for shard in range(stream.shards) for item in stream.read(shard))
-    for number, item in enumerate(items):
-        if found == count or number == limit:
+    for number, item in enumerate(itertools.islice(items, LOOKED_AT * count)):
+        if found == count:
             break
+        looked_at += 1
         try:
             with opened(item, settings) as reader:
                 if has_clip(reader, settings, frames):
@@ -468,8 +474,11 @@ def first_clips(
         except MediaError as error:
             errors.append((error.path, error.reason))
     if not found:
+        unread = "".join(f"\n  {path}: {reason}" for path, reason in errors[:SHOWN])
+        if errors and len(errors) == looked_at:
+            raise DataError(f"{stream.name}: none of the first {looked_at} can be read:{unread}")
         raise DataError(
-            f"{stream.name}: none of the first {limit} has {plural(frames, 'frame')}; lower validation.frames or "
-            "data.frames.max"
+            f"{stream.name}: none of the first {looked_at} has {plural(frames, 'frame')}; lower validation.frames or "
+            f"data.frames.max{unread and f'. {len(errors)} cannot be read:{unread}'}"
         )
     return clips, errors

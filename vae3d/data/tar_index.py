@@ -422,15 +422,17 @@ def build_index(
     scan: Scan | None = None,
     probe: bool = False,
     workers: int = 1,
+    parts: Path | None = None,
 ) -> pa.Table:
     """Read the headers of all shards and write their index, atomically.
 
     scan: gives the rows of a shard; None: media_rows, with `probe`.
-    The rows of each shard are kept in the folder `out`.parts until the index is written, so a run that was killed goes
-    on. An index that is there already gives the rows of the shards that have not changed.
+    parts: folder that keeps the rows of each shard until the index is written, so a run that was killed goes on; None:
+    `out`.parts. One process at a time may use it. An index that is there already gives the rows of the shards that have
+    not changed.
     Raises DataError that names every shard that cannot be indexed, and for a key that occurs twice.
     """
-    parts = out.with_name(f"{out.name}.parts")
+    parts = parts or out.with_name(f"{out.name}.parts")
     with naming(parts):
         parts.mkdir(parents=True, exist_ok=True)
     tables = {} if probe else _kept(out, shards, settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from vae3d.data.media import DataError, MediaError, StreamItem
-from vae3d.data.paths import cache_folder, is_url, local_name, member_path
+from vae3d.data.paths import cache_folder, is_http, is_url, local_name, member_path
 from vae3d.data.readers import is_image
 from vae3d.data.rows import NUMBERS, exists, joined, rows_from_paths
 from vae3d.data.segments import SEGMENT
@@ -99,12 +100,11 @@ class WebDataset:
     def indices(self) -> list[OpenIndex]:
         """The indices of the shards: one, or with val_path two. Opened, or made, once. Raises DataError."""
         if self._indices is None:
-            given = [(self.paths, self.index, None if self.val_paths is None else "train")]
-            given += [] if self.val_paths is None else [(self.val_paths, None, "val")]
-            self._indices = [
-                OpenIndex(*open_index(patterns, Settings("media", self.media), index), split)
-                for patterns, index, split in given
-            ]
+            settings, val_paths = Settings("media", self.media), self.val_paths
+            opened = open_index(self.paths, settings, self.index, without=self._val_shards())
+            self._indices = [OpenIndex(*opened, None if val_paths is None else "train")]
+            if val_paths is not None:
+                self._indices.append(OpenIndex(*open_index(val_paths, settings), "val"))
             self.notes = [note for opened in self._indices for note in opened.notes()]
         return self._indices
 
@@ -117,8 +117,13 @@ class WebDataset:
 
     def stream(self, role: str) -> TarStream | None:
         """The shards for training (`train`) or validation (`val`); None if there are none. Raises DataError."""
-        patterns = self.paths if role == "train" else self.val_paths
-        return None if patterns is None else TarStream(patterns, self.media, role)
+        if role == "train":
+            return TarStream(self.paths, self.media, role, self._val_shards())
+        return None if self.val_paths is None else TarStream(self.val_paths, self.media, role)
+
+    def _val_shards(self) -> list[str]:
+        """The shards of val_path, which are not trained on, whatever `path` says."""
+        return [] if self.val_paths is None else list_all(self.val_paths)
 
 
 class OpenIndex(NamedTuple):
@@ -129,9 +134,13 @@ class OpenIndex(NamedTuple):
     file: str
     split: str | None
 
+    def used(self) -> list[str]:
+        """Names of the shards of its rows, as the index has them."""
+        return pc.unique(self.table["shard"]).to_pylist()
+
     def notes(self) -> list[str]:
         """Lines for the log."""
-        count, used = plural(len(self.table), "sample"), plural(len(pc.unique(self.table["shard"])), "shard")
+        count, used = plural(len(self.table), "sample"), plural(len(self.used()), "shard")
         lines = [f"{count} in {used}, by {self.file}"]
         given = "num_frames" in self.table.column_names
         if missing := self.table["num_frames"].null_count if given else len(self.table):
@@ -152,10 +161,11 @@ def _patterns(path: str | Path | Sequence[str]) -> list[str]:
 
 
 class TarStream:
-    """The samples of tars in their order; see streaming.ShardedStream. role: train or val."""
+    """The samples of tars in their order; see streaming.ShardedStream. role: train or val. without: shards to leave
+    out."""
 
-    def __init__(self, patterns: Sequence[str], media: str | None, role: str) -> None:
-        self.paths = [path for pattern in patterns for path in list_shards(pattern)]
+    def __init__(self, patterns: Sequence[str], media: str | None, role: str, without: Sequence[str] = ()) -> None:
+        self.paths = _others(list_all(patterns), without)
         self.media, self.role = media, role
         self.name = f"{', '.join(patterns)} ({role})"
 
@@ -216,7 +226,11 @@ def is_shards(path: str | Path) -> bool:
 
 def is_indexed_url(url: str) -> bool:
     """Whether a URL is that of a folder with an index of shards. Asks its store, unless it is a pattern."""
-    return not {"*", "{"} & set(url) and exists(f"{url.rstrip('/')}/{INDEX}")
+    return not {"*", "{"} & set(url) and exists(_index_at(url))
+
+
+def _index_at(url: str) -> str:
+    return f"{url.rstrip('/')}/{INDEX}"
 
 
 def list_shards(path: str) -> list[str]:
@@ -237,37 +251,56 @@ def list_shards(path: str) -> list[str]:
     return found if is_url(path) else list(map(os.path.abspath, found))
 
 
-def find_shards(patterns: Iterable[str]) -> list[Shard]:
-    """All tars of several patterns, as they are now. Raises DataError that names one that is missing, or listed
-    twice."""
-    paths = [path for pattern in patterns for path in list_shards(pattern)]
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise DataError(f"{twice} is listed twice")
+def list_all(patterns: Iterable[str]) -> list[str]:
+    """list_shards of several patterns; of a folder over HTTP, which lists none, of its index if it has one. Raises
+    DataError that names a tar that is listed twice."""
+    paths = []
+    for pattern in patterns:
+        indexed = is_http(pattern) and not is_tar(pattern) and is_indexed_url(pattern)
+        paths += list_shards(_index_at(pattern) if indexed else pattern)
+    twice = next((path for path, count in Counter(paths).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice} is listed twice; name it once")
+    return paths
+
+
+def _others(paths: Sequence[str], without: Sequence[str]) -> list[str]:
+    """Raises DataError if none is left."""
+    left_out = set(without)
+    others = [path for path in paths if path not in left_out]
+    if paths and not others:
+        raise DataError(f"data.source.val_path names all shards of data.source.path ({paths[0]}, ...): none is left")
+    return others
+
+
+def find_shards(paths: Iterable[str]) -> list[Shard]:
+    """Tars as they are now. Raises DataError that names one that is missing."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(find_shard, paths))
 
 
 def open_index(
-    patterns: Sequence[str], settings: Settings, index: str | None = None, scan: Scan | None = None
+    patterns: Sequence[str],
+    settings: Settings,
+    index: str | None = None,
+    scan: Scan | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[pa.Table, list[str], str]:
     """The index of tar shards, made now if there is none; absolute paths of its shards; and where it is.
 
-    scan: see build_index. Raises DataError.
+    scan: see build_index. without: shards whose rows are left out. Raises DataError.
     """
     if len(patterns) == 1 and patterns[0].endswith(".arrow"):
-        return _checked_index(patterns[0], settings, None)
-    if len(patterns) == 1 and is_url(patterns[0]) and not is_tar(patterns[0]):  # a folder
-        beside = f"{patterns[0].rstrip('/')}/{INDEX}"
-        if exists(beside):  # over HTTP, folders cannot be listed
-            return _checked_index(beside, settings, None)
-    paths = [path for pattern in patterns for path in list_shards(pattern)]
+        return _checked_index(patterns[0], settings, None, without)
+    if len(patterns) == 1 and is_url(patterns[0]) and not is_tar(patterns[0]) and is_indexed_url(patterns[0]):
+        return _checked_index(_index_at(patterns[0]), settings, None, without)
+    paths = list_all(patterns)
     beside = index or index_of(patterns, paths)
     if _indexes(beside, paths, settings):
-        return _checked_index(beside, settings, paths)
+        return _checked_index(beside, settings, paths, without)
     if exists(beside):
         log.info("%s lacks some of the shards, or has other settings; another index is made", beside)
-    shards = find_shards(patterns)
+    shards = find_shards(paths)
     cached = cached_index(shards, settings)
     with naming(cached.parent):
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -277,8 +310,9 @@ def open_index(
         out = Path(beside) if own else cached
         if not cached.is_file() and (own or not _indexes(beside, paths, settings)):
             log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
-            build_index(shards, out, settings, scan=scan, workers=processor_count())
-    return _checked_index(str(cached if cached.is_file() else beside), settings, paths)
+            parts = cached.with_suffix(".parts")  # of this machine: others may index the same shards now
+            build_index(shards, out, settings, scan=scan, workers=processor_count(), parts=parts)
+    return _checked_index(str(cached if cached.is_file() else beside), settings, paths, without)
 
 
 def _indexes(index: str, paths: Sequence[str], settings: Settings) -> bool:
@@ -303,7 +337,10 @@ def index_of(patterns: Sequence[str], paths: Sequence[str]) -> str:
     return f"{folders[0]}/{INDEX}" if is_url(paths[0]) else os.path.join(os.path.commonpath(folders), INDEX)
 
 
-def _checked_index(index: str, settings: Settings, wanted: Sequence[str] | None) -> tuple[pa.Table, list[str], str]:
+def _checked_index(
+    index: str, settings: Settings, wanted: Sequence[str] | None, without: Sequence[str]
+) -> tuple[pa.Table, list[str], str]:
+    """wanted: the shards to open; None: all of the index."""
     table, header = read_index(index)
     if header["settings"]["kind"] != settings.kind:
         kinds = {"media": "videos and images", "latents": "latents"}
@@ -311,11 +348,12 @@ def _checked_index(index: str, settings: Settings, wanted: Sequence[str] | None)
     if settings.media not in (None, header["settings"]["media"]):
         made = header["settings"]["media"]
         raise DataError(f"{index} was made for media={made}, not {settings.media}; run vae3d index again")
-    check_shards(header, index, wanted)
     paths = shard_paths(header, index)
-    if wanted is not None and len(wanted) < len(paths):
-        chosen = np.flatnonzero(np.isin(paths, list(wanted)))
+    wanted = _others(paths if wanted is None else wanted, without)
+    check_shards(header, index, wanted)
+    if set(wanted) != set(paths):
+        chosen = np.flatnonzero(np.isin(paths, wanted))
         table = table.filter(pa.array(np.isin(table["shard"].combine_chunks().indices.to_numpy(), chosen)))
-        if not len(table):
-            raise DataError(f"{wanted[0]} has no samples")
+    if not len(table):
+        raise DataError(f"{wanted[0] if wanted else index} has no samples")
     return table, paths, index

@@ -20,14 +20,16 @@ from vae3d.config.issues import ConfigIssue, raise_if_any
 from vae3d.data.batch_schedule import ClipIndex, Schedule
 from vae3d.data.clips import MixedClips, Sample, Unreadable, collate
 from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
-from vae3d.data.held_out import HeldOut, validation_clip
-from vae3d.data.media import DataError, MediaError
+from vae3d.data.media import DataError
+from vae3d.data.rows import file_hashes
+from vae3d.data.selection import is_held_out
 from vae3d.data.workers import load
-from vae3d.inference.scale import LatentStats, ScaleError
 from vae3d.latents.cache import NO_LABEL, LatentCache
+from vae3d.latents.clips import names_of
 from vae3d.latents.codec import LatentCodec
+from vae3d.latents.scale import LatentStats, ScaleError
 from vae3d.running_stats import RunningStats
-from vae3d.seeding import generator_of, seed_of
+from vae3d.seeding import generator_of
 from vae3d.text import plural
 from vae3d.transfer import to_device
 
@@ -55,8 +57,8 @@ class LatentData:
     width of sampled clips. sample: draw latents from the posterior; else take its mean. classes: names.
     trained_classes: indices of the classes that occur in the training data; numeric labels leave gaps, and validation
     files may have others. held_out: this rank's validation clips, one per batch. held_out_sizes: of those of all ranks,
-    each with latents of another shape. timeout: seconds without a batch until WorkerError; 0: never. fingerprint: of
-    the data, for checkpoints.
+    each with latents of another shape. skipped_files: (path, reason) of readable files that are not used. timeout:
+    seconds without a batch until WorkerError; 0: never. fingerprint: of the data, for checkpoints.
     """
 
     dataset: Dataset[Any]
@@ -75,6 +77,7 @@ class LatentData:
     workers: int = 0
     prefetch: int = 2
     errors: list[tuple[str, str]] = field(default_factory=list)
+    skipped_files: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timeout: float = 0.0
     fingerprint: Fingerprint | SourceFingerprints | None = None
@@ -209,35 +212,6 @@ class LabelledClips:
         return Batch(None if isinstance(clip, Unreadable) else clip.video, labels, positions, clip.errors)
 
 
-class HeldOutClip(NamedTuple):
-    """A clip for validation. label: its class, or NO_LABEL."""
-
-    clip: HeldOut
-    frames: int
-    label: int
-
-    @property
-    def size(self) -> ClipSize:
-        return self.frames, self.clip.settings.height, self.clip.settings.width
-
-
-def read_held_out(
-    clips: Sequence[HeldOutClip], rank: int = 0, world_size: int = 1
-) -> tuple[list[Batch], list[tuple[str, str]]]:
-    """This rank's share of the clips, in a batch each, whose positions are their numbers; and (path, reason) of files
-    that failed."""
-    batches, errors = [], []
-    for number in range(rank, len(clips), world_size):
-        clip, frames, label = clips[number]
-        try:
-            video = validation_clip(clip.path, clip.bounds, number, clip.settings, frames).video
-        except MediaError as error:
-            errors.append((error.path, error.reason))
-        else:
-            batches.append(Batch(video, torch.tensor([label]), [number], []))
-    return batches, errors
-
-
 def warn_of_untrained(classes: Sequence[str], train: Iterable[int], held_out: Iterable[int]) -> None:
     """Warn of classes all of whose files are held out. train, held_out: class of each file; NO_LABEL for none."""
     untrained = sorted({*held_out} - {*train} - {NO_LABEL})
@@ -253,15 +227,13 @@ def warn_of_untrained(classes: Sequence[str], train: Iterable[int], held_out: It
 def split_cache(index: pd.DataFrame, num_val_files: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training entries and of validation entries, the latter without mirrored ones.
 
-    Validation entries are those of split `val`, or without one those of the `num_val_files` files whose names hash
-    lowest, at most a tenth of all files. Split `test` is in neither.
+    Validation entries are those of split `val`, or without one those that is_held_out chooses: of a whole source the
+    same files as where its clips are trained on. Split `test` is in neither.
     """
     held_out, possible = index["split"] == "val", index["split"] != "test"
     if not held_out.any():
-        names = index.groupby("source")["key"].transform("min")
-        hashes = np.array([seed_of(name) for name in names], dtype=np.int64)
-        files = np.unique(hashes[possible])
-        held_out = possible & np.isin(hashes, files[: min(num_val_files, len(files) // 10)])
+        table = pd.DataFrame({"path": index["source"], "name": names_of(index["key"])})[possible]
+        held_out.loc[possible] = is_held_out(file_hashes(table), num_val_files)
     rest = possible & ~held_out
     if not rest.any():
         raise DataError("the cache has no entries to train on: all are of split `val` or `test`")

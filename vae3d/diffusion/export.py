@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vae3d import __version__
 from vae3d.arguments import Count, Range, Size, check_fields, short
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_weights, read_weights
-from vae3d.checkpoints.location import warn_if_older
+from vae3d.checkpoints.location import step_folders, warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
 from vae3d.io import FileError, atomic_dir, read_yaml, write_text, yaml_text
@@ -77,7 +77,7 @@ class Export:
 
 
 def weights_file(folder: Path, decay: float, first: bool) -> Path:
-    return folder / ("model.safetensors" if first else f"ema_{decay:g}.safetensors")
+    return folder / ("model.safetensors" if first else f"ema_{decay}.safetensors")
 
 
 def write_export(folder: Path, config: Mapping[str, Any], weights: Mapping[float, Mapping[str, Tensor]]) -> None:
@@ -97,7 +97,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
-        exports = sorted(file.parent for file in folder.glob(f"exports/step-*/{CONFIG}"))
+        exports = step_folders(folder / "exports", CONFIG)
         if not exports:
             raise CheckpointError(
                 f"{folder} is not a diffusion model: neither it nor exports/step-* in it has a {CONFIG}"
@@ -108,7 +108,7 @@ def read_export(path: str | Path, decay: float | None = None) -> Export:
         config, network = _read_config(folder / CONFIG)
     rates = config["ema"]
     if decay is not None and decay not in rates:
-        raise CheckpointError(f"{folder} has no averages of ema={decay:g}; it has {', '.join(f'{r:g}' for r in rates)}")
+        raise CheckpointError(f"{folder} has no averages of ema={decay}; it has {', '.join(map(str, rates))}")
     file = weights_file(folder, decay or rates[0], first=decay in (None, rates[0]))
     try:
         weights = read_weights(file)

@@ -58,7 +58,7 @@ def draw_reference_sets(
         if len(pool) < needed:
             of_class = "" if name is None else f" of class {name}"
             raise UserError(
-                f"{cache.folder} has {len(pool)} latents{of_class}{of_size}; two sets of {needed // 2} need {needed}: "
+                f"{cache.name} has {len(pool)} latents{of_class}{of_size}; two sets of {needed // 2} need {needed}: "
                 "use a smaller count, or a larger cache"
             )
     first, second = ([pools[name].pop() for name in wanted] for _ in range(2))

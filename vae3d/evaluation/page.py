@@ -14,7 +14,7 @@ import numpy as np
 from vae3d import __version__
 from vae3d.data.readers import MediaError
 from vae3d.evaluation.pairs import PairReader, Protocol
-from vae3d.evaluation.score import Job
+from vae3d.evaluation.score import ScoringJob
 from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.summary import unequal_sets
 from vae3d.evaluation.tables import metric_table
@@ -50,13 +50,13 @@ class Row:
 
     id: str
     name: str
-    jobs: dict[str, Job] = field(default_factory=dict)
+    jobs: dict[str, ScoringJob] = field(default_factory=dict)
     scores: dict[str, VideoScore] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     why: str = ""
 
     @property
-    def shown(self) -> dict[str, Job]:
+    def shown(self) -> dict[str, ScoringJob]:
         """The reconstructions that fit into one clip: those of the first one's frames and size."""
         first = next(iter(self.jobs.values())).info
         fits = (first.frames, first.height, first.width)
@@ -71,7 +71,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return {n: f"{one} (reconstruction)" if one == ORIGINAL else one for n, one in short.items()}
 
 
-def make_rows(jobs: Mapping[str, Sequence[Job]], scores: Mapping[str, Sequence[VideoScore]]) -> list[Row]:
+def make_rows(jobs: Mapping[str, Sequence[ScoringJob]], scores: Mapping[str, Sequence[VideoScore]]) -> list[Row]:
     """A row per scored video, sorted by name. Both arguments are by reconstruction."""
     names = sorted({video.name for videos in scores.values() for video in videos})
     rows = {name: Row(id, name) for name, id in clip_ids(names).items()}
@@ -152,7 +152,7 @@ def write_clips(folder: Path, rows: Iterable[Row], on_error: str = "stop") -> li
     return errors
 
 
-def _encode(jobs: Mapping[str, Job]) -> Clip:
+def _encode(jobs: Mapping[str, ScoringJob]) -> Clip:
     first, *_ = jobs.values()
     with ExitStack() as stack:
         readers = {rec: stack.enter_context(PairReader(job.pair, job.protocol)) for rec, job in jobs.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ SCORE_ERRORS = (PairError, MediaError, MetricError)
 
 
 @dataclass
-class Job:
+class ScoringJob:
     """A pair that can be scored. key: see store.pair_key."""
 
     pair: Pair
@@ -31,13 +31,13 @@ class Job:
 
 def plan(
     pairs: Sequence[Pair], protocol: Protocol, metrics: MetricSet, on_error: str = "stop"
-) -> tuple[list[Job], list[str]]:
+) -> tuple[list[ScoringJob], list[str]]:
     """Check the headers of all pairs: jobs for those that can be scored, and errors of the others.
 
     Raises PairError with all errors, unless on_error is `skip` and at least one pair can be scored.
     """
 
-    def check(pair: Pair) -> Job | str:
+    def check(pair: Pair) -> ScoringJob | str:
         try:
             info = inspect(pair, protocol)
             reasons = [metric.why_unsupported(info.frames, info.height, info.width) for metric in metrics]
@@ -45,7 +45,7 @@ def plan(
                 reasons.append(f"{', '.join(unfit)} needs alpha in both files; leave it out")
             if reasons := [reason for reason in reasons if reason]:
                 return f"{pair.name}: {'; '.join(reasons)}"
-            return Job(pair, protocol, info, pair_key(pair, protocol))
+            return ScoringJob(pair, protocol, info, pair_key(pair, protocol))
         except (PairError, MediaError) as error:
             return str(error)
 
@@ -60,7 +60,7 @@ def plan(
     return jobs, errors
 
 
-def score_jobs(jobs: Iterable[Job], store: Store, device: torch.device, on_error: str) -> list[str]:
+def score_jobs(jobs: Iterable[ScoringJob], store: Store, device: torch.device, on_error: str) -> list[str]:
     """Score the pairs by the metrics that the store does not have yet. Returns errors, if on_error is `skip`.
 
     Raises PairError, MediaError or MetricError, which name the pair.
@@ -84,14 +84,10 @@ def score_pair(
     pair: Pair, metrics: MetricSet, protocol: Protocol, device: torch.device | str = "cpu"
 ) -> tuple[VideoResult, list[str]]:
     """Scores of one pair, and warnings. Raises MediaError, and MetricError, which names the pair."""
-    metrics.reset()
     alignment = Alignment()
     try:
         with PairReader(pair, protocol, device) as reader:
-            for ref, rec in reader.chunks():
-                metrics.update(ref, rec)
-                alignment.update(ref, rec)
-        result = metrics.result()
+            result = metrics.score(alignment.watch(reader.chunks()))
     except MetricError as error:
         raise MetricError(f"{pair.name}: {error}") from None
     psnr = result.scores["psnr"].frames if "psnr" in result.scores else []
@@ -107,6 +103,12 @@ class Alignment:
     def __init__(self) -> None:
         self.errors = {"early": [0.0, 0.0], "late": [0.0, 0.0]}  # summed error with the shift, and without it
         self.last: tuple[Tensor, Tensor] | None = None
+
+    def watch(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the chunks, and see each once it was used."""
+        for ref, rec in chunks:
+            yield ref, rec
+            self.update(ref, rec)
 
     def update(self, ref: Tensor, rec: Tensor) -> None:
         ref, rec = ref[..., ::4, ::4], rec[..., ::4, ::4]
@@ -132,7 +134,7 @@ def _errors(ref: Tensor, rec: Tensor) -> Tensor:
     return (ref - rec).square().mean((1, 2, 3)).double()
 
 
-def collect(jobs: Sequence[Job], store: Store) -> list[VideoScore]:
+def collect(jobs: Sequence[ScoringJob], store: Store) -> list[VideoScore]:
     """All finished pairs of all ranks, sorted by name."""
     store.read()
     done = [job for job in jobs if not store.missing(job.key)]

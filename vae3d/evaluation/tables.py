@@ -64,7 +64,7 @@ def _interval(ends: Sequence[float | None] | None) -> str:
     return f"±{(ends[1] - ends[0]) / 2:.4f}"
 
 
-def side_by_side(summaries: dict[str, dict[str, Any]]) -> str:
+def means_table(summaries: dict[str, dict[str, Any]]) -> str:
     """Means of several reconstructions, a column each."""
     metrics = next(iter(summaries.values()))["metrics"]
     rows = [[name, *(number(s["metrics"][name]["mean"]) for s in summaries.values())] for name in metrics]

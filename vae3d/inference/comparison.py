@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -20,10 +20,10 @@ from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
 from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint
 from vae3d.metrics import MetricSet, Score, VideoResult
-from vae3d.metrics.base import frame_curves
+from vae3d.metrics.base import frame_curves, frame_pairs
 from vae3d.metrics.frame import decibel
 from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
-from vae3d.pixels import NotFiniteError, Quantized, as_unit, displayable, no_waiting_checks, quantize_unchecked
+from vae3d.pixels import NotFiniteError, Quantized, displayable, no_waiting_checks, quantize_unchecked
 from vae3d.precision import autocast
 from vae3d.report.page import clip_id, encode_clip, has_clip, write_clip
 from vae3d.text import plural
@@ -31,7 +31,6 @@ from vae3d.transfer import on_host
 
 PAIRS = list(product(("student", "teacher"), repeat=2))  # (whose encoder, whose decoder)
 MAX_FRAMES = 33  # per file, unless num_frames is set: the networks code them in one piece
-SCORED_FRAMES = 16  # frames per update of the metrics
 MIN_GAIN = 1.0  # dB above frames of one colour; a reconstruction with less is degenerate
 
 
@@ -99,7 +98,7 @@ class Comparer:
     on 8-bit pixels; writes a clip of each file for the page in <save_dir>_compare.
 
     networks: student, which is the reconstructor's model, and teacher. metrics: for one pair at a time. measures:
-    whether this process measures the cost of both networks, on its first file.
+    whether this process is to measure the cost of both networks, on its next file.
     Raises UserError if pixels differ in channels, or latents in channels or strides, or if the reconstructor's
     num_frames does not fit both networks.
     """
@@ -108,7 +107,6 @@ class Comparer:
     networks: dict[str, Network]
     metrics: MetricSet
     measures: bool
-    costs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         student, teacher = self.networks["student"], self.networks["teacher"]
@@ -143,7 +141,8 @@ class Comparer:
 
     @torch.inference_mode()
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> dict[str, Any]:
-        """Compare one file; returns its entry of comparison.json.
+        """Compare one file; returns its entry of comparison.json as `file`, and as `cost` that of both networks, if it
+        was measured on this file, or None.
 
         Raises MediaError if it cannot be read or is too short, MetricError if it cannot be scored.
         """
@@ -151,14 +150,16 @@ class Comparer:
         video = to_video(frames, self.reconstructor.device)
         latents, coded = self._coded(source, video)
         name = identifier(row, source)
-        if self.measures and not self.costs:
-            self.costs = {"file": name} | {whose: network.cost(video) for whose, network in self.networks.items()}
+        cost = None
+        if self.measures:
+            cost = {"file": name} | {whose: network.cost(video) for whose, network in self.networks.items()}
+            self.measures = False
         results = {pair_name(pair): self._score(frames, rec) for pair, rec in coded.items()}
         recs = {pair_name(pair): [displayable(rec)] for pair, rec in coded.items()}
         curves = {pair: frame_curves(result.scores) for pair, result in results.items()}
         clip = encode_clip([displayable(frames)], recs, fps)
         write_clip(self.reconstructor.folder("compare"), clip_id(name), clip, curves)
-        return {
+        entry = {
             "file": name,
             "source": source,
             "frames": len(frames),
@@ -169,6 +170,7 @@ class Comparer:
             "baseline": constant_frame_psnr(frames),
             "latents": latents,
         }
+        return {"file": entry, "cost": cost}
 
     def _count(self, source: str, frames: int) -> int:
         if self.reconstructor.config.num_frames is not None:
@@ -212,13 +214,9 @@ class Comparer:
 
     def _score(self, ref: np.ndarray, rec: np.ndarray) -> VideoResult:
         """The metrics', and mse."""
-        self.metrics.reset()
-        squares = 0.0
-        for start in range(0, len(ref), SCORED_FRAMES):
-            a, b = (as_unit(video[start : start + SCORED_FRAMES], self.reconstructor.device) for video in (ref, rec))
-            self.metrics.update(a, b)
-            squares += float((a - b).square().sum(dtype=torch.float64))
-        result = self.metrics.result()
+        device = self.reconstructor.device
+        result = self.metrics.score(frame_pairs(ref, rec, device))
+        squares = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in frame_pairs(ref, rec, device))
         return VideoResult({"mse": Score(squares / ref.size), **result.scores})
 
     def has_clip(self, name: str) -> bool:

@@ -33,24 +33,26 @@ UNITS = {
 }
 
 
-def report_comparison(comparer: Comparer, files: Sequence[dict[str, Any]], command: str = "") -> None:
-    """Write comparison.json and the page, and log the means. files: entries of Comparer.file, from all ranks."""
-    if not files:
+def report_comparison(comparer: Comparer, compared: Sequence[dict[str, Any]], command: str = "") -> None:
+    """Write comparison.json and the page, and log the means. compared: what Comparer.file returned, on all ranks."""
+    if not compared:
         return
+    files = [each["file"] for each in compared]
+    cost = next((each["cost"] for each in compared if each["cost"]), {})
     warnings, notes = degenerate_pairs(files), _partial(comparer, files)
     report = {
         **{whose: network.metadata() for whose, network in comparer.networks.items()},
         "units": UNITS,
         "files_compared": len(files),
         "mean": mean_of([{name: file[name] for name in ("pairs", "baseline", "latents")} for file in files]),
-        "cost": comparer.costs,
+        "cost": cost,
         "warnings": warnings,
         "notes": notes,
-        "files": list(files),
+        "files": files,
     }
     path = comparer.reconstructor.folder("rec") / "comparison.json"
     write_json(path, report)
-    for line in [*_lines(report), *_cost_lines(comparer.costs), *notes]:
+    for line in [*_lines(report), *_cost_lines(cost), *notes]:
         log.info(line)
     folder = comparer.reconstructor.folder("compare")
     write_page(folder, make_page(comparer, report, folder, path, command))

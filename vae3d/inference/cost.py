@@ -57,14 +57,18 @@ def measure_cost(model: nn.Module, video: Tensor, precision: str) -> dict[str, A
 
 def timed(run: Callable[[], Tensor], device: torch.device, repeats: int = REPEATS) -> tuple[float, float | None]:
     """Seconds of the median of `repeats` runs after a warm-up, and their peak memory in GiB."""
-    run()
+
+    def run_whole() -> None:
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+    run_whole()
     before = _reset_peak(device)
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        run_whole()
         seconds.append(time.perf_counter() - start)
     if before is None:
         return statistics.median(seconds), None
@@ -75,7 +79,6 @@ def timed(run: Callable[[], Tensor], device: torch.device, repeats: int = REPEAT
 def _reset_peak(device: torch.device) -> int | None:
     """Reset the peak memory. Returns the bytes in use now; None if the peak cannot be measured."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     if device.type != "cpu" or not PEAK_RESET.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +16,18 @@ from vae3d.data.rows import SPLITS
 from vae3d.data.segments import SEGMENT_ERROR, bounds_of
 from vae3d.data.sources import open_source
 from vae3d.data.versions import source_version
-from vae3d.distributed import all_gather_object
+from vae3d.distributed import all_gather_object, gather_to_main
 from vae3d.errors import UserError
+from vae3d.evaluation.store import read_features
 from vae3d.hashing import json_hash
 from vae3d.inference import page
 from vae3d.inference.comparison_report import report_comparison
 from vae3d.inference.cost import measure_cost
 from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor, identifier
-from vae3d.inference.results import Results
+from vae3d.inference.results import Finished, Results
 from vae3d.io import write_json, write_text
 from vae3d.metrics import MetricError
+from vae3d.metrics.distribution import SetMetric
 from vae3d.progress import progress
 from vae3d.report.page import PAGE, write_page
 from vae3d.text import plural
@@ -85,7 +88,7 @@ def reconstruct_files(
     which lists them all.
     """
     reconstructor, comparer = results.reconstructor, results.comparer
-    done: list[tuple[FileResult, dict[str, Any] | None]] = []
+    done: list[Finished] = []
     failed: list[str] = []
     kept = 0
     share = table.iloc[rank::world_size]
@@ -100,11 +103,13 @@ def reconstruct_files(
             if finished is None:
                 results.discard(identifier(row, source))
                 version = source_version(source)
-                file = reconstructor.file(source, row, bounds)
-                finished = file, comparer and comparer.file(source, row, bounds)
+                finished = reconstructor.file(source, row, bounds), comparer and comparer.file(source, row, bounds)
                 results.write(source, version, *finished)
+                finished[0].result.features.clear()  # `report` reads them from the disk, file by file
             else:
                 kept += 1
+            if comparer is not None and finished[1]["cost"]:
+                comparer.measures = False
             done.append(finished)
         except (MediaError, MetricError) as error:
             if isinstance(error, MetricError):
@@ -113,21 +118,21 @@ def reconstruct_files(
                 raise error from None
             log.warning("skipped: %s", error)
             failed.append(str(error))
-    ranks = all_gather_object((done, failed, kept))
-    failed = [error for _, errors, _ in ranks for error in errors]
-    items = sorted((item for done, _, _ in ranks for item in done), key=lambda item: item[0].id)
+    failed = [error for errors in all_gather_object(failed) for error in errors]
+    ranks = gather_to_main((done, kept))
+    items = sorted((item for done, _ in ranks for item in done), key=lambda item: item[0].id)
     files = [file for file, _ in items]
     if rank == 0:
-        if kept := sum(kept for _, _, kept in ranks):
+        if kept := sum(kept for _, kept in ranks):
             log.info("%d of %d files were already finished", kept, len(table))
-        means = report(reconstructor, files, cost)
+        means = report(results, files, cost)
         if comparer is not None:
             report_comparison(comparer, [comparison for _, comparison in items if comparison is not None], command)
-    if reconstructor.config.report and files:
-        mine = files[rank::world_size]
+    if reconstructor.config.report:
+        mine = [file for file, _ in done]
         page.write_clips(reconstructor, progress(mine, unit="file", desc="page", hidden=rank != 0))
         all_gather_object(None)  # wait for the clips of all ranks
-        if rank == 0:
+        if files:
             folder = reconstructor.folder("report")
             write_page(folder, page.make_report(results, files, means, cost, failed, command))
             log.info("%s shows them", folder / PAGE)
@@ -136,31 +141,41 @@ def reconstruct_files(
         raise UserError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{reasons}")
 
 
-def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any]:
-    """measure_cost of the model on the first chunk of the first file. Raises MediaError if it cannot be read."""
+def measure_first_file(
+    reconstructor: Reconstructor, table: pd.DataFrame, *, skip_errors: bool
+) -> dict[str, Any] | None:
+    """measure_cost of the model on the first chunk of the first file, with skip_errors of the first that can be read,
+    None if none can. Raises MediaError, and UserError if no row has a file."""
     usable = table[(table["name"] != "") & (table["error"] != SEGMENT_ERROR)]
     if usable.empty:
         raise UserError("cost=true needs a file to measure on, and no row has a `path`")
-    chunk = reconstructor.first_chunk(usable["path"].iloc[0], bounds_of(usable)[0])
-    return measure_cost(reconstructor.model, chunk, reconstructor.config.precision)
+    for path, bounds in zip(usable["path"], bounds_of(usable), strict=True):
+        try:
+            chunk = reconstructor.first_chunk(path, bounds)
+        except MediaError:
+            if not skip_errors:
+                raise
+            continue  # reconstruct_files names it
+        return measure_cost(reconstructor.model, chunk, reconstructor.config.precision)
+    return None
 
 
-def report(
-    reconstructor: Reconstructor, done: Sequence[FileResult], cost: dict[str, Any] | None
-) -> dict[str, float | None]:
+def report(results: Results, done: Sequence[FileResult], cost: dict[str, Any] | None) -> dict[str, float | None]:
     """Write <save_dir>_rec/index.csv, and <save_dir>_rec/metrics.json if there are scores or costs; log the results.
 
     Returns the means of the metrics."""
+    reconstructor = results.reconstructor
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "index.csv", pd.DataFrame([item.row() for item in done]).to_csv(index=False))
+    rows = pd.DataFrame([item.row() for item in done])
+    write_text(folder / "index.csv", rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))  # names of any characters
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%s, %s -> %s", plural(len(done), "file"), plural(frames, "frame"), ", ".join(written))
     tiles = getattr(reconstructor.model, "tiling", None)
     if tiles is not None:
         log.info("coded in %s", tiles)
-    scores = reconstructor.metrics.aggregate([item.result for item in done]) if done else {}
+    scores = mean_scores(results, done) if done else {}
     for name, mean in scores.items():
         shown = "undefined" if mean is None else f"{mean:.4f}"
         log.info("%14s %s  (over %s)", name, shown, plural(len(done), "video"))
@@ -178,4 +193,16 @@ def report(
         summary = {"videos": len(done), "frames": frames, **scores} | ({} if cost is None else {"cost": cost})
         summary |= {} if tiles is None else {"tiles": str(tiles)}
         write_json(folder / "metrics.json", summary)
+    return scores
+
+
+def mean_scores(results: Results, done: Sequence[FileResult]) -> dict[str, float | None]:
+    """Every column of the metrics over all files. Of metrics that compare sets, one file's features are in memory."""
+    scores: dict[str, float | None] = {}
+    for metric in results.reconstructor.metrics:
+        if isinstance(metric, SetMetric):
+            features = (read_features(results.features_file(item.id, metric.name)) for item in done)
+            scores[metric.name], *_ = metric.combine(features)
+        else:
+            scores |= metric.aggregate([item.result for item in done])
     return scores

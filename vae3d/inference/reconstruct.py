@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 KINDS = ("ori", "rec", "spatial")  # folders <save_dir>_<kind> of outputs
 PAGES = ("report", "compare")  # folders <save_dir>_<kind> of pages; see inference.page and inference.comparison
+MAX_STEM = 160  # bytes; with the row, suffixes and the affixes of temporary files, names have at most 255
 Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3 or 4] uint8, of which the first so many are coded now; see Stream
 
 
@@ -68,7 +69,7 @@ class FileResult:
 
 
 def identifier(row: int, source: str) -> str:
-    """Name of a file's outputs: its row and its stem, without special characters.
+    """Name of a file's outputs: its row and its stem, without special characters and at most MAX_STEM bytes long.
 
     Numbered images get the names of their folders too, because these differ between rooms.
     """
@@ -76,7 +77,7 @@ def identifier(row: int, source: str) -> str:
     stem = path.stem
     if is_sequence(path) and not is_stored(source):
         stem = "-".join([*path.parts[-4:-1], stem.replace("*", "").rstrip("_-")])
-    stem = re.sub(r"[^\w.-]+", "-", stem)
+    stem = re.sub(r"[^\w.-]+", "-", stem).encode()[:MAX_STEM].decode(errors="ignore")
     return f"{row:06d}_{stem}"
 
 

@@ -1,6 +1,6 @@
 """The results of infer.py on disk. When the same command resumes, it keeps finished files and writes the others.
 
-<save_dir>_rec/command.json             settings and weights of the command, see inference.folder
+<save_dir>_rec/command.json             settings and weights of the command, see vae3d.result_folder
 <save_dir>_rec/.done/000001_a.json      written after the outputs of a file: their sizes, its scores, its source
 <save_dir>_rec/.done/000001_a.fvd.npz   its features, for metrics that compare sets
 """
@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vae3d import result_folder
 from vae3d.data.versions import source_version
-from vae3d.evaluation.store import read_features, write_features
-from vae3d.inference import folder as folders
+from vae3d.evaluation.store import write_features
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor
 from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
@@ -27,6 +27,7 @@ DONE = ".done"
 SUFFIXES = (".mp4", ".mkv", ".png")  # of outputs
 OUTPUT = r"\.?\d{6,}_.*\.(mp4|mkv|png)"
 REPORTS = r"index\.csv|(metrics|comparison|command)\.json"
+Finished = tuple[FileResult, dict[str, Any] | None]  # a file and its comparison, see Comparer.file
 MAX_BYTES = 2**30  # of .done/*.json, which has a number per frame and metric
 
 
@@ -42,7 +43,7 @@ class Results:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of save_dir. Raises FolderError if another process holds it."""
-        with folders.locked(self.folder("rec"), self.setting):
+        with result_folder.locked(self.folder("rec"), self.setting):
             for kind in (*KINDS, *PAGES):
                 remove_unfinished(self.folder(kind))
                 remove_unfinished(self.folder(kind) / VIDEOS)
@@ -51,16 +52,16 @@ class Results:
 
     def begin(self, command: Mapping[str, Any], overwrite: bool) -> None:
         """Prepare the folders for a command. Raises FolderError if they hold another's results, unless `overwrite`."""
-        full = [folder for kind in (*KINDS, *PAGES) if folders.has_results(folder := self.folder(kind))]
+        full = [folder for kind in (*KINDS, *PAGES) if result_folder.has_results(folder := self.folder(kind))]
         if overwrite:
             self.clear()
         elif full:
-            if folders.resumes(self.folder("rec"), command, self.setting):
+            if result_folder.resumes(self.folder("rec"), command, self.setting):
                 for kind in PAGES:
                     unpack_page(self.folder(kind))
                 return
-            raise folders.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
-        folders.begin(self.folder("rec"), command)
+            raise result_folder.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
+        result_folder.write_command(self.folder("rec"), command)
 
     def clear(self) -> None:
         """Delete what earlier commands with this save_dir wrote, and nothing else."""
@@ -73,9 +74,9 @@ class Results:
             remove_page(self.folder(kind))
         remove(self.records)
 
-    def read(self, name: str, source: str) -> tuple[FileResult, dict[str, Any] | None] | None:
-        """A finished file and its comparison; None if it is not finished, or its outputs, its clip of the comparison's
-        page or its source have changed.
+    def read(self, name: str, source: str) -> Finished | None:
+        """A finished file, without its features; None if it is not finished, or its outputs, its features, its clip of
+        the comparison's page or its source have changed.
 
         Raises FileError if its .done/*.json is damaged.
         """
@@ -91,14 +92,13 @@ class Results:
                 if not path.is_file() or path.stat().st_size != size:
                     return None
             scores = {column: Score(**score) for column, score in record["scores"].items()}
-            features = {metric: read_features(self._features(name, metric)) for metric in record["features"]}
-            file = FileResult(**record["file"], result=VideoResult(scores, features, record["counts"]))
-            comparison = record["comparison"]
-            if self.comparer is not None and not self.comparer.has_clip(name):
+            if not all(self.features_file(name, metric).is_file() for metric in record["features"]):
                 return None
-            if self.comparer is not None and comparison["cost"]:
-                self.comparer.costs = comparison["cost"]
-            return file, comparison and comparison["file"]
+            file = FileResult(**record["file"], result=VideoResult(scores, counts=record["counts"]))
+            if self.comparer is None:
+                return file, None
+            comparison = {key: record["comparison"][key] for key in ("file", "cost")}
+            return (file, comparison) if self.comparer.has_clip(name) else None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileError(f"{record_file}: is damaged ({error!r}); delete it to reconstruct {source} again") from None
 
@@ -113,9 +113,7 @@ class Results:
         outputs = [[kind, path.name, path.stat().st_size] for kind, path in self._outputs(file.id) if path.is_file()]
         self.records.mkdir(exist_ok=True)
         for metric, features in file.result.features.items():
-            write_features(self._features(file.id, metric), features)
-        costs = self.comparer.costs if self.comparer is not None else {}
-        cost = costs if costs.get("file") == file.id else None  # measured on this file
+            write_features(self.features_file(file.id, metric), features)
         record = {
             "source": version,
             "outputs": outputs,
@@ -123,7 +121,7 @@ class Results:
             "scores": {column: asdict(score) for column, score in file.result.scores.items()},
             "counts": file.result.counts,
             "features": list(file.result.features),
-            "comparison": None if comparison is None else {"file": comparison, "cost": cost},
+            "comparison": comparison,
         }
         write_json(self._record(file.id), record)
 
@@ -134,5 +132,5 @@ class Results:
     def _record(self, name: str) -> Path:
         return self.records / f"{name}.json"
 
-    def _features(self, name: str, metric: str) -> Path:
+    def features_file(self, name: str, metric: str) -> Path:
         return self.records / f"{name}.{metric}.npz"

@@ -1,4 +1,4 @@
-"""Latents of an autoencoder: codec, cache, statistics, probes."""
+"""Latents of an autoencoder: codec, cache, statistics, scale, probes."""
 
 from vae3d.latents.codec import LatentCodec
 

@@ -4,39 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.arguments import Count, Range, Size, Width
-from vae3d.data.media import MediaError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.paths import is_url
-from vae3d.data.storage import local_range
-from vae3d.hashing import file_hash
-from vae3d.inference.folder import settings_difference
-from vae3d.io import FileError, read_text
+from vae3d.data.rows import exists
+from vae3d.data.stores import find_objects
+from vae3d.data.webdataset import is_shards
 from vae3d.latents import shards
 from vae3d.latents.codec import LatentCodec, Moments
-from vae3d.latents.identity import VaeMetadata, vae_difference
-from vae3d.latents.remote_tensors import RemoteTensors
-from vae3d.latents.shards import COMPLETE, INDEX, KINDS, META, STATISTICS, CacheError
+from vae3d.latents.folder_entries import FolderEntries, RemoteEntries
+from vae3d.latents.identity import vae_difference
+from vae3d.latents.metadata import read_statistics_file
+from vae3d.latents.shards import COMPLETE, META, STATISTICS, CacheError
+from vae3d.latents.tar_shards import TarEntries
 from vae3d.pixels import value_range
+from vae3d.result_folder import settings_difference
 from vae3d.seeding import generator_of
 
-OPEN_SHARDS = 64  # open files per process
 MAX_CLASSES = 100_000  # larger numeric labels are names, not class indices
 TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-MAX_INDEX_BYTES = 2**32
 NO_LABEL = -1
-Finite = Annotated[float, Range(-1e300, 1e300)]
-TEXT_COLUMNS = ("key", "latent", "label", "split", "text", "source")  # of index.csv
 
 
 class Latent(NamedTuple):
@@ -61,13 +56,13 @@ class LatentCache(Dataset[Latent]):
 
     Latents are normalised: with the codec's statistics, if it is given, so that statistics that were measured later
     apply; else with the model's statistics at the time of encoding.
+    path: a local folder, the URL of one that was copied to a store, or tars of latents (latents.tar_shards): a tar, a
+    pattern, a folder of them or their index.
     mode: sample (posterior noise is a function of (seed, position), as ClipBatch.generators draws it for clips that are
     encoded during training), or mean; None: sample if the cache stores moments. position defaults to the index.
     split: only entries of this split. flips: include entries of mirrored pixels.
-    folder: a local one, or the URL of one that was copied to a store. There entries are read by one range read per
-    tensor; meta.json, the index and the statistics are copied to the cache of remote objects (data.storage).
-    verify: compare the files' hashes now, of a remote cache the checksums of all entries; else their sizes, and
-    checksums of entries when they are read.
+    verify: compare the hashes of all files now, or where there are none, remote or in tars, the checksums of all
+    entries; else sizes of local files, and checksums of entries when they are read.
     transform: settings of the transform that the cache must have been made with.
 
     index: rows of index.csv. labels: their class indices, or NO_LABEL. classes: names by class index; labels that are
@@ -78,7 +73,7 @@ class LatentCache(Dataset[Latent]):
 
     def __init__(
         self,
-        folder: str | Path,
+        path: str | Path,
         codec: LatentCodec | None = None,
         *,
         mode: str | None = None,
@@ -89,55 +84,20 @@ class LatentCache(Dataset[Latent]):
         verify: bool = False,
     ) -> None:
         self.seed = seed
-        self._locate(folder)
-        no_cache = "is not a latent cache, which has {}; make one with scripts/encode_latents.py"
-        self.meta = read_meta_file(self._file(META, no_cache))
+        self._entries, index = open_entries(path, verify)
+        self.meta, self.name = self._entries.meta, self._entries.name
         self._check_same_source(codec, transform)
-        self._check_shards(verify)
         self.mode = self._mode(mode)
-        self._select(self._read_index(), codec, split, flips)
-        if verify and not self._has_hashes:
+        self._select(index, split, flips)
+        factors = self.meta["vae"] if codec is None else vars(codec.model.spec)
+        self.latents_mean, self.latents_std = (
+            torch.tensor(factors[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
+        )
+        if verify and not self._entries.has_hashes:
             for number in range(len(self)):
                 self.moments(number)
 
-    def _locate(self, folder: str | Path) -> None:
-        self.is_remote = is_url(folder)
-        self.folder = str(folder).rstrip("/") if self.is_remote else Path(folder)
-        self._open: dict[int, Any] = {}
-
-    @property
-    def _has_hashes(self) -> bool:
-        """Whether _check_shards compares the hashes of all files; else `verify` reads all entries."""
-        return not self.is_remote
-
-    def _check_shards(self, verify: bool) -> None:
-        self._complete = read_complete(
-            self._file(COMPLETE, "is not complete; it has no {}: run the command that began it again")
-        )
-        self.shards = self._complete["shards"]
-        if not self.is_remote:
-            self._check_integrity(verify)
-
-    def _read_index(self) -> pd.DataFrame:
-        """The rows of all entries, checked against complete.json. Raises CacheError."""
-        complete = self._complete
-        index = read_index(self._file(INDEX), self.meta["vae"]["channels"], self.shards)
-        if len(index) != complete["entries"]:
-            raise CacheError(
-                f"{self.folder}/{INDEX} has {len(index)} rows; {complete['entries']} were written; encode again"
-            )
-        for name in (META, INDEX, STATISTICS):
-            try:
-                same = file_hash(self._file(name)) == complete["sha256"][name]
-            except (OSError, FileError) as error:
-                raise CacheError(f"{self.folder}/{name} cannot be read: {error}; encode again") from error
-            if not same:
-                raise CacheError(
-                    f"{self.folder}/{name} has changed since it was written: its sha256 differs; encode again"
-                )
-        return index
-
-    def _select(self, index: pd.DataFrame, codec: LatentCodec | None, split: str | None, flips: bool) -> None:
+    def _select(self, index: pd.DataFrame, split: str | None, flips: bool) -> None:
         """Keep the rows of a split, with or without mirrored entries, and their classes."""
         self.classes = class_names(index["label"])
         if split is not None:
@@ -145,16 +105,12 @@ class LatentCache(Dataset[Latent]):
         if not flips:
             index = index[~index["flip"]]
         if index.empty:
-            raise CacheError(f"{self.folder} has no entries of split {split}")
+            raise CacheError(f"{self.name} has no entries of split {split}")
         self.index = index.reset_index(drop=True)
         class_index = {"": NO_LABEL} | {name: index for index, name in enumerate(self.classes)}
         self.labels = [class_index[label] for label in self.index["label"]]
         self._keys, self._shards = self.index["key"].tolist(), self.index["shard"].tolist()
         self._shapes, self._checksums = self.index["latent"].tolist(), self.index["crc32"].tolist()
-        factors = self.meta["vae"] if codec is None else vars(codec.model.spec)
-        self.latents_mean, self.latents_std = (
-            torch.tensor(factors[name])[:, None, None, None] for name in ("latents_mean", "latents_std")
-        )
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -173,9 +129,10 @@ class LatentCache(Dataset[Latent]):
 
         Raises CacheError if the entry has changed since it was written.
         """
-        entry = self._read(index)
+        shard, key = self._shards[index], self._keys[index]
+        entry = self._entries.read(shard, key)
         if why := self._entry_error(index, entry):
-            raise self._damaged(index, why)
+            raise self._entries.damaged(shard, key, why)
         mean, *rest = (tensor.float() for tensor in entry.values())
         std = rest[0] if rest else torch.zeros_like(mean)
         return Moments((mean - self.latents_mean) / self.latents_std, std / self.latents_std)
@@ -192,55 +149,8 @@ class LatentCache(Dataset[Latent]):
     @property
     def statistics(self) -> dict[str, Any]:
         """Statistics of the raw latents of all entries; see LatentStatistics.summary."""
-        channels = self.meta["vae"]["channels"]
-        defined = Annotated[Sequence[Finite], Size(channels, channels)]
-        values = Annotated[Sequence[Finite | None], Size(channels, channels)]
-        lists = ("mean", "std", "std_of_mean", "posterior_std", "covariance_eigenvalues", "kurtosis", "skewness")
-        kinds = dict.fromkeys(lists, values) | dict.fromkeys(("clips", "shift", "scale"), Finite)
-        kinds |= {"participation_ratio": Finite | None, "percentiles": Mapping[str, defined]}
-        hint = f"delete {self.folder}/{COMPLETE} and encode again"
-        return shards.read_json(self._file(STATISTICS), TypedDict("Statistics", kinds), hint)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # open files cannot be pickled
-
-    def _file(self, name: str, missing: str = "has no {}; encode again") -> Path:
-        """A file of the cache, such as meta.json; of a remote one a local copy. missing: the error without it."""
-        try:
-            return local_range(f"{self.folder}/{name}").file
-        except (OSError, MediaError) as error:
-            why = f" ({error.reason})" if isinstance(error, MediaError) else ""
-            raise CacheError(f"{self.folder} {missing.format(name)}{why}") from error
-
-    def _shard_file(self, number: int) -> str:
-        return f"{self.folder}/shards/{shards.name_of(number)}.safetensors"
-
-    def _read(self, index: int) -> dict[str, Tensor]:
-        """The stored tensors of an entry, by kind."""
-        key, shard = self._keys[index], self._shards[index]
-        return {kind: self._tensor(shard, f"{kind}/{key}") for kind in KINDS[self.meta["store"]]}
-
-    def _damaged(self, index: int, why: str) -> CacheError:
-        key, shard = self._keys[index], self._shards[index]
-        return CacheError(f"{self._shard_file(shard)}: {key} {why}; the file is damaged: {self._mending(shard)}")
-
-    def _mending(self, shard: int) -> str:
-        """What to do about a damaged shard."""
-        if self.is_remote:
-            return "copy it again from where it was encoded"
-        return f"delete {shards.marker_file(self.folder, shard)} and encode again"
-
-    def _tensor(self, shard: int, name: str) -> Tensor:
-        file = self._shard_file(shard)
-        try:
-            if shard not in self._open:
-                if len(self._open) >= OPEN_SHARDS:
-                    self._open.pop(next(iter(self._open)))
-                self._open[shard] = RemoteTensors(file) if self.is_remote else safe_open(file, framework="pt")
-            return self._open[shard].get_tensor(name)
-        except (OSError, SafetensorError, MediaError) as error:
-            why = error.reason if isinstance(error, MediaError) else error
-            raise CacheError(f"{file} cannot be read ({why}); {self._mending(shard)}") from error
+        hint = f"delete {self.name}/{COMPLETE} and encode again"
+        return read_statistics_file(self._entries.file(STATISTICS), self.meta["vae"]["channels"], hint)
 
     def _entry_error(self, index: int, entry: Mapping[str, Tensor]) -> str | None:
         """What is wrong with the stored tensors of an entry; None if nothing is."""
@@ -259,111 +169,46 @@ class LatentCache(Dataset[Latent]):
         vae = self.meta["vae"]
         if codec is not None and (why := vae_difference(vae, codec)):
             raise CacheError(
-                f"{self.folder} holds latents of another autoencoder, {vae['checkpoint']} ({vae['model']}): {why}; "
+                f"{self.name} holds latents of another autoencoder, {vae['checkpoint']} ({vae['model']}): {why}; "
                 "give its own checkpoint, or encode again"
             )
         if transform is None:
             return
         there = {name: self.meta["transform"].get(name) for name in transform}
         if why := settings_difference(there, transform):
-            raise CacheError(f"{self.folder} holds latents of another transform: {why}; encode again, or set the same")
-
-    def _check_integrity(self, verify: bool) -> None:
-        for number in range(self.shards):
-            marker_file = shards.marker_file(self.folder, number)
-            marker = shards.read_marker(self.folder, number, verify=verify)
-            if marker is None:
-                raise CacheError(f"{marker_file} is missing; encode again to make the shard")
-            if marker["of"] != self.meta["digest"]:
-                raise CacheError(
-                    f"{shards.shard_file(self.folder, number)} belongs to another cache ({marker['of']}) than "
-                    f"{self.folder / META} ({self.meta['digest']}); caches cannot be mixed"
-                )
-            if why := shards.damage(self.folder, number, marker, verify=verify):
-                raise CacheError(f"{why}; delete {marker_file} and encode again")
+            raise CacheError(f"{self.name} holds latents of another transform: {why}; encode again, or set the same")
 
     def _mode(self, mode: str | None) -> str:
         store = self.meta["store"]
         possible = {"moments": ("sample", "mean"), "mean": ("mean",), "sample": ("sample",)}[store]
         if mode is not None and mode not in possible:
-            raise CacheError(f"mode is {mode}, but {self.folder} stores {store}; use {' or '.join(possible)}")
+            raise CacheError(f"mode is {mode}, but {self.name} stores {store}; use {' or '.join(possible)}")
         return mode or possible[0]
 
 
-class CachedVae(VaeMetadata):
-    checkpoint: str
-    channels: Width
-    time_stride: Width
-    space_stride: Width
-
-
-class Meta(TypedDict):
-    """What is read of meta.json."""
-
-    vae: CachedVae
-    digest: str
-    precision: str
-    pixel_range: str
-    transform: Mapping[str, Any]
-    store: Literal["moments", "mean", "sample"]
-    dtype: Literal["fp32", "fp16", "bf16"]
-    flip: bool
-    seed: Any
-    clips: Count
-    clips_hash: str
-    shard_size: Count
-    writers: Sequence[str]
-
-
-Hashes = TypedDict("Hashes", {META: str, INDEX: str, STATISTICS: str})
-
-
-class Complete(TypedDict):
-    """What is read of complete.json. sha256: of the files beside it."""
-
-    shards: Count
-    entries: Count
-    sha256: Hashes
-
-
-def read_complete(file: Path) -> dict[str, Any]:
-    """Read complete.json. Raises CacheError for a missing key and for a wrong value."""
-    hint = "delete it, and run the command that made the cache again"
-    return shards.read_json(file, Complete, hint)
-
-
-def read_meta_file(file: Path) -> dict[str, Any]:
-    """Read meta.json. Raises CacheError for a missing key and for a wrong value."""
-    meta = shards.read_json(file, Meta)
-    vae = meta["vae"]
-    for name in ("latents_mean", "latents_std"):
-        if len(vae[name]) != vae["channels"]:
-            raise CacheError(f"{file}: vae.{name} has {len(vae[name])} entries; give {vae['channels']}")
-    return meta
-
-
-def read_index(file: Path, channels: int, shards: int) -> pd.DataFrame:
-    """Read index.csv; missing texts are empty. Raises CacheError for a table that `finish` cannot have written."""
+def open_entries(path: str | Path, verify: bool) -> tuple[FolderEntries | TarEntries, pd.DataFrame]:
+    """What reads the entries of a cache, and their rows of index.csv. Raises CacheError. Arguments: see LatentCache."""
+    if is_shards(path):
+        return TarEntries.open(path)
+    if not is_url(path):
+        return FolderEntries.open(path, verify)
+    url = str(path).rstrip("/")
+    if _is_folder_cache(url):
+        return RemoteEntries.open(url, verify)
     try:
-        text = StringIO(read_text(file, MAX_INDEX_BYTES))
-        index = pd.read_csv(
-            text, dtype=dict.fromkeys(TEXT_COLUMNS, str), keep_default_na=False, na_values={"fps": [""]}
-        )
-        whole = index[["number", "shard", "frames", "height", "width", "crc32"]]
-        shapes = index["latent"].str.fullmatch(rf"{channels}(x[1-9][0-9]{{0,6}}){{3}}")
-        checks = {
-            "a value that is not an integer": all(dtype.kind == "i" for dtype in whole.dtypes),
-            "a shard that does not exist": bool(whole["shard"].between(0, shards - 1).all()),
-            "a `latent` that is not a shape of C x t x h x w": bool(shapes.all()),
-            "a key twice": index["key"].is_unique and bool((index["key"] != "").all()),
-            "a `flip` that is not True or False": index["flip"].dtype == bool,
-            "no label, split, text or source": {"label", "split", "text", "source"} <= set(index.columns),
-        }
-    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:  # ValueError: also of pandas' parser
-        raise CacheError(f"{file} cannot be read: {' '.join(str(error).split())}; encode again") from error
-    if wrong := [name for name, sound in checks.items() if not sound]:
-        raise CacheError(f"{file} has {wrong[0]}; encode again")
-    return index
+        return TarEntries.open(path)
+    except CacheError as error:
+        raise CacheError(f"{path} is no latent cache, which has {COMPLETE}, and no tars of latents: {error}") from error
+
+
+def _is_folder_cache(url: str) -> bool:
+    """Whether a URL is a cache with an index, complete or not; a folder of tars may have meta.json too."""
+    if exists(f"{url}/{COMPLETE}"):
+        return True
+    try:
+        return exists(f"{url}/{META}") and any(name.startswith(f"{url}/shards/") for name in find_objects(url))
+    except (MediaError, DataError):  # a server that lists nothing
+        return False
 
 
 def class_names(labels: Sequence[str]) -> list[str]:

@@ -16,13 +16,13 @@ from typing import Any
 from vae3d.data import objects
 from vae3d.data.paths import is_url
 from vae3d.hashing import file_hash
-from vae3d.inference.folder import has_results
 from vae3d.io import naming, remove, remove_unfinished
 from vae3d.latents import shards
-from vae3d.latents.cache import read_meta_file
 from vae3d.latents.claims import Claims, StoreClaims
+from vae3d.latents.metadata import read_meta_file
 from vae3d.latents.shards import META, WRITERS, CacheError
 from vae3d.latents.statistics import LatentStatistics
+from vae3d.result_folder import has_results
 
 CLAIMS = ".claims"
 CONNECTIONS = 16  # at a time

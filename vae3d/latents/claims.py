@@ -23,6 +23,7 @@ import secrets
 import shutil
 import socket
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Claims:
         files = self._files().get(name, {})
         newest = max(files, default=-1)
         if files:
-            holder = self._holder(name, files[newest])
+            holder = self._holder(name, files[newest], self._now())
             if holder is None or not holder.stale:
                 return False
             _log_taken(holder)
@@ -106,9 +107,9 @@ class Claims:
                 file.unlink(missing_ok=True)
 
     def holders(self) -> list[Holder]:
-        """The owners of all claims, by name."""
+        """The owners of all claims, by name. Times are by this machine's clock, since nothing is written."""
         newest = {name: files[max(files)] for name, files in self._files().items()}
-        found = (self._holder(name, file) for name, file in sorted(newest.items()))
+        found = (self._holder(name, file, time.time()) for name, file in sorted(newest.items()))
         return [holder for holder in found if holder is not None]
 
     def _make(self, name: str, generation: int) -> bool:
@@ -147,7 +148,7 @@ class Claims:
         except FileNotFoundError:  # the last process removes the folder
             return []
 
-    def _holder(self, name: str, file: Path) -> Holder | None:
+    def _holder(self, name: str, file: Path, now: float) -> Holder | None:
         """The owner of a claim; None if it has just been released."""
         try:
             # Opened, because a client of NFS asks the server then; os.stat may answer from its cache.
@@ -161,7 +162,7 @@ class Claims:
             owner = json.loads(text)
         except ValueError:  # not written yet
             owner = {}
-        silent = max(0.0, self._now() - touched)
+        silent = max(0.0, now - touched)
         return Holder(name, owner.get("host", "?"), owner.get("pid", 0), silent, silent > self.stale or _is_dead(owner))
 
     def _now(self) -> float:
@@ -232,7 +233,7 @@ class StoreClaims(Claims):
             self.release(name)
             return False
         for other in others:
-            for holder in self._holders({other: others[other]}):
+            for holder in self._holders({other: others[other]}, self._now()):
                 _log_taken(holder)
             objects.remove(f"{self.url}/{other}")
         return True
@@ -252,7 +253,7 @@ class StoreClaims(Claims):
 
     def holders(self) -> list[Holder]:
         claims = {name: claim for name, claim in objects.listing(self.url).items() if not name.startswith(CLOCK)}
-        return self._holders(claims)
+        return self._holders(claims, time.time())
 
     def _object(self, name: str) -> str:
         return f"{self.url}/{name}.{self._token}"
@@ -265,8 +266,7 @@ class StoreClaims(Claims):
     def _all_stale(self, claims: dict[str, objects.Object]) -> bool:
         return not claims or self._now() - max(claim.modified for claim in claims.values()) > self.stale
 
-    def _holders(self, claims: dict[str, objects.Object]) -> list[Holder]:
-        now = self._now() if claims else 0.0
+    def _holders(self, claims: dict[str, objects.Object], now: float) -> list[Holder]:
         found = []
         for name, claim in sorted(claims.items()):
             file = self.folder / f"{name}.read"

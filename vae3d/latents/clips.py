@@ -199,6 +199,11 @@ def _key(name: str, bounds: Bounds) -> str:
     return os.path.normpath(name) + (f"@{start}-{end}" if start or end else "")
 
 
+def names_of(keys: pd.Series) -> pd.Series:
+    """Names of the files in their source, from the keys of entries; see items_of."""
+    return keys.str.replace(r"(@[\d.e+-]*-[\d.e+-]*)?(\[\d+:\d+\])?(#flip)?$", "", n=1, regex=True)
+
+
 def shapes_of(table: pd.DataFrame, transform: Transform) -> list[Shape | None]:
     """Shape of the clips of each row; None: too short for every bucket, or there are no buckets.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae3d.errors import UserError
 from vae3d.layout import place
@@ -81,9 +81,10 @@ class LatentCodec:
             raise UserError(f"the scaling factor of the latents is not known; {UNKNOWN_FACTOR}")
         self.model = model.eval().requires_grad_(False)
         self.pixel_range, self.dtype, self.config, self.tf32 = pixel_range, dtype, config, tf32
-        self._by_size = chunk_frames is None and getattr(model, "chunk_latents", 0) is None
         if chunk_frames is not None:
-            _set_chunks(model, chunk_frames)
+            if chunk_frames < 1:
+                raise ValueError(f"chunk_frames is {chunk_frames}; use a positive number, or None")
+            model.set_chunk_frames(chunk_frames)
 
     @property
     def channels(self) -> int:
@@ -218,23 +219,8 @@ class LatentCodec:
     @contextmanager
     def _precision_and_chunks(self, height: int, width: int) -> Iterator[None]:
         """Set precision, and the chunk size for frames of this size."""
-        if self._by_size:
-            self.model.chunk_latents = None
-            self.model.chunk_latents = self.model.stream(height, width).chunk_latents
+        self.model.fit_chunks(height, width)
         half = self.dtype != torch.float32
         autocast = torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
         with nullcontext() if half or self.tf32 else no_tf32(), autocast:
             yield
-
-
-def _set_chunks(model: nn.Module, frames: int) -> None:
-    """Let the model code about `frames` frames at once."""
-    if frames < 1:
-        raise ValueError(f"chunk_frames is {frames}; use a positive number, or None")
-    inner = getattr(model, "spatial_vae", model)
-    if hasattr(model, "chunk_latents"):
-        model.chunk_latents = max(1, frames // model.spec.time_stride)
-    elif hasattr(inner, "frame_batch"):
-        inner.frame_batch = frames
-    else:
-        raise ValueError(f"a {type(model).__name__} cannot code clips in chunks; leave out chunk_frames")

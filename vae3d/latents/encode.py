@@ -7,6 +7,7 @@ shard alone, in which batches are formed, never on who encodes it.
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -34,21 +35,21 @@ from vae3d.data.readers import check_reader, decodes_on_gpu
 from vae3d.data.versions import source_version
 from vae3d.data.workers import load, shared_memory_free, usable_workers
 from vae3d.hashing import file_hash, json_hash
-from vae3d.inference.folder import settings_difference
 from vae3d.io import FileError, write_json, write_text
 from vae3d.latents import shards
-from vae3d.latents.cache import read_complete, read_meta_file
 from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, storage_of
 from vae3d.latents.claims import BEATS, Claims
 from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transform, runs_of_files
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
-from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, Shard
+from vae3d.latents.metadata import read_complete, read_meta_file
+from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, IndexRow, Shard
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import no_waiting_checks
 from vae3d.precision import DTYPES
 from vae3d.progress import progress
+from vae3d.result_folder import settings_difference
 from vae3d.seeding import generator_of
 from vae3d.text import plural
 from vae3d.transfer import on_host
@@ -294,7 +295,7 @@ def _replaced(job: EncodeJob, shard: int, sources: Mapping[str, Any]) -> str | N
     return None
 
 
-def _other_bucket(job: EncodeJob, rows: Sequence[dict[str, Any]]) -> str | None:
+def _other_bucket(job: EncodeJob, rows: Sequence[IndexRow]) -> str | None:
     """Which entry belongs in another bucket now, since the table has another size of its file; None if none does."""
     for row in rows:
         shape = _item(job, row).shape
@@ -303,12 +304,12 @@ def _other_bucket(job: EncodeJob, rows: Sequence[dict[str, Any]]) -> str | None:
     return None
 
 
-def _item(job: EncodeJob, row: dict[str, Any]) -> Item:
+def _item(job: EncodeJob, row: IndexRow) -> Item:
     """The item of an entry."""
     return job.items[row["number"] // 2 if job.config.flip else row["number"]]
 
 
-def _labels(job: EncodeJob, row: dict[str, Any]) -> dict[str, str]:
+def _labels(job: EncodeJob, row: IndexRow) -> dict[str, str]:
     """Label, split and text of an entry, as the source has them now."""
     item = _item(job, row)
     return {"label": item.label, "split": item.split, "text": item.text}
@@ -453,9 +454,10 @@ def _add_batch(
             except StatisticsError as error:
                 shard.errors.append({"key": key, "path": item.path, "reason": str(error)})
                 continue
-            shard.tensors |= {f"{kind}/{key}": z for kind, z in zip(KINDS[job.config.store], stored, strict=True)}
-            entry = 2 * read.number + flip if job.config.flip else read.number
-            shard.rows.append(_row(item, read, key, entry, number, bool(flip), stored[0]))
+            entry = dict(zip(KINDS[job.config.store], stored, strict=True))
+            shard.tensors |= {f"{kind}/{key}": z for kind, z in entry.items()}
+            place = 2 * read.number + flip if job.config.flip else read.number
+            shard.rows.append(_row(item, read, key, place, number, bool(flip), entry))
 
 
 def _stored_tensors(job: EncodeJob, key: str, mean: Tensor, std: Tensor) -> list[Tensor]:
@@ -467,18 +469,19 @@ def _stored_tensors(job: EncodeJob, key: str, mean: Tensor, std: Tensor) -> list
     return [tensor.to(DTYPES[job.config.dtype], copy=True).contiguous() for tensor in tensors]
 
 
-def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z: Tensor) -> dict[str, Any]:
-    """The row of an entry in index.csv."""
+def _row(
+    item: Item, read: Read, key: str, number: int, shard: int, flip: bool, entry: Mapping[str, Tensor]
+) -> IndexRow:
     frames, height, width = read.pixels.shape[1:]
     start, end = (None if np.isnan(second) else second for second in item.bounds)
     return {
-        "number": entry,
+        "number": number,
         "key": key,
         "shard": shard,
         "frames": frames,
         "height": height,
         "width": width,
-        "latent": "x".join(map(str, z.shape)),
+        "latent": "x".join(map(str, next(iter(entry.values())).shape)),
         "fps": read.fps,
         "label": item.label,
         "split": item.split,
@@ -488,6 +491,7 @@ def _row(item: Item, read: Read, key: str, entry: int, shard: int, flip: bool, z
         "start": start,
         "end": end,
         "row": item.row,
+        "crc32": shards.checksum(entry),
     }
 
 
@@ -568,7 +572,8 @@ def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.config.max_broken * clips or not rows:
         raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.storage.name}/{ERRORS} lists all")
-    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False))
+    # Quoted, since a caption may have a line break, also one that the csv module would leave bare.
+    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
     statistics = shards.read_statistics(job.folder, range(job.shards)).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}

@@ -10,12 +10,11 @@ from torch import nn
 
 from vae3d.arguments import Deviation, Mean
 from vae3d.hashing import weights_hash
-from vae3d.inference.folder import settings_difference
 from vae3d.latents.codec import LatentCodec
-from vae3d.models.registry import MODELS, TARGET, is_known
+from vae3d.models.registry import MODELS, RUNNING, TARGET, is_known
+from vae3d.result_folder import settings_difference
 
 FACTORS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # settings of the normalisation
-RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")  # settings that change memory, not latents
 
 
 class VaeMetadata(TypedDict):

@@ -24,9 +24,9 @@ from vae3d.data.clips import ClipSettings, open_frames, read_clip, resize_crop_p
 from vae3d.data.media import DataError, MediaError, MediaInfo
 from vae3d.data.segments import bounds_of
 from vae3d.errors import UserError
-from vae3d.inference.scale import off_scale
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec
+from vae3d.latents.scale import off_scale
 from vae3d.latents.statistics import LatentStatistics, finite
 from vae3d.models.interface import VideoAutoencoder, nearest_frames
 from vae3d.seeding import generator_of, randn_like, seed_of
@@ -320,7 +320,7 @@ def warnings_of(name: str, results: Mapping[str, Any]) -> list[str]:
         warnings.append(
             f"{name}: normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
             f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: before diffusion, "
-            "write the measured statistics into the export (scripts/measure_scale.py --per-channel)"
+            "write the measured statistics into the export (scripts/measure_scale.py --per_channel)"
         )
     if results["collapsed"]:
         channels = ", ".join(map(str, results["collapsed"]))

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -47,17 +47,44 @@ class CacheError(UserError):
     """A latent cache that is missing, incomplete, damaged, or made with other settings."""
 
 
+class IndexRow(TypedDict):
+    """A row of index.csv, of one entry; also in the marker of its shard, and as .json in tars.
+
+    number: of the entry in the cache, from 0. frames, height, width: of its clip. latent: shape, such as 4x1x32x32.
+    flip: whether the clip was mirrored. source: path of its file, and from `start` to `end` in it, in seconds. row: of
+    the source's table. crc32: `checksum` of its tensors.
+    """
+
+    number: int
+    key: str
+    shard: int
+    frames: int
+    height: int
+    width: int
+    latent: str
+    fps: float
+    label: str
+    split: str
+    text: str
+    flip: bool
+    source: str
+    start: float | None
+    end: float | None
+    row: int
+    crc32: int
+
+
 @dataclass
 class Shard:
-    """Content of a shard. rows: of index.csv, one per entry. tensors: by kind/key. errors: path, key, reason. sources:
+    """Content of a shard. rows: one per entry. tensors: by kind/key. errors: path, key, reason. sources:
     path -> source_version."""
 
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[IndexRow] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     errors: list[dict[str, Any]] = field(default_factory=list)
     sources: dict[str, Any] = field(default_factory=dict)
 
-    def entry(self, row: Mapping[str, Any]) -> dict[str, Tensor]:
+    def entry(self, row: IndexRow) -> dict[str, Tensor]:
         """The tensors of a row, by kind."""
         named = {kind: self.tensors.get(f"{kind}/{row['key']}") for kind in ("mean", "std", "sample")}
         return {kind: tensor for kind, tensor in named.items() if tensor is not None}
@@ -133,8 +160,6 @@ def write_shard(
 
     The same content gives the same bytes. Raises FileError or CacheError if it cannot be written.
     """
-    for row in shard.rows:
-        row["crc32"] = checksum(shard.entry(row))
     data, numbers = shard_file(cache, number), statistics_file(cache, number)
     for target, tensors in ((data, shard.tensors), (numbers, statistics.to_tensors())):
         try:

@@ -8,27 +8,29 @@ from __future__ import annotations
 
 import io
 import json
-import re
+import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from vae3d.data import objects
+from vae3d.arguments import annotations_of
 from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.paths import is_url, member_path
+from vae3d.data.paths import member_path
 from vae3d.data.rows import exists
 from vae3d.data.storage import local_range
 from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
-from vae3d.data.webdataset import is_shards, open_index
-from vae3d.latents.cache import TEXT_COLUMNS, LatentCache
-from vae3d.latents.codec import LatentCodec
-from vae3d.latents.shards import COMPLETE, KINDS, META, CacheError
+from vae3d.data.webdataset import is_tar, open_index
+from vae3d.latents.metadata import TEXTS, read_meta_file, rows_error
+from vae3d.latents.shards import KINDS, META, CacheError, IndexRow, name_of, shards_in
+from vae3d.text import plural
+
+log = logging.getLogger("vae3d")
 
 ARRAYS = ("mean", "std", "sample")
 SCHEMA = pa.schema(
@@ -36,13 +38,6 @@ SCHEMA = pa.schema(
     + [(kind, pa.int32()) for kind in ARRAYS]  # offset of its .npy from `offset`
     + [("row", pa.string())]  # of index.csv, as JSON
 )
-# fmt: off
-COLUMNS = {
-    "number", "key", "shard", "frames", "height", "width", "latent", "label", "split", "text", "flip", "source", "crc32"
-}  # of a row
-# fmt: on
-TYPES = dict.fromkeys(("number", "shard", "frames", "height", "width", "crc32"), int) | {"key": str, "flip": bool}
-LATENT = re.compile(r"[1-9][0-9]{0,6}(x[1-9][0-9]{0,6}){3}")
 
 
 def latent_rows(shard: Shard) -> pa.Table:
@@ -64,97 +59,118 @@ def _row(path: str, sample: Sample) -> str:
     member = sample.members["json"]
     try:
         text = member.content.decode()
-        _entry(text)
+        _parse(text)
     except ValueError as error:
         raise DataError(f"{path}: {member.name} {error}; is it of vae3d encode?") from error
     return text
 
 
-def _entry(text: str) -> dict[str, Any]:
-    """A row of index.csv, of the text in a .json member. Raises ValueError for one that no cache has."""
+def _parse(text: str) -> dict[str, Any]:
+    """The content of a .json member. Raises ValueError unless it has what a row of index.csv has."""
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {one_line(error, 100)}") from error
-    if not isinstance(row, dict) or not row.keys() >= COLUMNS:
-        lacking = sorted(COLUMNS - set(row)) if isinstance(row, dict) else sorted(COLUMNS)
-        raise ValueError(f"lacks {', '.join(lacking)}")
-    for name, kind in TYPES.items():
-        if type(row[name]) is not kind or (kind is int and not 0 <= row[name] < 2**62):
-            raise ValueError(f"has {name}={row[name]!r:.40}")
-    if not isinstance(row["latent"], str) or not LATENT.fullmatch(row["latent"]):
-        raise ValueError(f"has latent={row['latent']!r:.40}, which is no shape of C x t x h x w")
+    if lacking := IndexRow.__required_keys__ - (row.keys() if isinstance(row, dict) else set()):
+        raise ValueError(f"lacks {', '.join(sorted(lacking))}")
     return row
 
 
-class TarLatentCache(LatentCache):
-    """A LatentCache whose entries are read from tar shards, local or at a URL, by one range read each.
+@dataclass
+class TarEntries:
+    """Entries of tar shards, local or at a URL: one range read each. Methods are those of FolderEntries.
 
-    folder: a tar, a pattern of tars, a folder of them, or their index. With `verify`, all entries are read and compared
-    with their checksums now. Other arguments and errors as of LatentCache.
+    folder: that of meta.json. rows: key -> row of `columns`. columns: `tar`, index of `tars`; `offset` and `size` of
+    the arrays in it; for each kind the offset of its array in these; `number`.
     """
 
-    _has_hashes = False
+    name: str
+    folder: str
+    meta: dict[str, Any]
+    tars: list[str]
+    rows: dict[str, int]
+    columns: dict[str, np.ndarray]
+    has_hashes: ClassVar[bool] = False
 
-    def _locate(self, folder: str | Path) -> None:
-        self.folder = str(folder)
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[TarEntries, pd.DataFrame]:
+        """The entries of a tar, a pattern of tars, a folder of them, or their index, and their rows of index.csv."""
+        name = str(path)
         try:
-            self._table, self._tars, _ = open_index([self.folder], Settings("latents"), scan=latent_rows)
+            table, tars, _ = open_index([name], Settings("latents"), scan=latent_rows)
+            index = pd.DataFrame(
+                [_parse(text) for text in table["row"].to_pylist()], columns=list(annotations_of(IndexRow))
+            )
         except DataError as error:
             raise CacheError(str(error)) from error
-        self._top = _folder_with_meta(self._tars[0])
-
-    def _check_shards(self, verify: bool) -> None:
-        """Nothing to do: open_index compares the tars with their index."""
-
-    def _read_index(self) -> pd.DataFrame:
-        try:
-            index = pd.DataFrame(map(_entry, self._table["row"].to_pylist()))
         except ValueError as error:
-            raise CacheError(f"{self.folder}: a row of its index {error}; delete the index") from error
-        index[list(TEXT_COLUMNS)] = index[list(TEXT_COLUMNS)].fillna("").astype(str)
-        self.shards = len(pc.unique(self._table["shard"]))
-        index["_row"] = range(len(index))
-        return index
-
-    def _select(self, index: pd.DataFrame, codec: LatentCodec | None, split: str | None, flips: bool) -> None:
-        super()._select(index, codec, split, flips)
-        table = self._table.drop_columns("row").take(pa.array(self.index.pop("_row")))
-        del self._table  # workers need the members only
-        columns = (table["shard"].combine_chunks().indices, table["offset"], table["size"])
-        self._members = [
-            member_path(self._tars[shard], offset, size, f"{number:09d}.npy")
-            for shard, offset, size, number in zip(
-                *(column.to_pylist() for column in columns), self.index["number"], strict=True
-            )
-        ]
-        store = self.meta["store"]
-        for kind in KINDS[store]:
+            raise CacheError(f"{name}: a row of its index {error}; delete the index") from error
+        index[TEXTS] = index[TEXTS].fillna("").astype(str)
+        folder = _folder_with_meta(tars[0])
+        meta = read_meta_file(_file(folder, META))
+        if why := rows_error(index, meta):
+            raise CacheError(f"{name}: its index has {why}; delete the index")
+        _check_whole(name, tars, shards_in(meta), set(index["shard"]))
+        kinds = KINDS[meta["store"]]
+        for kind in kinds:
             if kind not in table.column_names or table[kind].null_count:
-                raise CacheError(f"{self.folder} has entries without .{kind}.npy, but {META} says store={store}")
-        self._offsets = {kind: table[kind].to_pylist() for kind in KINDS[store]}  # within the member's range
+                raise CacheError(f"{name} has entries without .{kind}.npy, but {META} says store={meta['store']}")
+        columns = {column: table[column].to_numpy() for column in ("offset", "size", *kinds)}
+        columns["tar"] = table["shard"].combine_chunks().indices.to_numpy()
+        columns["number"] = index["number"].to_numpy()
+        return cls(name, folder, meta, tars, {key: row for row, key in enumerate(index["key"])}, columns), index
 
-    def _read(self, index: int) -> dict[str, Tensor]:
+    def read(self, shard: int, key: str) -> dict[str, Tensor]:
+        member = self._member(key)
         try:
-            content = local_range(self._members[index]).read()
+            content = local_range(member).read()
             tensors = {}
-            for kind, offsets in self._offsets.items():
+            for kind in KINDS[self.meta["store"]]:
                 stream = io.BytesIO(content)
-                stream.seek(offsets[index])
+                stream.seek(self.columns[kind][self.rows[key]])
                 tensors[kind] = torch.from_numpy(np.load(stream, allow_pickle=False))
         except (OSError, ValueError, EOFError, TypeError, OverflowError, MemoryError, MediaError) as error:
-            raise CacheError(f"{self._members[index]} cannot be read: {one_line(error)}") from error
+            raise CacheError(f"{member} cannot be read: {one_line(error)}") from error
         return tensors
 
-    def _damaged(self, index: int, why: str) -> CacheError:
-        return CacheError(f"{self._members[index]}: {self._keys[index]} {why}; the tar is damaged: get it again")
+    def damaged(self, shard: int, key: str, why: str) -> CacheError:
+        return CacheError(f"{self._member(key)}: {key} {why}; the tar is damaged: get it again")
 
-    def _file(self, name: str, missing: str = "") -> Path:
-        path = f"{self._top}/{name}"
-        try:
-            return local_range(path).file
-        except (OSError, MediaError) as error:
-            raise CacheError(f"{path} cannot be read: {one_line(error)}; it is written with the cache") from error
+    def file(self, name: str) -> Path:
+        return _file(self.folder, name)
+
+    def _member(self, key: str) -> str:
+        """The path of an entry's arrays, as of one member."""
+        tar, offset, size, number = (
+            int(self.columns[name][self.rows[key]]) for name in ("tar", "offset", "size", "number")
+        )
+        return member_path(self.tars[tar], offset, size, f"{number:09d}.npy")
+
+
+def _check_whole(name: str, tars: list[str], count: int, found: set[int]) -> None:
+    """Raises CacheError if a folder or an index lacks tars of the cache. A tar or a pattern may be a part of it.
+
+    count: shards of the cache. found: those with entries.
+    """
+    if is_tar(name):
+        log.info("%s has %d of %s", name, len(found), plural(count, "shard"))
+        return
+    folder = tars[0].rpartition("/")[0]
+    for number in sorted(set(range(count)) - found):
+        tar = f"{name_of(number)}.tar"
+        if not exists(f"{folder}/{tar}"):  # else one of which no clip could be encoded
+            raise CacheError(
+                f"{name} lacks {tar}, and has {len(found)} of {plural(count, 'shard')}; encode again, or "
+                "give the tars by a pattern, such as FOLDER/*.tar"
+            )
+
+
+def _file(folder: str, name: str) -> Path:
+    path = f"{folder}/{name}"
+    try:
+        return local_range(path).file
+    except (OSError, MediaError) as error:
+        raise CacheError(f"{path} cannot be read: {one_line(error)}; it is written with the cache") from error
 
 
 def _folder_with_meta(tar: str) -> str:
@@ -167,28 +183,3 @@ def _folder_with_meta(tar: str) -> str:
             continue
         return path
     raise CacheError(f"{folder} and the folder above have no {META}, which says which autoencoder made the latents")
-
-
-def open_cache(path: str | Path, codec: LatentCodec | None = None, **settings: Any) -> LatentCache:
-    """The latent cache of a folder, local or at a URL, or of tar shards, their folder or their index.
-
-    settings: those of LatentCache. Raises CacheError.
-    """
-    if is_shards(path):
-        return TarLatentCache(path, codec, **settings)
-    if not is_url(path) or _is_folder_cache(str(path).rstrip("/")):
-        return LatentCache(path, codec, **settings)
-    try:
-        return TarLatentCache(path, codec, **settings)
-    except CacheError as error:
-        raise CacheError(f"{path} is no latent cache, which has {COMPLETE}, and no tars of latents: {error}") from error
-
-
-def _is_folder_cache(url: str) -> bool:
-    """Whether a URL is a cache with an index, complete or not; a folder of tars may have meta.json too."""
-    if exists(f"{url}/{COMPLETE}"):
-        return True
-    try:
-        return exists(f"{url}/{META}") and any(name.startswith("shards/") for name in objects.listing(url))
-    except MediaError:  # a server that lists nothing
-        return False

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vae3d.errors import UserError
-from vae3d.pixels import RANGES, PixelError, check_frames, over_grey
+from vae3d.pixels import RANGES, PixelError, as_unit, check_frames, over_grey
 from vae3d.precision import autocast_off, no_tf32
 
 R = TypeVar("R")
+SCORED_FRAMES = 16  # of a video in memory or a file that are scored at once
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,15 @@ class SeriesMetric(Metric):
         self._series, self._counts = {}, {}
 
 
+def frame_pairs(
+    ref: np.ndarray, rec: np.ndarray, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Two videos [T, H, W, C] uint8 in the chunks that MetricSet.score takes."""
+    for start in range(0, len(ref), SCORED_FRAMES):
+        frames = slice(start, start + SCORED_FRAMES)
+        yield as_unit(ref[frames], device), as_unit(rec[frames], device)
+
+
 class MetricSet:
     """Several metrics on the same videos; they share chunks and features. See vae3d.metrics for its use.
 
@@ -235,8 +247,14 @@ class MetricSet:
 
         Of RGBA [T, 4, H, W], the colours are scored over mid-grey, and alpha by metrics of alpha.
         Raises MetricError if they have another shape or range, differ in shape, hold NaN, or a metric does not support
-        them.
+        them. After an exception the next update starts another video.
         """
+        with ExitStack() as failed:
+            failed.callback(self.reset)
+            self._update(ref, rec)
+            failed.pop_all()
+
+    def _update(self, ref: Tensor, rec: Tensor) -> None:
         try:
             ref = check_frames(ref, "original", self.pixel_range, self._count)
             rec = check_frames(rec, "reconstruction", self.pixel_range, self._count)
@@ -257,6 +275,16 @@ class MetricSet:
         for metric in self.metrics:
             metric.update(chunk)
         self._last, self._count = (ref[-1:], rec[-1:]), self._count + count
+
+    def score(self, chunks: Iterable[tuple[Tensor, Tensor]]) -> VideoResult:
+        """Scores of a whole video. chunks: frames of the original and the reconstruction, as `update` takes them.
+
+        Raises MetricError as `update` and `result` do.
+        """
+        self.reset()
+        for ref, rec in chunks:
+            self.update(ref, rec)
+        return self.result()
 
     @no_tf32()
     @torch.no_grad()

@@ -27,7 +27,7 @@ MEANINGLESS = {"rfvd": 400, "rfid": 2048}  # samples; fewer than the feature wid
 ROWS_KEPT = 2048  # of one video, before they are reduced to moments
 
 
-class Moments(RunningStats):
+class FeatureStats(RunningStats):
     """Mean and covariance of feature vectors, gathered on the CPU."""
 
     def update(self, features: Tensor) -> None:
@@ -53,8 +53,8 @@ class Moments(RunningStats):
         return self.scatter / (self.count - 1)
 
 
-def frechet(m1: Moments, m2: Moments) -> float:
-    """Distance between the Gaussians of two `Moments`.
+def frechet(m1: FeatureStats, m2: FeatureStats) -> float:
+    """Distance between the Gaussians of two `FeatureStats`.
 
     Raises MetricError for fewer than two vectors on a side and for different widths.
     """
@@ -82,7 +82,7 @@ class Features:
 
     def __init__(self) -> None:
         self.rows = torch.empty(0, 0)
-        self.moments = Moments()
+        self.moments = FeatureStats()
 
     def add(self, rows: Tensor) -> None:
         """Append [n, d]."""

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.models import opensora_v1_3, taesd
 from vae3d.models.diffusers_vae import DiffusersVAE
+from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.layers import taehv_blocks, wan_blocks
-from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.spatial import Level, MidBlock, SpatialVAE
-from vae3d.models.taehv import TAEHV
+from vae3d.models.spatial import Level, MidBlock
 from vae3d.models.temporal import ResBlock
-from vae3d.models.wan import WanVAE
 from vae3d.precision import no_tf32
 
 # Blocks that gradient checkpointing recomputes, or parts of them. The last layer is in none: an adaptive weight needs
@@ -33,6 +32,9 @@ BLOCKS = (
     wan_blocks.Upsample,
     taehv_blocks.MemBlock,
     taehv_blocks.UpConv,
+    taesd.Block,
+    opensora_v1_3.ResBlock,
+    opensora_v1_3.Growth,
 )
 BACKEND = "inductor"
 RECOMPILE_LIMIT = 64  # graphs per class of blocks, or step: one per shape, with and without gradients
@@ -52,7 +54,7 @@ def compile_blocks(model: nn.Module, dynamic: bool | None = False) -> None:
         block.compile(backend=BACKEND, dynamic=dynamic)
 
 
-def compile_steps(model: nn.Module) -> None:
+def compile_steps(model: VideoAutoencoder) -> None:
     """Compile what streams call, for inference.
 
     The steps of WanVAE and TAEHV are compiled twice for a size of frames, without a cache and with one: streams that
@@ -63,12 +65,10 @@ def compile_steps(model: nn.Module) -> None:
     if isinstance(model, DiffusersVAE) and model.circular:
         raise UserError("compile=true: a DiffusersVAE with pad_w=circular is not compiled; use compile=false")
     _allow_graphs()
-    causal = isinstance(model, WanVAE | TAEHV)
-    for owner, name in _steps(model):
-        step = torch.compile(getattr(owner, name), backend=BACKEND, dynamic=False if causal else None)
+    for owner, name in model.chunk_steps():
+        step = torch.compile(getattr(owner, name), backend=BACKEND, dynamic=False if model.cached_steps else None)
         setattr(owner, name, _in_one_layout(step))
-    if causal:
-        model.fixed_chunks = True
+    model.fixed_chunks = model.cached_steps
 
 
 def _in_one_layout(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,16 +82,6 @@ def _in_one_layout(step: Callable[..., Any]) -> Callable[..., Any]:
         return step(x.clone(memory_format=layout), *args, **kwargs)
 
     return run
-
-
-def _steps(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """(module, method) of everything that codes a chunk, without loops over frames."""
-    if isinstance(model, WanVAE | TAEHV):
-        return [(model, "encode_chunk"), (model, "decode_chunk")]
-    if isinstance(model, OpenSoraVAE):
-        return [*_steps(model.spatial_vae), (model.temporal_vae, "encode"), (model.temporal_vae, "decode")]
-    owner = model.module if isinstance(model, SpatialVAE) else model
-    return [(owner, "encode"), (owner, "decode")]
 
 
 def _allow_graphs() -> None:

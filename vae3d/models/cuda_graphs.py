@@ -5,18 +5,16 @@ Worth it where a chunk's kernels are short: small frames, small networks, chunks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae3d.errors import UserError
-from vae3d.models.taehv import TAEHV
-from vae3d.models.wan import WanVAE
-from vae3d.types import Posterior
+from vae3d.models.interface import VideoAutoencoder
+from vae3d.transfer import map_tensors, tensors_of
 
 WARM_UP = 3  # runs before the capture, in which torch.compile compiles and cuDNN chooses its algorithms
 MAX_GRAPHS = 8  # per step, one for each shape; the oldest is dropped
@@ -25,14 +23,14 @@ Step = Callable[[Tensor, Any], tuple[Any, Any]]  # (chunk, cache) -> (result, ca
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]  # run -> (its result's buffers, replay)
 
 
-def graph_steps(model: nn.Module, capture: Capture | None = None) -> None:
+def graph_steps(model: VideoAutoencoder, capture: Capture | None = None) -> None:
     """Replay encode_chunk and decode_chunk of a model on a GPU as CUDA graphs, from a stream's second chunk on.
 
     After compile_steps, if both are wanted. The weights may change in place, but not move: do not call `to` afterwards.
     capture: by default capture_cuda.
     Raises UserError for a model that is not on a GPU, or that has no such steps.
     """
-    if not isinstance(model, WanVAE | TAEHV):
+    if not model.cached_steps:
         raise UserError(f"a {type(model).__name__} has no cache from chunk to chunk, and so no CUDA graphs of a chunk")
     if capture is None:
         device = next(model.parameters()).device
@@ -68,7 +66,7 @@ class GraphedStep:
                 inputs = map_tensors(Tensor.clone, given)
             self.graphs[key] = (inputs, *self.capture(lambda: self.step(*inputs)))
         inputs, outputs, replay = self.graphs[key]
-        for buffer, tensor in zip(tensors(inputs), tensors(given), strict=True):
+        for buffer, tensor in zip(tensors_of(inputs), tensors_of(given), strict=True):
             buffer.copy_(tensor)
         if isinstance(cache, list):  # as the step does: memory holds one cache
             cache[:] = [None] * len(cache)
@@ -115,36 +113,14 @@ def rerun(run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
     def replay() -> None:
         results = run()
         with torch.inference_mode():  # where outputs of both kinds of no-gradient modes can be written
-            for buffer, tensor in zip(tensors(outputs), tensors(results), strict=True):
+            for buffer, tensor in zip(tensors_of(outputs), tensors_of(results), strict=True):
                 buffer.copy_(tensor)
 
     return outputs, replay
-
-
-def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """fn of every tensor in lists, tuples and posteriors."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, list | tuple):
-        return type(value)(map_tensors(fn, item) for item in value)
-    if isinstance(value, Posterior):
-        return replace(value, mean=fn(value.mean), logvar=fn(value.logvar))
-    return value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in lists, tuples and posteriors."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Posterior):
-        yield from (value.mean, value.logvar)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors(item)
 
 
 def _key(inputs: tuple[Tensor, Any]) -> tuple:
     """What a graph depends on: shapes and dtypes of its inputs, and autocast."""
     device = inputs[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return autocast, tuple((tuple(t.shape), t.dtype) for t in tensors(inputs))
+    return autocast, tuple((tuple(t.shape), t.dtype) for t in tensors_of(inputs))

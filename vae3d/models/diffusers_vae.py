@@ -15,7 +15,6 @@ from itertools import count
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import ArgumentError, Count, Range, check_arguments, short
@@ -31,15 +30,14 @@ from vae3d.models.diffusers_classes import (
     to_pixels,
     with_alpha,
 )
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder, choose_latents
 from vae3d.models.layers.checkpointing import checkpoint_blocks
 from vae3d.models.layers.circular import make_circular
-from vae3d.models.layers.frames import extend_time
+from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
-from vae3d.text import plural
-from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
+from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction, cat_posteriors
 
 log = logging.getLogger("vae3d")
 PREFIX = "vae."  # of the class's state-dict keys
@@ -56,8 +54,6 @@ class DiffusersVAE(VideoAutoencoder):
     timestep (LTX-Video from 0.9.1) are given; 0 decodes latents as they are, diffusers' default.
     pad_w: original is the class's own padding; circular closes the seam of 360 degree panoramas, with the same weights.
     The width must then be a multiple of the space stride.
-    channels_last: keep the weights of convolutions in channels-last memory, in which convolutions then run. The same
-    results but for rounding; on CPUs no faster.
 
     Clips are extended by their last frame to what the class takes, sides by their edge to multiples of the space
     stride; reconstructions are cropped. Inputs are cast to the dtype of the weights. Output is not clamped.
@@ -75,14 +71,12 @@ class DiffusersVAE(VideoAutoencoder):
         frame_batch: Count | None = 4,
         decode_timestep: Annotated[float, Range(0, 1)] = 0.0,
         pad_w: Literal["original", "circular"] = "original",
-        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.table = entry_of(kind)
         self.kind = kind
         self.vae = _build(kind, config or {})
-        if self.table.chunks is frame_batches:
-            self.frame_batch = frame_batch
+        self.frame_batch = frame_batch  # of table.chunks = frame_batches
         self.decode_timestep = decode_timestep
         self.latent = self.table.latent
         self.input_channels = self.vae.config.get("in_channels", self.vae.config.get("input_channels", 3))
@@ -99,8 +93,6 @@ class DiffusersVAE(VideoAutoencoder):
             if self.table.open_seam:
                 raise ValueError(f"pad_w is circular; the seam of {kind} stays open: {self.table.open_seam}")
             make_circular(self.vae)
-        if channels_last:
-            _to_channels_last(self.vae)
         if gradient_checkpointing:
             if self.table.blocks:
                 checkpoint_blocks(self.vae, self.table.blocks)
@@ -117,9 +109,8 @@ class DiffusersVAE(VideoAutoencoder):
 
     def _update_spec(self) -> None:
         time, space = self._strides
-        mean, std = map(_numbers, (self.latents_mean, self.latents_std))
         causal = self.table.causal and self.vae.config.get("is_causal", True)
-        self.spec = LatentSpec(latent_channels(self.vae.config), time, space, causal, mean, std)
+        self.spec = LatentSpec(latent_channels(self.vae.config), time, space, causal, **self.latent_stats())
 
     def encode(self, video: Tensor) -> Posterior | Delta:
         """[B, 3, T, H, W] -> raw latents: a posterior, or a point where the class is deterministic.
@@ -135,7 +126,7 @@ class DiffusersVAE(VideoAutoencoder):
         for chunk in x.split([n for _, n in self._chunks(latents)], 2):
             part, cache = self._encode_chunk(chunk, cache)
             coded.append(part)
-        found = type(coded[0])(*(torch.cat(parts, 2) for parts in zip(*(vars(c).values() for c in coded), strict=True)))
+        found = cat_posteriors(coded)
         self._check_shape(
             "latents", found.mean, (self.spec.channels, latents, *self.spec.latent_size(*video.shape[-2:]))
         )
@@ -145,13 +136,9 @@ class DiffusersVAE(VideoAutoencoder):
         """Raw latents [B, C, t, h, w] -> video, not clamped."""
         check_latents(z, self.spec.channels)
         length = z.shape[2]
-        max_frames = self.frame_rule.frames(length)
-        frames = max_frames if num_frames is None else num_frames
-        if max_frames < 1 or self.latent_frames(frames) != length:
-            raise ValueError(
-                f"num_frames is {num_frames}, which does not fit {plural(length, 'latent frame')}; a {self.kind} takes "
-                f"{self.frame_rule.text} frames, and others extended to the next of these"
-            )
+        frames = self.frame_rule.frames(length) if num_frames is None else num_frames
+        rule = f"; a {self.kind} takes {self.frame_rule.text} frames, and others extended to the next of these"
+        self.check_frames(frames, length, rule)
         video, cache = [], None
         for chunk in z.to(self.vae.dtype).split([t for t, _ in self._chunks(length)], 2):
             part, cache = self._decode_chunk(chunk, cache)
@@ -202,10 +189,7 @@ class DiffusersVAE(VideoAutoencoder):
 
     def _prepare(self, video: Tensor) -> Tensor:
         """Pixels as the class takes them, sides padded."""
-        space = self.spec.space_stride
-        bottom, right = (-side % space for side in video.shape[-2:])
-        if bottom or right:
-            video = F.pad(video, (0, right, 0, bottom, 0, 0), mode="replicate")
+        video = pad_space(video, self.spec.space_stride)
         return with_alpha(to_pixels(video, self.table.pixels), self.input_channels).to(self.vae.dtype)
 
     def _chunks(self, latents: int) -> list[tuple[int, int]]:
@@ -225,20 +209,21 @@ class DiffusersVAE(VideoAutoencoder):
             )
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError for frames that the class does not take, padded or not."""
-        space = self.spec.space_stride
-        if self.circular and width % space:
-            raise ValueError(
-                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
-                "break the seam"
-            )
+        super().check_size(height, width)
         if self.table.fixed_size:
             side = self.vae.decoder_image_size
             if (height, width) != (side, side):
                 raise ValueError(f"the frames are {height}x{width}; this {self.kind} takes {side}x{side} only")
-        smallest = space * (self.table.min_latents - 1) + 1
+        smallest = self.spec.space_stride * (self.table.min_latents - 1) + 1
         if min(height, width) < smallest:
             raise ValueError(f"the frames are {height}x{width}; a {self.kind} takes sides of at least {smallest}")
+
+    def set_frame_batch(self, frames: int) -> bool:
+        self.frame_batch = frames
+        return self.table.chunks is frame_batches
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        return [(self, "_encode_chunk"), (self, "_decode_chunk")]
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         vae = self.vae
@@ -270,19 +255,6 @@ class DiffusersVAE(VideoAutoencoder):
         return DiffusersStream(self)
 
 
-def _to_channels_last(network: nn.Module) -> None:
-    """Weights of 2D and 3D convolutions, in place. Module.to takes one format for both, and fails for the other."""
-    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
-    for module in network.modules():
-        for cls, memory_format in formats.items():
-            if isinstance(module, cls):
-                module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
-
-
-def _numbers(buffer: Tensor) -> tuple[float, ...]:
-    return () if buffer.is_meta else tuple(buffer.flatten().tolist())
-
-
 class DiffusersStream:
     """Codes a video in the chunks that DiffusersVAE codes a clip in; equal to it."""
 
@@ -305,7 +277,7 @@ class DiffusersStream:
         model, (frames, height, width) = self.model, video.shape[2:]
         x = model._prepare(extend_time(video, self._full.pop(0)))
         posterior, self._encoder_cache = model._encode_chunk(x, self._encoder_cache)
-        z = posterior.sample(generator) if sample else posterior.mode()
+        z = choose_latents(posterior, None, sample, generator)
         rec, self._decoder_cache = model._decode_chunk(z.to(model.vae.dtype), self._decoder_cache)
         return Reconstruction(rec[:, :, :frames, :height, :width], posterior, z)
 

@@ -17,6 +17,7 @@ from vae3d.errors import UserError
 from vae3d.models.tiling import Tiling, make_tiling, measure_reach
 from vae3d.pixels import check_video
 from vae3d.seeding import Generators, randn_like, uniform
+from vae3d.text import plural
 from vae3d.types import Delta, LatentSpec, Posterior, Reconstruction
 
 if TYPE_CHECKING:
@@ -32,11 +33,15 @@ class VideoAutoencoder(nn.Module):
 
     spec: LatentSpec
     pixel_channels: int = 3  # of videos: 3 RGB, 4 RGBA, 1 grey or depth, or any other number
-    latents_mean: Tensor  # [1, C, 1, 1, 1]
+    latents_mean: Tensor  # [1, C, 1, 1, 1], for normalize, like latents_std; a SpatialVAE has factors instead
     latents_std: Tensor
     whole_frames: str = ""  # what makes a result depend on whole frames, such as GroupNorm; "": nothing, or see tiling
     circular: bool = False  # whether frames are closed at their sides, as panoramas are
     tiling: Tiling | None = None  # see set_tiles
+    cached_steps: bool = False  # whether encode_chunk and decode_chunk code a clip chunk by chunk, with a cache
+    chunk_latents: int | None = None  # with cached_steps, of a chunk; None: as fit_chunks chose, or the whole clip
+    fixed_chunks: bool = False  # with cached_steps: streams give them chunks of two shapes only
+    fitted_latents: int | None = None  # by fit_chunks
 
     def encode(self, video: Tensor) -> Posterior | Delta:
         """Posterior over raw (not normalised) latents. Raises PixelError as pixels.check_video does."""
@@ -113,6 +118,35 @@ class VideoAutoencoder(nn.Module):
         """See tiling.measure_reach."""
         return measure_reach(self)
 
+    def set_frame_batch(self, frames: int) -> bool:
+        """Let a network of single frames take so many at once from now on. Returns whether there is such a network."""
+        return False
+
+    def set_chunk_frames(self, frames: int) -> None:
+        """Code about so many frames at once from now on, at least one latent. Changes memory, not results.
+
+        Raises ValueError for a model that cannot.
+        """
+        if self.cached_steps:
+            self.chunk_latents = max(1, frames // self.spec.time_stride)
+        elif not self.set_frame_batch(frames):
+            raise ValueError(f"a {type(self).__name__} cannot code clips in chunks; leave out chunk_frames")
+
+    def fit_chunks(self, height: int, width: int) -> None:
+        """Let encode and decode take frames of this size in the chunks of a stream, unless chunk_latents is set."""
+        if self.cached_steps and self.chunk_latents is None:
+            self.fitted_latents = self.stream(height, width).chunk_latents
+
+    @property
+    def clip_latents(self) -> int | None:
+        """Of a chunk in which encode and decode code a clip; None: at once."""
+        return self.chunk_latents or self.fitted_latents
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        """(module, method) of everything that codes a chunk of a stream, without loops over frames."""
+        names = ("encode_chunk", "decode_chunk") if self.cached_steps else ("encode", "decode")
+        return [(self, name) for name in names]
+
     def coded_size(self, height: int, width: int) -> tuple[int, int]:
         """Size in pixels of what the decoder runs on at once, of frames of this size: a tile, or the frames."""
         return (height, width) if self.tiling is None else self.tiling.largest(height, width)
@@ -134,6 +168,15 @@ class VideoAutoencoder(nn.Module):
         """The layers that read and write pixels, to change the number of their channels."""
         raise NotImplementedError
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises ValueError for frames that the model does not take, padded or not."""
+        space = self.spec.space_stride
+        if self.circular and width % space:
+            raise ValueError(
+                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
+                "break the seam"
+            )
+
     def frames_valid(self, frames: int) -> bool:
         """Whether a clip of this length needs no padding."""
         return frames >= 1
@@ -141,6 +184,11 @@ class VideoAutoencoder(nn.Module):
     def latent_frames(self, frames: int) -> int:
         """Latents of a clip of this length, along time."""
         return -(-frames // self.spec.time_stride)
+
+    def check_frames(self, frames: int, latents: int, note: str = "") -> None:
+        """Raises ValueError unless a clip of so many frames has so many latent frames. note: the message's end."""
+        if frames < 1 or self.latent_frames(frames) != latents:
+            raise ValueError(f"num_frames is {frames}, which does not fit {plural(latents, 'latent frame')}{note}")
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of the latents of a clip of this size."""
@@ -167,6 +215,11 @@ class VideoAutoencoder(nn.Module):
             buffer = torch.tensor(values, dtype=torch.float32)[None, :, None, None, None]
             self.register_buffer(name, buffer, persistent=persistent)
         return {"latents_mean": tuple(mean), "latents_std": tuple(std)}
+
+    def latent_stats(self) -> dict[str, tuple[float, ...]]:
+        """latents_mean and latents_std as arguments of LatentSpec, copied to the CPU; empty on the meta device."""
+        stats = {"latents_mean": self.latents_mean, "latents_std": self.latents_std}
+        return {name: () if s.is_meta else tuple(s.flatten().tolist()) for name, s in stats.items()}
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents to about zero mean and unit variance, as a diffusion model takes them."""

@@ -19,7 +19,7 @@ from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
 from vae3d.text import plural
-from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath
+from vae3d.types import LatentSpec, Posterior, Reconstruction, SpatialPath, cat_posteriors
 
 
 class OpenSoraVAE(VideoAutoencoder):
@@ -67,8 +67,7 @@ class OpenSoraVAE(VideoAutoencoder):
             time_stride=self.temporal_vae.stride,
             space_stride=self.spatial_vae.spec.space_stride,
             causal=False,
-            latents_mean=_numbers(self.latents_mean),
-            latents_std=_numbers(self.latents_std),
+            **self.latent_stats(),
         )
 
     def encode(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Posterior:
@@ -104,8 +103,7 @@ class OpenSoraVAE(VideoAutoencoder):
 
     def encode_spatial(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Tensor:
         """Normalised 2D latents [B, C, T, h, w] of every frame."""
-        posterior = self.spatial_vae.encode(video)
-        return self.spatial_vae.normalize(posterior.sample(generator) if sample else posterior.mode())
+        return self.spatial_vae.normalize(choose_latents(self.spatial_vae.encode(video), None, sample, generator))
 
     def decode_spatial(self, latent: Tensor) -> Tensor:
         """Video from normalised 2D latents. Those of encode_spatial give the upper bound of this pipeline's quality."""
@@ -114,8 +112,7 @@ class OpenSoraVAE(VideoAutoencoder):
     def encode_temporal(self, latent: Tensor) -> Posterior:
         if self.micro_frames is None:
             return self._encode_chunk(latent)
-        chunks = [self._encode_chunk(chunk) for chunk in latent.split(self.micro_frames, 2)]
-        return Posterior(torch.cat([p.mean for p in chunks], 2), torch.cat([p.logvar for p in chunks], 2))
+        return cat_posteriors([self._encode_chunk(chunk) for chunk in latent.split(self.micro_frames, 2)])
 
     def decode_temporal(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         if self.micro_frames is None:
@@ -123,11 +120,7 @@ class OpenSoraVAE(VideoAutoencoder):
         size = self.temporal_vae.latent_frames(self.micro_frames)
         whole, rest = divmod(z.shape[2], size)
         frames = whole * self.micro_frames + rest * self.temporal_vae.stride if num_frames is None else num_frames
-        if self.latent_frames(frames) != z.shape[2]:
-            raise ValueError(
-                f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')} in chunks of "
-                f"{plural(self.micro_frames, 'frame')}"
-            )
+        self.check_frames(frames, z.shape[2], f" in chunks of {plural(self.micro_frames, 'frame')}")
         lengths = [min(self.micro_frames, frames - start) for start in range(0, frames, self.micro_frames)]
         return torch.cat([self._decode_chunk(p, n) for p, n in zip(z.split(size, 2), lengths, strict=True)], 2)
 
@@ -148,6 +141,13 @@ class OpenSoraVAE(VideoAutoencoder):
         they cannot be exact."""
         super().set_tiles(tile, overlap)
         self.spatial_vae.set_tiles(tile, overlap if self.spatial_vae.whole_frames else None)
+
+    def set_frame_batch(self, frames: int) -> bool:
+        return self.spatial_vae.set_frame_batch(frames)
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        temporal = self.temporal_vae
+        return [*self.spatial_vae.chunk_steps(), (temporal, "encode"), (temporal, "decode")]
 
     def pixel_layers(self) -> PixelLayers:
         inputs, outputs, grey = self.spatial_vae.pixel_layers()
@@ -181,7 +181,3 @@ class OpenSoraVAE(VideoAutoencoder):
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of micro_frames, which are independent anyway; without micro_frames the whole video."""
         return IndependentChunks(self, self.micro_frames)
-
-
-def _numbers(buffer: Tensor) -> tuple[float, ...]:
-    return () if buffer.is_meta else tuple(buffer.flatten().tolist())

@@ -25,15 +25,15 @@ from vae3d.arguments import (
     check_arguments,
     check_level_boundaries,
 )
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder, choose_latents
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import clips_of, extend_time, frames_of, pad_space
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.spatial import Downsample, Upsample
+from vae3d.models.tiling import code_in_tiles
 from vae3d.pixels import check_latents, check_video
 from vae3d.seeding import Generators
-from vae3d.text import plural
-from vae3d.types import LatentSpec, Posterior, Reconstruction
+from vae3d.types import LatentSpec, Posterior, Reconstruction, cat_posteriors
 
 EPS = 1e-6  # of norms, but for those of Growth
 
@@ -52,6 +52,8 @@ class OpenSoraV13VAE(VideoAutoencoder):
     The network takes 1 + n * time_stride frames; clips are extended by their last frame.
     Raises ValueError if the lists do not fit together, or micro_frames is no such number above 1.
     """
+
+    whole_frames = "GroupNorm and attention"
 
     @check_arguments
     def __init__(
@@ -93,7 +95,8 @@ class OpenSoraV13VAE(VideoAutoencoder):
         """[B, 3, T, H, W] -> posterior over raw latents."""
         check_video(video)
         video = pad_space(video, self.spec.space_stride)
-        return self._joined([self.encode_chunk(video[:, :, start:end]) for start, end in self.chunks(video.shape[2])])
+        chunks = self.chunks(video.shape[2])
+        return cat_posteriors([self.encode_chunk(video[:, :, start:end]) for start, end in chunks])
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default all that the latents hold."""
@@ -103,8 +106,7 @@ class OpenSoraV13VAE(VideoAutoencoder):
         parts = z.split(size, 2)
         longest = 1 + stride * (count - len(parts))
         frames = longest if num_frames is None else num_frames
-        if self.latent_frames(frames) != count:
-            raise ValueError(f"num_frames is {frames}, which does not fit {plural(count, 'latent frame')}")
+        self.check_frames(frames, count)
         video: list[Tensor] = []
         for part in parts:
             chunk = self.decode_chunk(part)
@@ -119,11 +121,21 @@ class OpenSoraV13VAE(VideoAutoencoder):
         """As encode, of any number of frames without chunks. Sides must be multiples of the space stride."""
         frames = video.shape[2] + -(video.shape[2] - 1) % self.spec.time_stride
         x = extend_time(video, frames).to(self.decoder.conv_out.weight.dtype)
-        return Posterior.from_moments(self.encoder(x, self.gradient_checkpointing and needs_grad(self.encoder, x)))
+        if self.tiling is None:
+            return self._encode(x)
+        return code_in_tiles(self.tiling, lambda x, _: (self._encode(x), None), x, None, self.spec.space_stride)[0]
 
     def decode_chunk(self, z: Tensor) -> Tensor:
         """As decode, without chunks."""
         z = z.to(self.decoder.conv_out.weight.dtype)
+        if self.tiling is None:
+            return self._decode(z)
+        return self.tiling("decoder", lambda z, _: (self._decode(z), None), z, None, 1, self.spec.space_stride)[0]
+
+    def _encode(self, x: Tensor) -> Posterior:
+        return Posterior.from_moments(self.encoder(x, self.gradient_checkpointing and needs_grad(self.encoder, x)))
+
+    def _decode(self, z: Tensor) -> Tensor:
         video = self.decoder(z, self.gradient_checkpointing and needs_grad(self.decoder, z))
         return video[:, :, self.spec.time_stride - 1 :]
 
@@ -131,10 +143,6 @@ class OpenSoraV13VAE(VideoAutoencoder):
         """First frame, and one after the last, of each chunk of a clip."""
         step = frames if self.micro_frames is None else self.micro_frames - 1
         return [(start, min(start + step + 1, frames)) for start in range(0, max(frames - 1, 1), step)]
-
-    @staticmethod
-    def _joined(chunks: Sequence[Posterior]) -> Posterior:
-        return Posterior(torch.cat([p.mean for p in chunks], 2), torch.cat([p.logvar for p in chunks], 2))
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder], "decoder": [self.decoder]}
@@ -147,6 +155,9 @@ class OpenSoraV13VAE(VideoAutoencoder):
 
     def latent_frames(self, frames: int) -> int:
         return sum(1 + -(-(end - start - 1) // self.spec.time_stride) for start, end in self.chunks(frames))
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        return [(self, "encode_chunk"), (self, "decode_chunk")]
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> OverlappingChunks:
         """Chunks of micro_frames; without micro_frames the whole video."""
@@ -174,7 +185,7 @@ class OverlappingChunks:
         model, (height, width) = self.model, video.shape[-2:]
         frames = self._lengths.pop(0)
         posterior = model.encode_chunk(pad_space(video, model.spec.space_stride))
-        z = posterior.sample(generator) if sample else posterior.mode()
+        z = choose_latents(posterior, None, sample, generator)
         rec = model.decode_chunk(z)[:, :, : video.shape[2]]
         if self._last is not None:
             rec = torch.cat([0.5 * (self._last + rec[:, :, :1]), rec[:, :, 1:]], 2)

@@ -22,6 +22,8 @@ from vae3d.models.temporal import TemporalVAE
 from vae3d.models.wan import WanVAE
 
 TARGET = "_target_"  # as in conf/model, so that one configuration serves both
+# Arguments of models that change memory, and results by rounding only.
+RUNNING = ("frame_batch", "gradient_checkpointing", "chunk_latents")
 
 
 def target_of(cls: type) -> str:

@@ -300,7 +300,7 @@ class SpatialVAE(VideoAutoencoder):
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], not clamped. num_frames must be T or None."""
         check_latents(z, self.spec.channels)
-        assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
+        self.check_frames(z.shape[2] if num_frames is None else num_frames, z.shape[2])
         z = z.to(self.module.decoder.conv_in.weight.dtype)
         trains = needs_grad(self.module.decoder, z)
         recompute = self.gradient_checkpointing and trains
@@ -346,6 +346,13 @@ class SpatialVAE(VideoAutoencoder):
         if self.shortcut:
             inputs, outputs = [*inputs, "shortcut_in.weight"], [*outputs, "shortcut_out"]
         return PixelLayers(inputs, [f"{name}.{kind}" for name in outputs for kind in ("weight", "bias")])
+
+    def set_frame_batch(self, frames: int) -> bool:
+        self.frame_batch = frames
+        return True
+
+    def chunk_steps(self) -> list[tuple[nn.Module, str]]:
+        return [(self.module, "encode"), (self.module, "decode")]
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""

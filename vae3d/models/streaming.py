@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from vae3d.models.interface import VideoAutoencoder
+from vae3d.models.interface import VideoAutoencoder, choose_latents
 from vae3d.models.layers.frames import extend_time, pad_space
 from vae3d.seeding import Generators
 from vae3d.types import LatentSpec, Posterior, Reconstruction
@@ -32,7 +32,7 @@ class IndependentChunks:
 
 
 class ChunkCoder(Protocol):
-    """What CausalStream needs: WanVAE, or Tiled around one. See WanVAE.encode_chunk."""
+    """What CausalStream needs of a WanVAE. See WanVAE.encode_chunk."""
 
     spec: LatentSpec
 
@@ -70,7 +70,7 @@ class CausalStream:
         video = pad_space(extend_time(video, first + (coded - first) * stride), self.coder.spec.space_stride)
         posterior, self._encoder_cache = self.coder.encode_chunk(video, self._encoder_cache)
         posterior = posterior.first(latents)
-        z = posterior.sample(generator) if sample else posterior.mode()
+        z = choose_latents(posterior, None, sample, generator)
         rec, self._decoder_cache = self.coder.decode_chunk(extend_time(z, coded), self._decoder_cache)
         return Reconstruction(rec[:, :, :frames, :height, :width], posterior, z)
 

@@ -101,7 +101,7 @@ class TAEHV(VideoAutoencoder):
     Raises ValueError if the arguments do not fit together.
     """
 
-    fixed_chunks = False  # streams give encode_chunk and decode_chunk one length only; see PlannedStream
+    cached_steps = True
 
     @check_arguments
     def __init__(
@@ -182,11 +182,8 @@ class TAEHV(VideoAutoencoder):
         frames = longest_clip(self.rule, z.shape[2], self.spec.time_stride) if num_frames is None else num_frames
         if frames is None:
             raise ValueError(f"no number of frames fits {plural(z.shape[2], 'latent frame')} of {self.variant}")
+        self.check_frames(frames, z.shape[2], f" of {self.variant}")
         plan = self.plan(frames)
-        if plan.latents != z.shape[2]:
-            raise ValueError(
-                f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')} of {self.variant}"
-            )
         videos = []
         cache = None
         for start, stop in self._chunks(plan.latents):
@@ -312,9 +309,10 @@ class TAEHV(VideoAutoencoder):
 
     def _chunks(self, latents: int) -> list[tuple[int, int]]:
         """(start, stop) of the latents that are coded at once."""
-        if self.chunk_latents is None:  # not a loop over a length that torch.compile would have to know
+        size = self.clip_latents
+        if size is None:  # not a loop over a length that torch.compile would have to know
             return [(0, latents)]
-        return [(start, min(start + self.chunk_latents, latents)) for start in range(0, latents, self.chunk_latents)]
+        return [(start, min(start + size, latents)) for start in range(0, latents, size)]
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> PlannedStream:
         """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK.

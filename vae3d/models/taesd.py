@@ -177,7 +177,7 @@ class TAESD(VideoAutoencoder):
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Latents [B, C, T, h, w] -> video [B, 3, T, h*f, w*f], not clamped. num_frames must be T or None."""
         check_latents(z, self.spec.channels)
-        assert num_frames in (None, z.shape[2]), "a per-frame autoencoder neither adds nor drops frames"
+        self.check_frames(z.shape[2] if num_frames is None else num_frames, z.shape[2])
         z = z.to(self.decoder[-1].weight.dtype)
         return self._per_frame(lambda latents: 2 * self._decode_frames(latents) - 1, z, self.decoder)
 
@@ -220,6 +220,10 @@ class TAESD(VideoAutoencoder):
     def pixel_layers(self) -> PixelLayers:
         last = f"decoder.{len(self.decoder) - 1}"
         return PixelLayers(["encoder.0.weight"], [f"{last}.weight", f"{last}.bias"], grey=0.5)
+
+    def set_frame_batch(self, frames: int) -> bool:
+        self.frame_batch = frames
+        return True
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> IndependentChunks:
         """Chunks of frame_batch frames; any length gives the same result."""

@@ -22,6 +22,7 @@ from vae3d.types import Delta, Posterior
 Model = Any  # a VideoAutoencoder, which imports this module
 Cache = Any  # of a step: what it needs of earlier chunks; None before the first
 Step = Callable[[Tensor, Cache], tuple[Tensor, Cache]]
+PARTS = ("encoder", "decoder")
 PROBE = 8  # side of the latents on which the reach is measured
 
 
@@ -134,20 +135,25 @@ class Tiling:
 
 
 def make_tiling(model: Model, tile: int, overlap: int | None) -> Tiling:
-    """Raises UserError for sizes that are no multiples of the model's stride, and for exact tiles of a model whose
-    results depend on whole frames."""
+    """Raises UserError for sizes that are no multiples of the model's stride, for a model that does not use `tiling`,
+    and for exact tiles of a model whose results depend on whole frames."""
     stride = model.spec.space_stride
     where = f"tile={tile}, tile_overlap={overlap}"
     if tile < stride or tile % stride:
         raise UserError(f"{where}: tile is {tile}; use a multiple of the model's space stride {stride}")
+    if overlap is not None and (overlap < 2 * stride or overlap % (2 * stride) or 2 * overlap > tile):
+        raise UserError(
+            f"{where}: overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}"
+        )
+    reach, why = model.tile_reach()
+    if whole := [part for part in PARTS if part not in reach]:
+        raise UserError(
+            f"{where}: {model.kind_of_network} does not pass its {' and '.join(whole)} through `tiling`, so it would "
+            "code whole frames; leave out tile"
+        )
     if overlap is not None:
-        if overlap < 2 * stride or overlap % (2 * stride) or 2 * overlap > tile:
-            raise UserError(
-                f"{where}: overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}"
-            )
         return Tiling(tile, overlap, stride, {}, model.circular)
-    reach, why = ({}, model.whole_frames) if model.whole_frames else model.tile_reach()
-    if why:
+    if why := model.whole_frames or why:
         fitting = tile // 4 // (2 * stride) * 2 * stride or 2 * stride
         tiles = f"tile={tile} " if tile >= 2 * fitting else f"tile={2 * fitting} "
         raise UserError(
@@ -216,7 +222,7 @@ def measure_reach(model: Model) -> tuple[dict[str, int], str]:
 
     From the convolutions that a pass on the meta device runs, so for any configuration. An upper bound, as every one of
     them counts, also of branches that run side by side. The second value says what makes results depend on whole
-    frames, if there is something.
+    frames, if there is something. A part that does not pass through the model's `tiling` is missing in the first.
     """
     probe = _Probe()
     frames = next(n for n in range(1, 65) if model.frames_valid(n) and model.latent_frames(n) > 1)
@@ -250,7 +256,7 @@ class _Probe:
     exact = True
 
     def __init__(self) -> None:
-        self.reach = {"encoder": 0, "decoder": 0}
+        self.reach: dict[str, int] = {}
         self.found: list[str] = []
 
     def __call__(
@@ -258,7 +264,7 @@ class _Probe:
     ) -> tuple[Tensor, list[Cache]]:
         with _Convolutions(x.shape[-2] // unit_in) as seen:
             y, cache = step(x, None if caches is None else caches[0])
-        self.reach[part] = max(self.reach[part], math.ceil(seen.reach))
+        self.reach[part] = max(self.reach.get(part, 0), math.ceil(seen.reach))
         self.found += seen.found
         return y, [cache]
 

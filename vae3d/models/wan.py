@@ -78,7 +78,7 @@ class WanVAE(VideoAutoencoder):
     Raises ValueError if the lists do not fit together.
     """
 
-    fixed_chunks = False  # streams give encode_chunk and decode_chunk two shapes only; see CausalStream
+    cached_steps = True
 
     @check_arguments
     def __init__(
@@ -129,22 +129,22 @@ class WanVAE(VideoAutoencoder):
         )
 
     def encode(self, video: Tensor) -> Posterior:
-        """[B, 3, T, H, W] -> posterior over raw latents. Raises ValueError as require_closed_seam does."""
+        """[B, 3, T, H, W] -> posterior over raw latents. Raises ValueError as check_size does."""
         check_video(video, self.pixel_channels)
         stride = self.spec.time_stride
-        self.require_closed_seam(video.shape[-1])
+        self.check_size(*video.shape[-2:])
         frames = video.shape[2] + -(video.shape[2] - 1) % stride
         video = pad_space(extend_time(video, frames), self.spec.space_stride)
-        lengths = [frames] if self.chunk_latents is None else chunk_lengths(frames, self.chunk_latents, stride)
+        size = self.clip_latents
+        lengths = [frames] if size is None else chunk_lengths(frames, size, stride)
         return Posterior.from_moments(self._in_chunks(self._moments, video.split(lengths, 2), self.encoder))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         """Raw latents [B, C, t, h, w] -> video, not clamped. num_frames: by default 1 + (t - 1) * time_stride."""
         check_latents(z, self.spec.channels)
         frames = 1 + (z.shape[2] - 1) * self.spec.time_stride if num_frames is None else num_frames
-        if self.latent_frames(frames) != z.shape[2]:
-            raise ValueError(f"num_frames is {frames}, which does not fit {plural(z.shape[2], 'latent frame')}")
-        video = self._in_chunks(self._pixels, z.split(self.chunk_latents or z.shape[2], 2), self.decoder)
+        self.check_frames(frames, z.shape[2])
+        video = self._in_chunks(self._pixels, z.split(self.clip_latents or z.shape[2], 2), self.decoder)
         return video[:, :, :frames]
 
     def encode_chunk(self, video: Tensor, cache: Cache | None) -> tuple[Posterior, Cache]:
@@ -174,7 +174,7 @@ class WanVAE(VideoAutoencoder):
 
     def stream(self, height: int, width: int, memory_gib: float | None = None) -> CausalStream:
         """Chunks of `chunk_latents`, or of as many latents as decode in `memory_gib` in fp32, at most MAX_CHUNK."""
-        self.require_closed_seam(width)
+        self.check_size(height, width)
         height, width = self.coded_size(height, width)
         fitting = chunk_within(memory_gib, lambda latents: self.chunk_memory(latents, height, width), MAX_CHUNK)
         return CausalStream(self, self.chunk_latents or fitting, self.fixed_chunks)
@@ -264,16 +264,11 @@ class WanVAE(VideoAutoencoder):
     def from_patches(self, x: Tensor) -> Tensor:
         return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=self.patch, r=self.patch)
 
-    def require_closed_seam(self, width: int) -> None:
-        """Raises ValueError for a panorama that would need extra columns, which would lie on its seam."""
-        space = self.spec.space_stride
-        if self.borders.width == "circular" and width % space:
-            raise ValueError(
-                f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
-                "break the seam"
-            )
-        if self.borders.height == "pole" and width % (2 * space):
-            raise ValueError(f"the width is {width}; with pad_h=pole it must be a multiple of {2 * space}")
+    def check_size(self, height: int, width: int) -> None:
+        super().check_size(height, width)
+        unit = 2 * self.spec.space_stride
+        if self.borders.height == "pole" and width % unit:
+            raise ValueError(f"the width is {width}; with pad_h=pole it must be a multiple of {unit}")
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder, self.conv1], "decoder": [self.conv2, self.decoder]}

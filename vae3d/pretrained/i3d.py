@@ -167,9 +167,15 @@ def load_i3d(path: str | Path | None = None) -> VideoFeatures:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch.jit.load. is deprecated", FutureWarning)
             return ScriptedI3D(torch.jit.load(file, map_location="cpu"))
-    network = I3D(eps=1e-3 if file.name == KINETICS else 1e-5)
+    network = I3D(batch_norm_eps(file))
     weights.assign(network, weights.read(file), file)
     return network
+
+
+def batch_norm_eps(file: Path) -> float:
+    """1e-3 of DeepMind's file, known by its name or its content; 1e-5 of VideoGPT's."""
+    is_kinetics = file.name == KINETICS or weights.sha256(file) == weights.FILES[KINETICS].sha256
+    return 1e-3 if is_kinetics else 1e-5
 
 
 def _is_torchscript(file: Path) -> bool:

@@ -5,7 +5,7 @@ of held-out clips.
 teacher.py: Distillation. proximal.py, ema.py, freeze.py: regularisation, averages, and which weights train.
 strategy.py, deepspeed.py: how ranks share a step.
 step_status.py: metrics of a step, and whether it is applied. failures.py: when failures stop a run.
-memory.py: running out of it. checkpointer.py: what is saved, and when.
+memory.py: running out of it. checkpointer.py: what is saved, and when. best.py: the best validation score.
 preflight.py: the first step's errors before the first step.
 runlog.py: files of a run's log, and stop signals. loggers.py: TensorBoard and others.
 """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -17,16 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vae3d import distributed
-from vae3d.arguments import ArgumentError, Size, check_fields, check_value
+from vae3d.arguments import ArgumentError, check_value
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError, step_folder
-from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
-from vae3d.metrics.base import Better, goodness
 from vae3d.restore import check_like
+from vae3d.training.best import BEST, BestExport
 from vae3d.training.ema import Ema, MultiEma
-from vae3d.training.failures import FailureCounter, SpikeError
+from vae3d.training.failures import FailureCounter, SaveError, SpikeError
 from vae3d.training.memory import catch_out_of_memory
 from vae3d.training.runlog import RunLog
 from vae3d.transfer import HostBuffers, host_copy, map_tensors
@@ -50,28 +48,20 @@ class Stateful(Protocol):
         """Raises ArgumentError for a state of another form, ResumeError for one that does not fit the run."""
 
 
-class SaveError(UserError):
-    """A checkpoint or an output of it could not be written. what: only that; lost: the consequence if the run ends."""
-
-    def __init__(self, what: str, lost: str) -> None:
-        super().__init__(f"{what}; {lost}")
-        self.what, self.lost = what, lost
-
-
 class Checkpointer:
     """Saves and loads registered objects, and writes the outputs of each checkpoint (exports, published files).
 
     A checkpoint is written to a hidden folder, fsynced and renamed once it is complete. All ranks run each stage of
-    saving, and the next stage only if all succeeded. The last complete checkpoint is never touched.
+    saving, see `_stages`, and the next only if all succeeded. The last complete checkpoint is never touched.
 
     No checkpoint is saved after a skipped step, since the weights may be NaN: one that is due waits for the next step
     that is applied. So a step was applied after every checkpoint but the newest. Exceptions: the end of a run is saved
     unless its last steps were not finite, and an error saves unless the spike guard skipped the steps before it.
 
-    With trainer.async_mode=async, saving copies all state to host memory, which is kept for the next save, and returns.
-    A thread of each rank writes its files. The status of each step says whether one still writes; once none does, all
-    begin the next stage together, in `advance`, or report the error then. One checkpoint is written at a time: the next
-    one, and the end of a run, wait.
+    With trainer.async_mode=async, the first stage copies all state to host memory, which is kept for the next save, and
+    `save` returns. A thread of each rank runs the others. The status of each step says whether one still writes; once
+    none does, all begin the next stage together, in `advance`, or report the error then. One checkpoint is written at a
+    time: the next one, and the end of a run, wait.
 
     outputs, final_outputs: called with a step; outputs also with a copy of the state. metadata: written to run.json.
     """
@@ -134,17 +124,6 @@ class Checkpointer:
 
     # ---- loading
 
-    def find(self, resume_from: str | None) -> Path | None:
-        """The checkpoint that a run continues. Raises ResumeError, on all ranks, if they do not all find the same."""
-        found = state.starting_state(self.root, resume_from)
-        names = distributed.all_gather_object(None if found is None else found.name)
-        if len(set(names)) > 1:
-            raise ResumeError(
-                f"the ranks found the checkpoints {', '.join(sorted(map(str, set(names))))} in {self.folder}; all must "
-                "see the same folder, so put run.root on a shared disk"
-            )
-        return found
-
     def load(self, checkpoint: Path) -> int:
         """Load all registered objects; returns the step. Raises CheckpointError for another form, and ResumeError."""
         saved, own = state.load_state(checkpoint), state.load_rank(checkpoint, self.rank)
@@ -181,9 +160,7 @@ class Checkpointer:
         Without enough of it, that save says so.
         """
         shared = self._shared_state()  # which has the optimizer's moments from the first step on
-        thread = ThreadPoolExecutor(1, "checkpoint-memory")
-        self.reserving = thread.submit(self.copies[0].reserve, shared)
-        thread.shutdown(wait=False)
+        self.reserving = _in_thread(lambda: self.copies[0].reserve(shared), "checkpoint-memory")
 
     def save_if_due(self, step: int, *, applied: bool, not_finite: int, end: bool) -> None:
         """Save if a checkpoint is due.
@@ -211,27 +188,16 @@ class Checkpointer:
         """
         self.due = False
         self.wait()
-        if self.asynchronous and not end:
-            self._record(self._begin(step))
-            return
-        try:
-            self._write(step)
-        except SaveError as error:
-            if end:
-                raise
-            self._record(error)
-        else:
-            self._saved(step)
+        error = self._save(step, in_thread=self.asynchronous and not end)
+        if end and error is not None:
+            raise error
+        self._record(error)
 
     def _record(self, error: SaveError | None) -> None:
         """Count a failed save, after which training continues. Raises TooManyFailures."""
         if error is not None:
             self.log.warn(f"{error.what}; training goes on")
             self.failures.record(str(error))
-
-    def _saved(self, step: int) -> None:
-        self.last_saved = step
-        self.failures.reset()
 
     @property
     def writing(self) -> bool:
@@ -248,42 +214,31 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Finish an asynchronous save. Every rank must call it. Raises TooManyFailures after too many failures."""
-        while self.pending is not None:
-            self._record(self._next_stage())
+        self._record(self._finish())
 
     def close(self) -> None:
         """Finish an asynchronous save as far as this rank can by itself, after an error on any rank.
 
         With several ranks only the files of the current stage are written, and the next start removes them.
         """
-        if self.pending is None:
-            return
-        if not distributed.is_distributed():
-            while self.pending is not None:
-                if (error := self._next_stage()) is not None:
-                    self.log.warn(str(error))
-        else:
+        if self.pending is not None and distributed.is_distributed():
             self.pending.join()
+        elif (error := self._finish()) is not None:
+            self.log.warn(str(error))
 
     def save_then_raise(self, error: UserError, step: int, skipped: int) -> NoReturn:
         """End the run with `error`, on all ranks, after saving the finished steps. Adds to the message what is saved.
 
         skipped: consecutive steps that the spike guard skipped up to here; if there are any, nothing is saved.
         """
-        while self.pending is not None:
-            if (failed := self._next_stage()) is not None:
-                self.log.warn(failed.what)
+        if (failed := self._finish()) is not None:
+            self.log.warn(failed.what)
         if skipped:
             error.args = (f"{error}{self.recovery_hint()}",)
         elif self.save_every and step:
-            try:
-                if self.last_saved != step:
-                    self._write(step)
-            except SaveError as failed:
-                error.args = (f"{error}\n{failed}",)
-            else:
-                self.last_saved = step
-                error.args = (f"{error}\nall {step} finished steps are saved; the same command resumes from there",)
+            failed = None if self.last_saved == step else self._save(step, in_thread=False)
+            saved = f"all {step} finished steps are saved; the same command resumes from there"
+            error.args = (f"{error}\n{saved if failed is None else failed}",)
         raise error
 
     def recovery_hint(self) -> str:
@@ -293,102 +248,129 @@ class Checkpointer:
             return ""
         return f". No step succeeded after {newest}: delete it to resume from the checkpoint before it"
 
-    def _write(self, step: int) -> None:
-        """Write a checkpoint and, on the first rank, its outputs.
+    # ---- the stages of a save
 
-        Raises SaveError, on all ranks, if the disk of any rank fails or its memory runs out.
+    def _stages(self, step: int, *, copy: bool) -> list[Callable[[], None]]:
+        """What this rank does to save. All ranks finish a stage before any begins the next.
+
+        copy: the first stage copies the state, so that the others may run in a thread while training goes on.
         """
-        unfinished, outputs = state.unfinished(self.root, step), self._outputs(step)
+        unfinished = state.unfinished(self.root, step)
+        shared: dict[str, Any] = {}
+        own: dict[str, Any] = {}
+        outputs: Outputs = {}
+
+        def read() -> None:
+            nonlocal shared, own, outputs
+            if self.main:
+                state.begin(unfinished)
+                shared = self._shared_state(copy=copy)
+                outputs = self.outputs(step, shared) if copy else self._outputs(step)
+            own = self._own_state(copy=copy)
 
         def write() -> None:
-            self._write_state(step, self._shared_state() if self.main else None, self._own_state())
+            if self.main:
+                state.write(unfinished, {"step": step, **shared}, self.config)
+            if own:
+                state.write_rank(unfinished, self.rank, own)
 
-        stages = (
-            (lambda: state.begin(unfinished), self.main),
-            (write, True),
-            (lambda: self._commit(step, outputs), self.main),
-        )
-        for stage, runs in stages:
-            if reason := run_on_all_ranks(self.device, stage, runs):
-                raise self._not_saved(step, reason)
-        self._write_outputs(step, outputs)
-        self.log.say(f"saved {step_folder(self.root, step).relative_to(self.folder)}")
+        def commit() -> None:
+            if self.main:
+                for path in outputs:  # left by an older checkpoint of this step
+                    remove(path)
+                state.commit(unfinished, self.root, step, self.config, self.metadata)
 
-    def _shared_state(self) -> dict[str, Any]:
-        return {name: item.state_dict() for name, item in self.items.items()}
+        def write_outputs() -> None:
+            if self.main:
+                self._write_missing(step, outputs)
 
-    def _own_state(self) -> dict[str, Any]:
+        return [read, write, commit, write_outputs]
+
+    def _save(self, step: int, *, in_thread: bool) -> SaveError | None:
+        """Save a checkpoint and its outputs, or only begin to. Returns the error if a rank had one."""
+        self.pending = _Save(step, self._stages(step, copy=in_thread), in_thread)
+        return self._next_stage() if in_thread else self._finish()
+
+    def _finish(self) -> SaveError | None:
+        """Run the pending save, if there is one, to its end. Returns the error if a rank had one."""
+        error = None
+        while self.pending is not None:
+            error = self._next_stage()
+        return error
+
+    def _next_stage(self) -> SaveError | None:
+        """Finish the current stage of the pending save and begin the next. Returns the error if a rank had one.
+
+        Every rank must call it.
+        """
+        save, self.pending = self.pending, None  # an error of any kind ends the save
+        reason = run_on_all_ranks(self.device, save.finish)
+        if reason is not None:
+            return self._outputs_missing(save.step, reason) if save.at_end else self._not_saved(save.step, reason)
+        if not save.at_end:
+            save.begin_next()
+            self.pending = save
+            return None
+        self.last_saved = save.step
+        self.failures.reset()
+        self.log.say(f"saved {step_folder(self.root, save.step).relative_to(self.folder)}")
+        return None
+
+    def _shared_state(self, *, copy: bool = False) -> dict[str, Any]:
+        shared = {name: item.state_dict() for name, item in self.items.items()}
+        if not copy:
+            return shared
+        futures.wait([self.reserving] if self.reserving else [])
+        return host_copy(shared, self.copies[0])
+
+    def _own_state(self, *, copy: bool) -> dict[str, Any]:
         """Of this rank."""
         per_rank = {name: i.rank_state_dict() for name, i in self.items.items() if hasattr(i, "rank_state_dict")}
-        return {name: part for name, part in per_rank.items() if part}
+        own = {name: part for name, part in per_rank.items() if part}
+        if not copy:
+            return own
+        changing = {name: part for name, part in own.items() if name not in self.uncopied_rank_state}
+        return own | host_copy(changing, self.copies[1])
 
-    def _write_state(self, step: int, shared: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
-        """Write what this rank writes of an unfinished checkpoint."""
-        folder = state.unfinished(self.root, step)
-        if shared is not None:
-            state.write(folder, {"step": step, **shared}, self.config)
-        if own:
-            state.write_rank(folder, self.rank, own)
+    def _outputs(self, step: int) -> Outputs:
+        """Those of the current weights, with the final ones after the last step."""
+        return self.outputs(step) | (self.final_outputs(step) if step >= self.max_steps else {})
 
-    def _commit(self, step: int, outputs: Outputs) -> None:
-        for path in outputs:  # left by an older checkpoint of this step
-            remove(path)
-        state.commit(state.unfinished(self.root, step), self.root, step, self.config, self.metadata)
+    def _write_missing(self, step: int, outputs: Outputs) -> None:
+        """Write the missing outputs and delete what exceeds `keep`."""
+        for path, writer in outputs.items():
+            if not path.exists():
+                writer(path)
+        state.prune(self.folder / "exports", self.keep)
+        for old in state.superseded(self.root, self.keep):
+            for path in self.outputs(old):
+                remove(path)
+            state.discard(self.root, old)
 
     def _not_saved(self, step: int, reason: str) -> SaveError:
         if self.main:
             _try_to_remove(state.unfinished(self.root, step))
         return SaveError(f"no checkpoint of step {step}: {reason}", self._lost())
 
-    # ---- asynchronous saves
+    def _outputs_missing(self, step: int, reason: str) -> SaveError:
+        return SaveError(
+            f"{step_folder(self.root, step)} is complete, but its outputs are not: {reason}",
+            "free disk space or memory, then run the same command again: it writes what is missing",
+        )
 
-    def _begin(self, step: int) -> SaveError | None:
-        """Copy all state to host memory and begin to write it. Returns the error if that fails on any rank."""
-        copies: dict[str, Any] = {}
+    def _lost(self) -> str:
+        newest = state.latest_state(self.root)
+        since = "all steps since the start" if newest is None else f"the steps after step {state.step_of(newest)}"
+        resumes = "starts from the beginning" if newest is None else f"resumes from {newest}"
+        return f"{since} are lost; free disk space or memory, then run the same command again: it {resumes}"
 
-        def copy() -> None:
-            if self.main:
-                futures.wait([self.reserving] if self.reserving else [])
-                state.begin(state.unfinished(self.root, step))
-                copies["shared"] = host_copy(self._shared_state(), self.copies[0])
-                copies["outputs"] = self.outputs(step, copies["shared"])
-            own = self._own_state()
-            kept = {name: part for name, part in own.items() if name in self.uncopied_rank_state}
-            changing = {name: part for name, part in own.items() if name not in kept}
-            copies["own"] = host_copy(changing, self.copies[1]) | kept
-
-        if reason := run_on_all_ranks(self.device, copy):
-            return self._not_saved(step, reason)
-        shared, own, outputs = copies.get("shared"), copies["own"], copies.get("outputs", {})
-        stages = [lambda: self._write_state(step, shared, own)]
-        if self.main:
-            stages += [lambda: self._commit(step, outputs), lambda: self._write_missing(step, outputs)]
-        else:
-            stages += [lambda: None, lambda: None]
-        self.pending = _Save(step, stages)
-        return None
-
-    def _next_stage(self) -> SaveError | None:
-        """Wait for the current stage of the pending save and begin the next. Returns the error if a rank had one.
-
-        Every rank must call it.
-        """
-        save = self.pending
-        reason = run_on_all_ranks(self.device, save.result)
-        if reason is None and save.stages:
-            save.start()
-            return None
-        self.pending = None
-        if reason is None:
-            self._saved(save.step)
-            self.log.say(f"saved {step_folder(self.root, save.step).relative_to(self.folder)}")
-            return None
-        if save.stages:
-            return self._not_saved(save.step, reason)
-        return self._outputs_missing(save.step, reason)
+    # ---- outputs at other times
 
     def complete_newest(self, step: int) -> None:
         """At the start of a run, remove what a killed process left and write missing outputs of the newest checkpoint.
+
+        Outputs of later steps, whose checkpoints the user has deleted, are removed: the run takes these steps again,
+        and until then they would pass for the newest.
 
         Raises SaveError, on all ranks, if the disk fails.
         """
@@ -399,13 +381,18 @@ class Checkpointer:
         def clean() -> None:
             for folder in (self.folder, self.root, self.folder / "exports", *self.folder.glob(".hydra/rank*")):
                 remove_unfinished(folder)
+            for later in state.later(self.folder / "exports", step) if resumed else ():
+                self.log.say(f"removing {step_folder(self.folder / 'exports', later)}: the run resumes at step {step}")
+                for path in self._outputs(later):
+                    remove(path)
 
         if reason := run_on_all_ranks(self.device, clean, self.main):
             raise SaveError(f"{self.folder} cannot be written to: {reason}", "fix that, then run the same command")
         for path in outputs:
             if self.main and not path.exists():
                 self.log.say(f"{newest} has no {path.relative_to(self.folder)} yet: writing it")
-        self._write_outputs(step, outputs)
+        if reason := run_on_all_ranks(self.device, lambda: self._write_missing(step, outputs), self.main):
+            raise self._outputs_missing(step, reason)
 
     def export_best(
         self, best: BestExport, scores: Mapping[str, float], step: int, export: Callable[..., None]
@@ -422,62 +409,44 @@ class Checkpointer:
             best.value, best.step = value, step
             self.log.say(f"{best.column} {value:.6g} is the best so far: {folder.relative_to(self.folder)}")
 
-    def _outputs(self, step: int) -> Outputs:
-        return self.outputs(step) | (self.final_outputs(step) if step >= self.max_steps else {})
-
-    def _write_outputs(self, step: int, outputs: Outputs) -> None:
-        """Write the missing outputs and delete what exceeds `keep`, on the first rank. Raises SaveError on all."""
-
-        if reason := run_on_all_ranks(self.device, lambda: self._write_missing(step, outputs), self.main):
-            raise self._outputs_missing(step, reason)
-
-    def _write_missing(self, step: int, outputs: Outputs) -> None:
-        for path, writer in outputs.items():
-            if not path.exists():
-                writer(path)
-        state.prune(self.folder / "exports", self.keep)
-        for old in state.superseded(self.root, self.keep):
-            for path in self.outputs(old):
-                remove(path)
-            state.discard(self.root, old)
-
-    def _outputs_missing(self, step: int, reason: str) -> SaveError:
-        return SaveError(
-            f"{step_folder(self.root, step)} is complete, but its outputs are not: {reason}",
-            "free disk space or memory, then run the same command again: it writes what is missing",
-        )
-
-    def _lost(self) -> str:
-        newest = state.latest_state(self.root)
-        since = "all steps since the start" if newest is None else f"the steps after step {state.step_of(newest)}"
-        resumes = "starts from the beginning" if newest is None else f"resumes from {newest}"
-        return f"{since} are lost; free disk space or memory, then run the same command again: it {resumes}"
-
 
 class _Save:
-    """An asynchronous save on this rank: its stages, of which one at a time runs in a thread."""
+    """A save on this rank, of which one stage runs at a time: in `finish`, or, but for the first, in a thread."""
 
-    def __init__(self, step: int, stages: list[Callable[[], None]]) -> None:
-        self.step, self.stages = step, stages
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.start()
+    def __init__(self, step: int, stages: list[Callable[[], None]], in_thread: bool) -> None:
+        self.step, self.in_thread = step, in_thread
+        self._current, *self._next = stages
+        self._thread: futures.Future[None] | None = None
 
-    def start(self) -> None:
-        """Begin the next stage."""
-        self.current = self.thread.submit(self.stages.pop(0))
-        if not self.stages:
-            self.thread.shutdown(wait=False)
+    @property
+    def at_end(self) -> bool:
+        """Whether the current stage is the last."""
+        return not self._next
 
     @property
     def running(self) -> bool:
-        return not self.current.done()
+        return self._thread is not None and not self._thread.done()
+
+    def begin_next(self) -> None:
+        self._current = self._next.pop(0)
+        if self.in_thread:
+            self._thread = _in_thread(self._current, "checkpoint")
+            self._current = self._thread.result
+
+    def finish(self) -> None:
+        """Run the current stage, or wait for it. Raises what it raises."""
+        self._current()
 
     def join(self) -> None:
-        futures.wait([self.current])
+        """Wait for the current stage, if it runs."""
+        futures.wait([self._thread] if self._thread else [])
 
-    def result(self) -> None:
-        """Wait for the stage. Raises what it raised."""
-        self.current.result()
+
+def _in_thread(run: Callable[[], None], name: str) -> futures.Future[None]:
+    executor = ThreadPoolExecutor(1, name)
+    future = executor.submit(run)
+    executor.shutdown(wait=False)
+    return future
 
 
 def _copied(saved: Any) -> Any:
@@ -499,12 +468,14 @@ def _load_item(checkpoint: Path, name: str, load: Callable[[Any], object], item_
 def run_on_all_ranks(device: torch.device, stage: Callable[[], Any], runs: bool = True) -> str | None:
     """Run a stage of saving on the ranks that have `runs`; every rank must call it.
 
-    Returns the errors of any rank's disk or memory; other errors propagate.
+    Returns the UserErrors of any rank, and the errors of its disk or memory; other errors propagate.
     """
     reason = None
     try:
         if runs:
             _, reason = catch_out_of_memory(stage)
+    except UserError as error:  # such as FileError of a file that cannot be written
+        reason = str(error)
     except (OSError, RuntimeError, SafetensorError) as error:
         if not is_disk_error(error):
             raise
@@ -523,80 +494,24 @@ def check_may_start(folder: Path, resume: bool) -> None:
         raise ResumeError(f"{folder} holds checkpoints and run.resume=false; give this run another run.name")
 
 
+def find_checkpoint(folder: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint from which a run starts, see state.starting_state. Every rank must call it.
+
+    Raises ResumeError, on all ranks, if they do not all find the same.
+    """
+    found = state.starting_state(folder / "checkpoints", resume_from)
+    names = set(distributed.all_gather_object(None if found is None else found.name))
+    if len(names) > 1:
+        raise ResumeError(
+            f"the ranks found the checkpoints {', '.join(sorted(map(str, names)))} in {folder}; all must see the same "
+            "folder, so put run.root on a shared disk"
+        )
+    return found
+
+
 def _try_to_remove(folder: Path) -> None:
     """Half a checkpoint keeps the disk full. The next start removes what cannot be removed now."""
     try:
         remove(folder)
     except OSError as error:
         log.warning("%s cannot be removed: %s", folder, error)
-
-
-# ---- state beside the objects that are trained
-
-BEST = "best"  # not step-*: it is neither pruned nor loaded as the newest export
-
-
-class _BestState(TypedDict):
-    column: str | None
-    value: float | None
-    step: int | None
-    missed: Annotated[Sequence[float], Size(2, 2)] | None
-
-
-class BestExport:
-    """The best validation score so far, whose weights are in exports/best.
-
-    column: name of the score; None keeps nothing. columns: all scores, and which values are better.
-    """
-
-    def __init__(self, column: str | None, columns: Mapping[str, Better]) -> None:
-        self.column, self.better = column, columns.get(column)
-        self.value: float | None = None
-        self.step: int | None = None
-        self.missed: tuple[float, int] | None = None  # value and step of a better export that could not be written
-
-    def beaten_by(self, value: float) -> bool:
-        """Whether `value` is better; an equal one is not."""
-        if not math.isfinite(value):
-            return False
-        return self.value is None or goodness(value, self.better) > goodness(self.value, self.better)
-
-    def require_written(self) -> None:
-        """Raises SaveError if exports/best is not of the best validation."""
-        if self.missed is None or not self.beaten_by(self.missed[0]):
-            return
-        value, step = self.missed
-        written = "there is none" if self.step is None else f"exports/{BEST} is of step {self.step}, {self.value:.6g}"
-        raise SaveError(
-            f"exports/{BEST} of step {step}, whose {self.column} is {value:.6g}, could not be written",
-            f"those weights are lost; {written}. Everything else of the run is complete",
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"column": self.column, "value": self.value, "step": self.step, "missed": self.missed}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The best under another score counts for nothing."""
-        check_fields(state, _BestState, key="best")
-        if state["column"] == self.column:
-            self.value, self.step, self.missed = state["value"], state["step"], state["missed"]
-
-
-class DataChanges:
-    """The rows of the training data, and after a load how they differ from those of the checkpoint."""
-
-    def __init__(self, fingerprint: Fingerprint | SourceFingerprints | None) -> None:
-        self.fingerprint = fingerprint
-        self.lines: list[str] = []
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {} if self.fingerprint is None else self.fingerprint.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        if self.fingerprint is None:
-            return
-        mixture = isinstance(self.fingerprint, SourceFingerprints)
-        if state and isinstance(state, Mapping) and any("/" in name for name in state) != mixture:
-            self.lines = [f"{'one source' if mixture else 'a mixture'} before, {'a mixture' if mixture else 'one'} now"]
-        else:
-            self.lines = self.fingerprint.changes_since(state)

@@ -6,6 +6,7 @@ ReplicatedDataParallel. Each rank saves its shard as plain tensors; DeepSpeed's 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ class DeepSpeedZero(Strategy):
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config={**config, **filled}, dist_init_required=False
         )
+        self.engine.optimizer.check_grad_overflow = True  # which DeepSpeed 0.19 turns off for fp32 weights
         self.model, self.sharded = self.engine, optimizer
         self.optimizer = EngineOptimizer(self.engine, optimizer)
         self._accumulate = accumulate
@@ -114,8 +116,8 @@ class DeepSpeedZero(Strategy):
         self._in_backward = False
 
     @contextmanager
-    def no_update(self) -> Iterator[None]:
-        """Inside, a step has one micro-batch, whose gradients are computed without the engine, and dropped."""
+    def no_update(self, micro_batches: int) -> Iterator[None]:
+        """Inside, gradients are computed without the engine, and dropped."""
         accumulate, backward = self._accumulate, self.backward
 
         def compute_gradients(loss: Tensor) -> None:
@@ -126,7 +128,7 @@ class DeepSpeedZero(Strategy):
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             self._without_grad = [n for n, g in zip(parameters, gradients, strict=True) if g is None]
 
-        self.model, self._accumulate, self.backward = self.engine.module, 1, compute_gradients
+        self.model, self._accumulate, self.backward = self.engine.module, micro_batches, compute_gradients
         try:
             yield
         finally:
@@ -144,7 +146,9 @@ class DeepSpeedZero(Strategy):
         return True
 
     def finish_step(self, grad_norm: float) -> tuple[bool, float]:
-        return self.engine.was_step_applied(), float(self.engine.get_global_grad_norm())
+        if not self.engine.was_step_applied():
+            return False, math.inf  # the engine's norm may be that of the step before
+        return True, float(self.engine.get_global_grad_norm())
 
     def discard_gradients(self) -> None:
         """Nothing: DeepSpeed cannot drop finite gradients, see can_skip_step."""

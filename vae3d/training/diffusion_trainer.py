@@ -24,9 +24,9 @@ from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.pictures import captioned_grid, displayable
-from vae3d.inference.scale import check_normalised
+from vae3d.latents.scale import check_normalised
 from vae3d.layout import place
-from vae3d.optim import can_fuse
+from vae3d.optim import adamw
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
@@ -34,11 +34,13 @@ from vae3d.training.failures import Count, SpikeGuard
 from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
-from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer
 from vae3d.transfer import to_device
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
+
+MAX_SKIPS = 20  # limit of steps that are not finite where failures have none: such a run would never end, nor learn
 
 # Settings that a resumed run must share with its checkpoint.
 MUST_MATCH = (
@@ -68,7 +70,8 @@ class DiffusionTrainer(Trainer[Batch]):
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
         network = place(network, accelerator.device)
-        optimizer = adamw(network.parameters(), config.optim, fused=can_fuse(accelerator.device))
+        params, device, optim = network.parameters(), accelerator.device, config.optim
+        optimizer = adamw(params, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
         super().__init__(
             config,
             folder,
@@ -78,7 +81,7 @@ class DiffusionTrainer(Trainer[Batch]):
             MultiEma(network, **asdict(config.trainer.ema)),
             data,
             logger,
-            spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures),
+            spikes=SpikeGuard(max_consecutive_skips=config.trainer.robust.max_consecutive_failures or MAX_SKIPS),
             metadata={CLIPS_PER_STEP: data.clips_per_step()},
         )
         identity = {name: vae[name] for name in ("encoder", "latents_mean", "latents_std")}
@@ -266,7 +269,7 @@ class DiffusionTrainer(Trainer[Batch]):
 
     def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
         weights = {
-            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][f"{rate:g}"])}
+            rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][str(rate)])}
             for rate, ema in self.ema.rates.items()
         }
         metadata = self._export_metadata(step)

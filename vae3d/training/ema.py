@@ -111,12 +111,12 @@ class MultiEma:
         return next(iter(self.rates.values())).applied()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {f"{rate:g}": ema.state_dict() for rate, ema in self.rates.items()}
+        return {str(rate): ema.state_dict() for rate, ema in self.rates.items()}
 
     def load_state_dict(self, state: Mapping[str, dict[str, Tensor]]) -> None:
         """Raises ResumeError for other rates, and as Ema does."""
         check_value(state, Mapping[str, Mapping], "ema")
-        names = {f"{rate:g}": ema for rate, ema in self.rates.items()}
+        names = {str(rate): ema for rate, ema in self.rates.items()}
         if state.keys() != names.keys():
             raise ResumeError(
                 f"has averages at the rates {', '.join(state)}, but trainer.ema.rates={list(names)}; they cannot be "

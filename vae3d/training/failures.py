@@ -25,6 +25,14 @@ class SpikeError(TooManyFailures):
     """Too many consecutive steps were skipped, or the run ends on skipped steps."""
 
 
+class SaveError(UserError):
+    """A checkpoint or an output of it could not be written. what: only that; lost: the consequence if the run ends."""
+
+    def __init__(self, what: str, lost: str) -> None:
+        super().__init__(f"{what}; {lost}")
+        self.what, self.lost = what, lost
+
+
 class _SpikeState(TypedDict):
     mean: float
     accepted: Count

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
-from vae3d.inference.scale import pixel_effect
+from vae3d.latents.scale import pixel_effect
 from vae3d.models.layers.linear_code import set_linear_code
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.spatial import SpatialVAE

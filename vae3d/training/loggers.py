@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from vae3d.arguments import flatten
 from vae3d.errors import UserError
 from vae3d.inference.video import write_video
 from vae3d.io import read_json, write_json
@@ -240,15 +241,10 @@ def _started(tracker: GeneralTracker) -> Any:
     return tracker
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+def flat(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     """Nested dicts as one, keys joined by dots; values other than numbers as text."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+    simple = bool | int | float | str
+    return {name: value if isinstance(value, simple) else str(value) for name, value in flatten(values).items()}
 
 
 class TensorBoardLogger(Logger):

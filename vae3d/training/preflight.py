@@ -24,24 +24,26 @@ class PreflightError(UserError):
 def preflight(trainer: Trainer[ClipBatch]) -> None:
     """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
-    Every update phase is tried on a micro-batch of the fewest and of the most frames, and, with buckets and mixtures,
-    of the fewest and of the most pixels. No weight, gradient, optimizer state or random state changes.
+    Every update phase is tried on micro-batches of the fewest and of the most frames, and, with buckets and mixtures,
+    of the fewest and of the most pixels; on two if a step has several, since the gradients of the first are there while
+    the second runs. No weight, gradient, optimizer state or random state changes.
     Raises PreflightError, on every rank, if memory runs out or a loss is not finite; PartError if a trainable part gets
     no gradient.
     """
     strategy, adversary, data = trainer.strategy, trainer.adversary, trainer.data
+    count = min(2, trainer.config.trainer.accumulate)
     phases = {adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
     for shape, (phase, step) in product(extremes(data.shapes()), phases.items()):
         batch, metrics = noise(shape, data.streams[shape.stream].settings), StepMetrics()
 
         def run(batch=batch, phase=phase, step=step, metrics=metrics) -> None:
-            moments = adamw_moments(strategy.optimizer)
-            trainer.forward_backward([batch], phase, step, metrics)
+            moments = [adamw_moments(strategy.optimizer), adamw_moments(adversary.optimizer)]
+            trainer.forward_backward([batch] * count, phase, step, metrics)
             del moments
 
-        with strategy.no_update():
+        with strategy.no_update(count):
             error = strategy.run_guarded(run)
-            adversary_error = adversary.sync_remaining(step, 1)
+            adversary_error = adversary.sync_remaining(step, count)
             status = trainer.sync_status(metrics, error, adversary_error)
             params_without_grad = strategy.params_without_grad() if status.completed and phase.model else []
         adversary.reset_step()
@@ -62,9 +64,9 @@ def extremes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
     return list(dict.fromkeys((by_frames[0], by_frames[-1], by_pixels[0], by_pixels[-1])))
 
 
-def adamw_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """As much memory as AdamW allocates in its first step; nothing if it has stepped."""
-    if optimizer.state:
+def adamw_moments(optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    """As much memory as AdamW allocates in its first step; nothing if it has stepped, or there is none."""
+    if optimizer is None or optimizer.state:
         return []
     return [torch.empty_like(p) for group in optimizer.param_groups for p in group["params"] for _ in range(2)]
 

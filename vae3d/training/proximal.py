@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from typing import TypedDict
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from vae3d.arguments import check_fields
 from vae3d.checkpoints.state import ResumeError
+from vae3d.hashing import weights_hash
 
 
 class _ProximalState(TypedDict):
@@ -66,11 +66,5 @@ class Proximal:
 
     @cached_property
     def digest(self) -> str | None:
-        """SHA-256 of the names and values of the anchor; None without one."""
-        if not self.anchor:
-            return None
-        digest = hashlib.sha256()
-        for name, tensor in self.anchor.items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy())
-        return digest.hexdigest()
+        """weights_hash of the anchor; None without one."""
+        return weights_hash(self.anchor) if self.anchor else None

@@ -44,11 +44,15 @@ class RunLog:
         self.folder, self.logger, self.rank = folder, logger, rank
         self.main = rank == 0
         self._broken: set[str] = set()
+        self._errors = f"data_errors{rank or ''}.jsonl"
+        self._recorded: set[str] = set()  # its lines
         self._bar: Bar | None = None
         self._timer: Countdown | None = None
 
     def open(self, step: int, max_steps: int) -> None:
         """Lock the run's folder and start writing at `step`. Raises RunLocked."""
+        if (file := self.folder / self._errors).is_file():
+            self._recorded = set(file.read_text(errors="replace").splitlines())
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -132,21 +136,22 @@ class RunLog:
             self.logger.video(name, frames, 8.0, step, caption)
 
     def errors(self, errors: Iterable[tuple[str, str]]) -> None:
-        """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N)."""
+        """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N); in the
+        file also if the run resumes."""
         for path, reason in errors:
             if path in self._broken:
                 continue
             self._broken.add(path)
             log.warning("cannot be read, another file replaces it: %s: %s", path, reason)
             with self._warn_on_os_error(f"the error of {path}"):
-                self._append(f"data_errors{self.rank or ''}.jsonl", {"path": path, "reason": reason})
+                self._record(path, reason)
 
     def skipped_files(self, files: Iterable[tuple[str, str]]) -> None:
         """List readable files that are not used, such as too small ones, in data_errors.jsonl."""
         if self.main:
             with self._warn_on_os_error("the list of skipped files"):
                 for path, reason in files:
-                    self._append("data_errors.jsonl", {"path": path, "reason": reason})
+                    self._record(path, reason)
 
     def close(self, failed: bool = False) -> None:
         """May be called twice, and after an error. failed: say so to the logger."""
@@ -181,6 +186,12 @@ class RunLog:
             yield
         except OSError as error:
             log.warning("%s is not recorded: %s", what, error)
+
+    def _record(self, path: str, reason: str) -> None:
+        entry = {"path": path, "reason": reason}
+        if (line := json.dumps(entry)) not in self._recorded:
+            self._append(self._errors, entry)
+            self._recorded.add(line)
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
         with open_nofollow(self.folder / name, "a+b") as stream:

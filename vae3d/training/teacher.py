@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.errors import UserError
+from vae3d.hashing import weights_hash
 from vae3d.models.interface import convert_latents, latent_space
+from vae3d.models.registry import config_of
 from vae3d.precision import cast_keep_stats
-from vae3d.seeding import generator_of, seed_of
+from vae3d.seeding import seed_of
 from vae3d.text import plural
 from vae3d.training.teacher_cache import TargetCache
 from vae3d.types import ClipBatch, Reconstruction, TeacherTargets
@@ -76,8 +78,14 @@ class Distillation:
 
         self.cache = None
         if cache is not None and not next(teacher.parameters()).is_meta:
-            of = {"precision": str(dtype), "features": self.features, "student": latent_space(student)}
-            self.cache = TargetCache(cache, self.teacher, of, cache_gib)
+            of = {
+                "config": config_of(teacher),  # also padding and latent scale, which no weight holds
+                "weights": weights_hash(self.teacher.state_dict()),
+                "precision": str(dtype),
+                "features": self.features,
+                "student": latent_space(student),
+            }
+            self.cache = TargetCache(cache, of, cache_gib)
 
     def compute_targets(self, batch: ClipBatch, pixels: Tensor | None = None) -> ClipBatch:
         """The clip with targets: the teacher's latents in the student's convention, and features. No gradients.
@@ -98,7 +106,9 @@ class Distillation:
     def _compute_targets(self, batch: ClipBatch) -> ClipBatch:
         video = batch.video.to(self.dtype)
         posterior = self.teacher.encode(video)
-        z = posterior.sample(self._noise(batch)) if self.sample else posterior.mode()
+        z = posterior.mode()
+        if self.sample:
+            z = posterior.sample(batch.generators(self.seed, video.device, "teacher"))
         features: dict[str, Tensor] = {}
         if self.features:
             with capture_activations(self.teacher, list(self.features.values()), len(video)) as activations:
@@ -141,12 +151,6 @@ class Distillation:
                 )
         channels = {name: (shape[1], target.features[name].shape[1]) for name, shape in shapes.items()}
         return StudentWithProjections(student, channels).to(video.device)
-
-    def _noise(self, batch: ClipBatch) -> list[torch.Generator] | None:
-        if batch.video.is_meta:
-            return None
-        device = batch.video.device
-        return [generator_of(self.seed, position, "teacher", device=device) for position in batch.positions.tolist()]
 
 
 class StudentWithProjections(nn.Module):

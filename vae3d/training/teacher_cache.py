@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from vae3d import distributed
+from vae3d.hashing import json_hash
 from vae3d.io import TMP_NAME, atomic_path, naming
 from vae3d.transfer import to_device
 from vae3d.types import TeacherTargets
+
+log = logging.getLogger("vae3d")
 
 LATENTS = "z"
 FEATURE = "feature:"
@@ -29,20 +33,18 @@ class TargetCache:
 
     So they are the same bits as those of the teacher, whatever the order, the ranks, or where a run was killed; another
     teacher, precision, batch size or choice of features has files of its own. It pays if clips repeat: no random crop,
-    no flip. A file is complete from when it has its name; a damaged one is computed and written again.
+    no flip. A file is complete from when it has its name; a damaged one is computed and written again. Once a write
+    fails, this rank adds no more.
 
-    folder: shared by any number of runs. of: what the targets depend on beside the teacher's weights. gib: GiB of files
-    after which nothing is added.
+    folder: shared by any number of runs. of: what the targets depend on, JSON-able. gib: GiB of files after which
+    nothing is added; the ranks share equally what is left of it.
     """
 
-    def __init__(self, folder: str, teacher: nn.Module, of: Mapping[str, Any], gib: float) -> None:
-        digest = hashlib.blake2b(json.dumps(of, sort_keys=True).encode(), digest_size=16)
-        for name, tensor in sorted(teacher.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(_bytes(tensor))
-        self.folder = Path(folder) / digest.hexdigest()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.room = int(gib * 2**30) - _clean(self.folder)
+    def __init__(self, folder: str, of: Mapping[str, Any], gib: float) -> None:
+        self.folder = Path(folder) / json_hash(of)
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.room = (int(gib * 2**30) - _clean(self.folder)) // distributed.world_size()
         self.hits = 0
         self.misses = 0
 
@@ -58,7 +60,7 @@ class TargetCache:
             file = self._file(key)
             try:
                 clips.append(load_file(file))
-            except FileNotFoundError:
+            except OSError:  # not there, or its disk fails
                 break
             except SafetensorError:
                 file.unlink(missing_ok=True)  # another rank may have done so
@@ -80,10 +82,14 @@ class TargetCache:
             if size > self.room or file.exists():
                 continue
             self.room -= size
-            with naming(file):
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            try:
                 file.parent.mkdir(exist_ok=True)
                 with atomic_path(file) as tmp:  # another rank may write the same clip
-                    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, tmp)
+                    save_file(tensors, tmp)
+            except (OSError, SafetensorError) as error:  # training goes on without it
+                log.warning(f"teacher.cache: {file} cannot be written, so this rank adds no more targets: {error}")
+                self.room = 0
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key[2:]}.safetensors"

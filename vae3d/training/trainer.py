@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.checkpoints import state
+from vae3d.data.fingerprint import DataChanges
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.io import read_json
@@ -29,7 +30,8 @@ from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
 from vae3d.text import plural
-from vae3d.training.checkpointer import BestExport, Checkpointer, DataChanges, Outputs, step_folder
+from vae3d.training.best import BestExport
+from vae3d.training.checkpointer import Checkpointer, Outputs, step_folder
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, ReadErrors, SpikeGuard, TooManyFailures
 from vae3d.training.freeze import eval_mode, parameter_list
@@ -43,7 +45,7 @@ from vae3d.transfer import InputCopies, read
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import Optim, TrainConfig
+    from vae3d.config.schema import TrainConfig
 
 MIN_GRAD_NORM = 1e-12  # below it a gradient counts as zero
 STEP_TIMEOUT = timedelta(minutes=10)  # of a step's collectives, beside the time that a rank may wait for data
@@ -101,6 +103,12 @@ class Trainer(ABC, Generic[Batch]):
             "for memory raise trainer.accumulate or lower data.batch_size, data.frames.max, data.height or data.width; "
             f"for files see {folder}/data_errors*.jsonl",
         )
+        self.discriminator_failures = FailureCounter(
+            spikes.max_consecutive_skips,
+            "trainer.spike.max_consecutive_skips",
+            "updates of the discriminator in a row had a loss or gradient that is not finite",
+            "lower adversary.lr, or use adversary=none",
+        )
         self.zero_gradient = FailureCounter(
             max_zero_gradients,
             "trainer.robust.zero_gradient",
@@ -134,6 +142,7 @@ class Trainer(ABC, Generic[Batch]):
         self.checkpointer.register("ema", self.ema)
         self.checkpointer.register("spikes", self.spikes)
         self.checkpointer.register("failed_steps", self.failed_steps)
+        self.checkpointer.register("discriminator_failures", self.discriminator_failures)
         self.checkpointer.register("zero_gradient", self.zero_gradient)
         self.checkpointer.register("reads", self.read_errors)
         self.checkpointer.register("meter", self.meter)
@@ -206,12 +215,12 @@ class Trainer(ABC, Generic[Batch]):
     def optimizer(self) -> torch.optim.Optimizer:
         return self.strategy.optimizer
 
-    def setup(self) -> None:
-        """Resume from the newest checkpoint, if there is one, lock the run's folder and open its log.
+    def setup(self, checkpoint: Path | None) -> None:
+        """Resume from `checkpoint`, see find_checkpoint, lock the run's folder and open its log.
 
         Raises ResumeError for a checkpoint of a different run, RunLocked if another process trains in the folder.
         """
-        changed = self.resume()
+        changed = {} if checkpoint is None else self.resume(checkpoint)
         self.prepare()
         self.log.open(self.step, self.config.trainer.max_steps)
         self.log.launch(self.step, asdict(self.config), changed, self.data_changes.lines)
@@ -219,12 +228,10 @@ class Trainer(ABC, Generic[Batch]):
         for key, (old, new) in changed.items():
             self.log.say(f"{key} changed at step {self.step} from {old} to {new}")
         self.log.errors(self.data.errors)
+        self.log.skipped_files(self.data.skipped_files)
 
-    def resume(self) -> dict[str, tuple[Any, Any]]:
-        """Load the checkpoint that the run continues, if there is one. Returns the settings that changed since."""
-        checkpoint = self.checkpointer.find(self.config.run.resume_from)
-        if checkpoint is None:
-            return {}
+    def resume(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
+        """Load the checkpoint. Returns the settings that changed since."""
         changed = self.check_same_run(checkpoint)
         self.step = self.checkpointer.load(checkpoint)
         return changed
@@ -373,7 +380,7 @@ class Trainer(ABC, Generic[Batch]):
             if self.rank in decision.ranks:
                 self.log_own_failure(batches, metrics, out_of_memory)
         result = StepResult(status, averages, applied, reason)
-        self.count_failures(result)
+        self.count_failures(result, scalars.get("discriminator", math.nan) if phase.discriminator else None)
         return result
 
     def sync_status(
@@ -406,9 +413,10 @@ class Trainer(ABC, Generic[Batch]):
         cause = out_of_memory or terms or "no readable file"
         self.log.warn(f"step {self.step}, rank {self.rank}: {cause}; clips: {clips}", any_rank=True)
 
-    def count_failures(self, result: StepResult) -> None:
+    def count_failures(self, result: StepResult, discriminator: float | None = None) -> None:
         """End the run, after saving, if a failure repeats too often. All ranks count the same.
 
+        discriminator: norm of its gradient, NaN if there is none; None in a step that does not train it.
         Raises DataError for too many unreadable files, SpikeError for too many steps that are not finite, otherwise
         TooManyFailures.
         """
@@ -427,6 +435,11 @@ class Trainer(ABC, Generic[Batch]):
                 )
             if not result.applied:
                 self.spikes.check_limit(result.reason)
+            if status.completed and discriminator is not None:
+                if math.isfinite(discriminator):
+                    self.discriminator_failures.reset()
+                else:
+                    self.discriminator_failures.record(status.failure() or f"gradient norm {discriminator:g}")
             if status.completed:
                 self.failed_steps.reset()
             else:
@@ -545,12 +558,6 @@ class Trainer(ABC, Generic[Batch]):
         except PixelError as raised:
             return None, str(raised)
         return result, error and f"{error}; {memory_hint}"
-
-
-def adamw(params: Iterable[Any], optim: Optim, *, fused: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        params, betas=tuple(optim.betas), eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
-    )
 
 
 class StepBatches(Generic[Batch]):

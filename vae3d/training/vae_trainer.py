@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,26 +23,27 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.clips import Unreadable
 from vae3d.data.loader import TrainingData
 from vae3d.data.streaming import StreamingData, StreamingState
-from vae3d.inference.scale import ScaleError, longest_clips, measure, rescaled
+from vae3d.latents.scale import ScaleError, longest_clips, measure, rescaled
 from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
 from vae3d.metrics.registry import resolve
-from vae3d.models.interface import attach_decoder
-from vae3d.optim import can_fuse
+from vae3d.optim import adamw
 from vae3d.precision import DTYPES
-from vae3d.training.checkpointer import BestExport, Outputs, step_folder
+from vae3d.training.best import BestExport
+from vae3d.training.checkpointer import Outputs, step_folder
 from vae3d.training.deepspeed import DeepSpeedZero
 from vae3d.training.ema import Ema
 from vae3d.training.failures import SpikeGuard
-from vae3d.training.freeze import eval_mode, set_mode, train_parts
+from vae3d.training.freeze import eval_mode
 from vae3d.training.loggers import Loggers
 from vae3d.training.preflight import preflight
 from vae3d.training.proximal import Proximal
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
+from vae3d.training.student import build_student, reconstruct
 from vae3d.training.teacher import Distillation, StudentWithProjections
-from vae3d.training.trainer import CLIPS_PER_STEP, Trainer, adamw
+from vae3d.training.trainer import CLIPS_PER_STEP, Trainer
 from vae3d.training.vae_validation import BETTER, ValidatedClip, group_scores, log_clips, mean_scores, validate
 from vae3d.types import ClipBatch
 
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     """Trains the parts of `network` that config.stage names under `objective`, with an adversary and a teacher if any.
 
-    A step calls the student: the network or, if a teacher's features are matched, the network with projections.
+    A step calls the student, see build_student.
     """
 
     def __init__(
@@ -71,26 +72,18 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     ) -> None:
         self.objective, self.metrics, self.distillation = objective, metrics, distillation
         robust = config.trainer.robust
-        network = with_autocast(accelerator, place(network, accelerator.device))
-        groups = train_parts(network, config.stage.train)
-        set_mode(network, config.stage.train)
-        student, self.projections = network, nn.ModuleList()
-        if distillation is not None:
-            student = distillation.wrap_student(network, max(shape.frames for shape in data.shapes()))
-        if isinstance(student, StudentWithProjections):
-            self.projections = student.projections
-            groups.append({"params": list(self.projections.parameters()), "part": "projections", "lr_scale": 1.0})
-            student = with_autocast(accelerator, student)
-        if objective.logvar is not None:
-            logvar = {"params": [objective.logvar], "part": "logvar", "lr_scale": config.loss.logvar_lr}
-            groups.append({**logvar, "weight_decay": 0.0})
+        network = place(network, accelerator.device)
+        frames = max(shape.frames for shape in data.shapes())
+        student, groups = build_student(config, network, objective, distillation, frames)
+        self.projections = student.projections if isinstance(student, StudentWithProjections) else nn.ModuleList()
 
         ema = Ema(network, **asdict(config.trainer.ema))
         proximal = Proximal(network, config.optim.proximal)
         adversary.load(network, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
-        fused = can_fuse(accelerator.device) and replicated  # DeepSpeed may step on another device
-        optimizer = adamw(groups, config.optim, fused=fused)
+        device = accelerator.device if replicated else None  # DeepSpeed may step on another
+        optim = config.optim
+        optimizer = adamw(groups, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
         if replicated:
             reduce_dtype = DTYPES[config.trainer.reduce_dtype]
             strategy = ReplicatedDataParallel(accelerator, student, optimizer, reduce_dtype)
@@ -130,10 +123,6 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         self.checkpointer.register("proximal", proximal)
         self.checkpointer.register("adversary", adversary, optional_rank_state=True, copy_rank_state=False)
 
-    def setup(self) -> None:
-        super().setup()
-        self.log.skipped_files(self.data.skipped_files)
-
     def load_batches(self, stopping: Callable[[], bool]) -> Iterator[ClipBatch | Unreadable]:
         return self.data.clips(self.step, self.config.trainer.max_steps, stopping)
 
@@ -151,17 +140,11 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     ) -> None:
         for on_host, batch in zip(batches, self.inputs.each(batches), strict=True):
             batch = batch.to(self.device)
-            settings: dict[str, Any] = {
-                "pixels": self.objective.needs_pixels,
-                "generator": batch.generators(self.config.run.seed, self.device),
-                "noise": self.config.stage.latent_noise,
-            }
-            if self.distillation is not None:
-                batch = self.distillation.compute_targets(batch, pixels=on_host.video)
-                settings["latents"] = self.distillation.latents(batch, step)
-                settings["encode"] = self.objective.needs_posterior
             with torch.set_grad_enabled(phase.model):
-                out = attach_decoder(self.strategy.model(batch.video, **settings), self.network)
+                student, network = self.strategy.model, self.network
+                batch, out = reconstruct(
+                    self.config, student, network, self.objective, self.distillation, batch, step, on_host.video
+                )
 
             if phase.model:
                 loss, terms = self.objective(batch, out, step)
@@ -216,7 +199,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         return means
 
     def validate_clips(self, metrics: MetricSet) -> list[ValidatedClip]:
-        """The held-out clips of all ranks, in order; none, with a warning, if a rank fails."""
+        """The held-out clips of all ranks, in order, on the first rank with panels; none, with a warning, if a rank
+        fails."""
         config, depth = self.config.validation, self.config.data.depth.mapping
 
         def compute() -> list[ValidatedClip]:
@@ -224,8 +208,13 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             return validate(self.network, held_out, metrics, self.device, shown, roll=config.roll, depth=depth)
 
         clips = self.validate_on_all_ranks(compute, memory_hint="lower validation.frames")
-        ranks = [] if clips is None else distributed.all_gather_object(clips)
-        return sorted((clip for rank in ranks for clip in rank), key=lambda clip: clip.index)
+        if clips is None:
+            return []
+        ranks = distributed.gather_to_main({clip.index: clip.panels for clip in clips})  # large
+        panels = {index: shown for rank in ranks for index, shown in rank.items()}
+        ranks = distributed.all_gather_object([replace(clip, panels=None) for clip in clips])
+        clips = [replace(clip, panels=panels.get(clip.index)) for rank in ranks for clip in rank]
+        return sorted(clips, key=lambda clip: clip.index)
 
     # ---- checkpoints
 
@@ -333,12 +322,3 @@ def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
         profile_memory=True,
     ) as recorder:
         yield recorder.step
-
-
-def with_autocast(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """Make the module's own forward run in trainer.precision; DeepSpeed turns off an autocast around it.
-
-    evaluation_mode keeps Accelerate from wrapping the module in DDP, which the strategy replaces. It changes nothing
-    else: the module stays in train mode.
-    """
-    return accelerator.prepare_model(module, evaluation_mode=True)

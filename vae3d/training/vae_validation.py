@@ -137,15 +137,14 @@ def validate(
     roll: also score how well the reconstruction of a rotated panorama matches the rotated reconstruction (`roll_psnr`).
     depth: mapping of depth clips, for AbsRel and delta1 in metres.
     """
-    metrics.reset()  # a validation that failed may have left a clip
     done = []
     for clip in clips:
         clip = clip.to(device)
         out = model(clip.video, sample=False)
         before = to_uint8(clip.video[0], clip.paths[0])
         after = to_uint8(out.video[0], f"reconstruction of {clip.paths[0]}")
-        metrics.update(*(as_unit(scorable(frames), device) for frames in (before, after)))
-        index, result = int(clip.positions), metrics.result()
+        result = metrics.score([(as_unit(scorable(before), device), as_unit(scorable(after), device))])
+        index = int(clip.positions)
         shown, spatial = None, {}
         if index < panels:
             shown = {"original": displayable(before), "latent": latent_colours(out.z[0], before.shape[:3])}
@@ -153,8 +152,8 @@ def validate(
                 frames = model.decode_spatial(out.spatial.latent)[..., : before.shape[1], : before.shape[2]]
                 alone = to_uint8(frames[0], f"{SPATIAL}: {clip.paths[0]}")
                 of_clips = metrics.subset([m.name for m in metrics if not isinstance(m, SetMetric)])
-                of_clips.update(*(as_unit(scorable(frames), device) for frames in (before, alone)))
-                spatial = values_of(of_clips.result())
+                both = as_unit(scorable(before), device), as_unit(scorable(alone), device)
+                spatial = values_of(of_clips.score([both]))
                 shown[SPATIAL] = displayable(alone)
             shown["reconstruction"] = displayable(after)
         scores = {"roll_psnr": roll_consistency(model, clip.video)} if roll else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +25,7 @@ from vae3d.data.clips import ClipSettings
 from vae3d.data.file_table import as_file_table
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
-from vae3d.inference.scale import (
+from vae3d.latents.scale import (
     LatentStats,
     ScaleError,
     measure,
@@ -226,6 +227,15 @@ def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsy
     assert script(tmp_path / "b", tmp_path / "t.csv") == 2
     assert script(tmp_path / "a", videos, "--out", tmp_path / "b") == 2
     assert "already exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("std", [math.nan, math.inf, 2e6, 5e-7])
+def test_a_deviation_that_no_export_can_have_is_refused(tmp_path, std):
+    """Such as that by pixels of a channel that the decoder ignores."""
+    model, checkpoint = saved("wan", tmp_path)
+    measured = LatentStats(1, torch.zeros(4), torch.tensor([1.0, std, 1, 1]))
+    with pytest.raises(ScaleError, match="channel 1 "):
+        rescaled(checkpoint, model, measured)
 
 
 def test_by_pixels_a_channel_that_the_decoder_hears_less_gets_a_larger_deviation():

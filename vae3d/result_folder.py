@@ -73,6 +73,6 @@ def settings_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> st
     return ", ".join(f"{n} is {short(there.get(n))} there and {short(here.get(n))} here" for n in names) or None
 
 
-def begin(folder: Path, command: Mapping[str, Any]) -> None:
+def write_command(folder: Path, command: Mapping[str, Any]) -> None:
     """Write command.json, before the first result."""
     write_json(folder / COMMAND, dict(command))

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from vae3d.arguments import DEVIATIONS
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.file_table import FileTable, as_file_table
@@ -195,15 +196,18 @@ def rescaled(
 
     A SpatialVAE gets scaling_factor = 1 / std of all channels; with `shift` also shift_factor = the mean, which is 0 in
     SD and SDXL; with `per_channel` both per channel. Other models get latents_mean and latents_std, per channel.
-    Raises ScaleError for latents that do not vary.
+    Raises ScaleError for latents that do not vary, or, measured by pixels, do not reach them.
     """
     one_factor = isinstance(model, SpatialVAE) and not per_channel
     if one_factor:
         means, stds = ([value] for value in measured.over_channels())
     else:
         means, stds = measured.mean.tolist(), measured.std.tolist()
-    if constant := [str(channel) for channel, std in enumerate(stds) if not std > 0]:
-        raise ScaleError(f"latents of channel {', '.join(constant)} do not vary, and cannot be scaled to unit variance")
+    if constant := [str(channel) for channel, std in enumerate(stds) if not DEVIATIONS.allows(std)]:
+        raise ScaleError(
+            f"latents of channel {', '.join(constant)} do not vary, or do not reach the pixels, and cannot be scaled "
+            "to unit variance"
+        )
     if isinstance(model, SpatialVAE):
         factors = {"scaling_factor": [1 / std for std in stds], "shift_factor": means}
         if one_factor:
