@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -130,7 +130,8 @@ class TrainingStep:
         set_mode(self.model, config.stage.train)
         if config.stage.no_micro_batching and hasattr(self.model, "micro_frames"):
             self.model.micro_frames = None
-        self.distillation, self.student = train.build_distillation(config, teacher, self.model), self.model
+        uncached = replace(config, teacher=replace(config.teacher, cache=None))  # noise never comes again
+        self.distillation, self.student = train.build_distillation(uncached, teacher, self.model), self.model
         if self.distillation is not None:
             self.student = self.distillation.wrap_student(self.model, self.frames)
         if isinstance(self.student, StudentWithProjections):
