@@ -172,7 +172,7 @@ def test_compare_gives_paired_differences_with_intervals(tmp_path, capsys):
         "psnr",
     ]
     assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
-    (row, _) = json.loads((tmp_path / "out/x_rec/comparison.json").read_text())["differences"]
+    (row, _) = json.loads((tmp_path / "out/comparison.json").read_text())["differences"]
     gaps = [
         psnr(original(i), degrade(original(i), 3.0 * (i + 1))).mean() - psnr(original(i), noisy(i)).mean()
         for i in range(3)
