@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from ast import literal_eval
@@ -101,19 +102,33 @@ def test_help_and_errors_of_flags_and_keys_need_no_torch_tables_or_readers(tmp_p
             assert "usage:" in printed
         else:
             assert ("Settings, KEY=VALUE" if flag == "--help" else flag.partition("=")[0]) in printed
+            if flag == "--help":
+                assert printed.startswith(f"usage: vae3d {name} KEY=VALUE ...\n")
+                assert f"vae3d {name} {cli.COMMANDS[name].example}\n" in printed
     assert not list(tmp_path.iterdir())
 
 
-def test_the_help_of_a_configured_command_is_the_one_that_hydra_prints(capsys, monkeypatch):
+def test_the_help_of_a_configured_command_is_the_one_that_hydra_prints_without_groups_of_other_commands(
+    capsys, monkeypatch
+):
     """Hydra's own takes two seconds."""
-    ours = help.help_text("train", ["model=wan", "stage=finetune"])
+    ours = help.help_text("train", ["model=wan", "stage=finetune"]).splitlines()
     monkeypatch.setattr(sys, "argv", ["train.py", "model=wan", "stage=finetune", "--help"])
     monkeypatch.setattr(
         "hydra._internal.hydra.configure_log", lambda *_: None
     )  # else later tests log to this one's stream
     with pytest.raises(SystemExit):
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda cfg: None)()
-    assert capsys.readouterr().out == f"{ours}\n"
+    theirs = capsys.readouterr().out.splitlines()
+    others = [line for line in theirs if re.match("(denoiser|latent_experiment|process): ", line)]
+    assert len(others) == 3
+    assert ours == [line for line in theirs[:-1] if line not in others]
+
+
+def test_the_help_of_diffusion_offers_no_choices_of_autoencoders():
+    resolve_name(cli.COMMANDS["train-diffusion"].check)  # registers the defaults
+    groups = re.findall(r"^([\w/]+): \w+, ", help.help_text("diffusion", []), re.MULTILINE)
+    assert groups == ["data", "debug", "denoiser", "latent_experiment", "launcher", "logger", "optim", "process"]
 
 
 def test_help_of_an_unknown_choice_is_an_error(tmp_path):

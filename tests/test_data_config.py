@@ -79,6 +79,7 @@ def test_a_source_has_the_settings_of_data_where_it_gives_none():
         ([*BASE, "data.buckets.aspects=[auto,16:9]"], "data.buckets.aspects", "alone"),
         ([*BASE, "data.buckets.aspekts=[auto]"], "data.buckets.aspekts", "data.buckets.aspects"),
         ([*BASE, "data.buckets.frames=[1,17]", "data.frames.images=0.2"], "data.frames.images", "data.buckets.frames"),
+        ([*BASE, "data.buckets.frames=[1,17]", "data.frames.images=0.2"], "data.frames.images", "data=mixture"),
         ([*BASE, "data.buckets.frames=[1,17]", "data.frames.fit=true"], "data.frames.fit", "false"),
         ([*BASE, "data.buckets.frames=[1,17]", "data.short_side=300"], "data.short_side", "null"),
         ([*BASE, "data.buckets.frames=[1,17]", "data.panorama=true", "data.width=512"], "data.buckets", "null"),

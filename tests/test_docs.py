@@ -6,18 +6,28 @@ import importlib
 import inspect
 import json
 import re
+import shlex
+from collections.abc import Iterator
 
 import pytest
+from omegaconf import DictConfig
 
 import vae3d
 from docs import make_diffusers_table, make_speed_chart, site_hooks
 from tests import tiny
 from vae3d.arguments import without_source_name
+from vae3d.commands import cli
+from vae3d.config.issues import ConfigError, ConfigIssue, raise_if_any
+from vae3d.config.overrides import allow_unknown_keys, override_issues
 from vae3d.config.schema import CONF
+from vae3d.config.validate import training_issues
 
 DOCS = tiny.ROOT / "docs"
 PAGES = [tiny.ROOT / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "reference.md", DOCS / "needs.md"})]
 SECTIONS = ("adversary", "data", "debug", "launcher", "loss", "model", "optim", "run", "stage", "teacher", "trainer")
+CONFIGURED = {name: command for name, command in cli.COMMANDS.items() if isinstance(command, cli.HydraCommand)}
+SCRIPTS = {"train.py": "train", "infer.py": "infer", "compare.py": "compare", "encode_latents.py": "encode"}
+SCRIPTS |= {"train_latent_diffusion.py": "train-diffusion", "sample_latent_diffusion.py": "sample"}
 SETTING = re.compile(rf"(?<![\w./-])((?:{'|'.join((*SECTIONS, 'validation'))})(?:\.\w+)+)=")
 
 
@@ -36,6 +46,51 @@ def test_settings_in_the_pages_exist(page):
         free = key.startswith(("loss.terms.", "teacher.features", "stage.init_from.", "stage.train.", "data.sources."))
         of_node = key.split(".")[0] in ("model", "adversary") or key.startswith("data.source.")
         assert free or key in keys or (of_node and key.rpartition(".")[2] in arguments), key
+
+
+def printed_commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Name and words of the configured commands in blocks, and in `code`, where `...` stands for what is left out.
+    Those that a shell or a sweep completes are skipped, and keys without values."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    named = re.compile(rf"(?:vae3d ({'|'.join(CONFIGURED)})|({'|'.join(map(re.escape, SCRIPTS))}))( .*)")
+    for line in [*blocks.splitlines(), *(f"{code} ..." for code in inline)]:
+        if "$" not in line and (match := named.search(line)):
+            words = shlex.split(match[3], comments=True)
+            if not {"-m", "--help"} & {*words}:
+                yield match[1] or SCRIPTS[match[2]], [word for word in words if not word.endswith("=")]
+
+
+def issues_of(name: str, words: list[str]) -> list[ConfigIssue]:
+    """What the check says, without files and packages that are missing here, and values of `...`."""
+    command = CONFIGURED[name]
+    arguments = [re.sub(rf"^{command.path_node}=", f"{command.path_node}.path=", word) for word in words if "=" in word]
+    arguments += ["run.name=test"] * (command.metric is not None)
+    issues = override_issues(allow_unknown_keys(arguments))
+    if not issues:
+        try:
+            check = cli.resolve_name(command.check) if name != "train" else without_meta_device
+            check(tiny.compose(*arguments, config=command.config_name))
+        except ConfigError as error:
+            issues = error.issues
+    elsewhere = ("no such file or folder", "needs the package", *["required"] * ("..." in words))
+    return [issue for issue in issues if not issue.message.startswith(elsewhere)]
+
+
+def without_meta_device(cfg: DictConfig) -> None:
+    raise_if_any(training_issues(cfg)[1])
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "extend"], ids=lambda page: page.stem)
+def test_the_commands_on_the_pages_pass_their_checks(page):
+    """On docs/extend.md they need what the reader adds."""
+    for name, words in printed_commands(page.read_text()):
+        assert not issues_of(name, words), shlex.join([name, *words])
+
+
+def test_the_examples_of_help_pass_their_checks():
+    for name, command in CONFIGURED.items():
+        assert not issues_of(name, command.example.split()), name
 
 
 def test_every_ratio_of_the_speed_chart_stands_on_the_page_that_it_names(tmp_path):

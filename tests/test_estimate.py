@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -70,6 +71,18 @@ def test_a_discriminator_counts(videos, more):
     assert "replay of 2 ranks" in line
     config.adversary["buffer_gib"] = 1.5 * pair / 2**30
     assert step_cost.vae_needs(config, 1).replay == pair
+
+
+def test_a_cache_of_targets_is_neither_read_nor_written(videos, tmp_path):
+    of_decoder = ["stage=decoder_only", "stage.init_from=random", "loss=decoder_pixels"]
+    config = tiny.training(
+        "taehv", videos, *of_decoder, f"teacher.path={videos}", f"teacher.cache={tmp_path / 'cache'}"
+    )
+    teacher = partial(tiny.model, "taehv")
+    cached = step_cost.vae_needs(config, 1, teacher)
+    config.teacher.cache = None
+    assert cached == step_cost.vae_needs(config, 1, teacher)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_never_more_workers_than_processors(monkeypatch):

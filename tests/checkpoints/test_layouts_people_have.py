@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -166,10 +167,20 @@ def test_a_hub_id_gets_the_command_that_downloads_it(tmp_path, monkeypatch):
     assert "hf download stabilityai/sd-vae-ft-mse --local-dir sd-vae-ft-mse, then give sd-vae-ft-mse" in error
     with pytest.raises(CheckpointError, match=r'hf download .*1\.3B --include "\*vae\*" "\*VAE\*"'):
         vae3d.load("Wan-AI/Wan2.1-T2V-1.3B")
-    Path("runs").mkdir()
-    for path in ("runs/name", "/a/b", "stabilityai/vae.pt", "a/b/c"):
+    Path("owner").mkdir()
+    for path in ("owner/name", "runs/name", "weights/name", "out/name", "/a/b", "stabilityai/vae.pt", "a/b/c"):
         with pytest.raises(CheckpointError, match=r"no such file or folder$"):
             vae3d.load(path)
+
+
+@pytest.mark.parametrize("folder", ["", "weights/", "my weights/"])
+def test_the_published_file_of_wan_gets_the_command_that_downloads_it_to_where_it_is_missing(
+    tmp_path, monkeypatch, folder
+):
+    monkeypatch.chdir(tmp_path)
+    (error,) = map(str, path_issues({"stage.init_from": f"{folder}Wan2.2_VAE.pth"}))
+    command = shlex.split(error[error.index("hf download") :])
+    assert command[2:] == ["Wan-AI/Wan2.2-TI2V-5B", "Wan2.2_VAE.pth", "--local-dir", folder.rstrip("/") or "."]
 
 
 def test_sharded_files_and_their_index_open(tmp_path, saved):

@@ -324,6 +324,7 @@ def test_a_run_on_a_stream_validates_and_resumes_bit_for_bit(repository, tmp_pat
     whole = train.build_trainer(config_of(repository, "trainer.max_steps=4", "validation.every=2"), tmp_path / "whole")
     whole.fit()
     assert len(whole.data.held_out) == 2
+    assert not (tmp_path / "whole/held_out.csv").exists()  # its rows are in the repository's split
     for steps in (2, 4):
         part = train.build_trainer(
             config_of(repository, f"trainer.max_steps={steps}", "validation.every=2"), tmp_path / "part"

@@ -172,13 +172,14 @@ def test_compare_gives_paired_differences_with_intervals(tmp_path, capsys):
         "psnr",
     ]
     assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
-    (row, _) = json.loads((tmp_path / "out/x_rec/comparison.json").read_text())["differences"]
+    (row, _) = json.loads((tmp_path / "out/comparison.json").read_text())["differences"]
     gaps = [
         psnr(original(i), degrade(original(i), 3.0 * (i + 1))).mean() - psnr(original(i), noisy(i)).mean()
         for i in range(3)
     ]
     assert row["difference"] == pytest.approx(np.mean(gaps), abs=1e-5)
-    assert min(gaps) - 1e-6 <= row["ci95"][0] <= row["difference"] <= row["ci95"][1] <= max(gaps) + 1e-6
+    half = 4.303 * np.std(gaps, ddof=1) / 3**0.5  # Student's t, two degrees of freedom
+    assert row["ci95"] == pytest.approx([np.mean(gaps) - half, np.mean(gaps) + half], abs=1e-3)
     assert (row["better_on"], row["videos"]) == (3, 3)
     assert "3 of 3" in capsys.readouterr().out
 

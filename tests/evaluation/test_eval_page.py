@@ -78,6 +78,18 @@ def test_compare_writes_one_page_of_all_reconstructions(tmp_path, monkeypatch):
     assert chapter["tables"][0]["title"] == "Means"
 
 
+def test_with_output_the_common_page_stands_above_the_folders_of_the_reconstructions(tmp_path):
+    ori, first = make_pairs(tmp_path, 1)
+    _, second = make_pairs(tmp_path, 1, kind="b", amount=2.0)
+    out = tmp_path / "out"
+    assert run("--ref", ori, "--compare", first, second, *PSNR, "--output", out) == 0
+    files = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert files == {"index.html", "comparison.json", first.name, second.name}
+    links = content(out)[0]["links"]
+    assert links["comparison.json"] == "comparison.json"
+    assert links[f"{second.name}: per_video.csv"] == f"{second.name}/per_video.csv"
+
+
 def test_base_shows_the_spatial_ceiling_beside(tmp_path):
     make_pairs(tmp_path, 1)
     make_pairs(tmp_path, 1, kind="spatial", amount=1.0)

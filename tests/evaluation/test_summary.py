@@ -7,7 +7,7 @@ import pytest
 
 from vae3d.evaluation.pairs import PairInfo, Protocol
 from vae3d.evaluation.store import VideoScore
-from vae3d.evaluation.summary import bootstrap, compare, direction, summarize
+from vae3d.evaluation.summary import compare, direction, interval, summarize
 from vae3d.evaluation.tables import comparison_table, metric_table, set_table
 from vae3d.metrics import MetricError, Score, build_metrics
 from vae3d.report import text_table
@@ -19,22 +19,22 @@ def video(name: str, value: float | None, frames: int = 4) -> VideoScore:
     return VideoScore(name, info, {"ssim": Score(value, series)}, {}, {})
 
 
-def test_interval_covers_the_mean_of_a_normal_sample_and_is_reproducible():
-    values = np.random.default_rng(1).normal(5.0, 2.0, 400).tolist()
-    low, high = bootstrap(values)
-    expected = 1.96 * np.std(values) / 20
-    assert (high - low) / 2 == pytest.approx(expected, rel=0.05)
-    assert low < np.mean(values) < high
-    assert bootstrap(values) == (low, high)
+def test_interval_is_student_s_t():
+    """By hand: 12.706 is t of one degree of freedom, 2.776 of four."""
+    assert interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    half = 2.776 * np.sqrt(2.5 / 5)
+    assert interval([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx((3 - half, 3 + half), abs=1e-3)
+
+
+@pytest.mark.parametrize("videos", [2, 3, 8])
+def test_equal_models_are_called_different_once_in_twenty(videos):
+    draws = np.random.default_rng(0).normal(size=(2000, videos))
+    marked = np.mean([low > 0 or high < 0 for low, high in map(interval, draws)])
+    assert marked == pytest.approx(0.05, abs=0.015)
 
 
 def test_one_video_has_no_interval():
-    assert bootstrap([1.0]) == (None, None)
-
-
-def test_interval_of_many_videos_needs_little_memory():
-    low, high = bootstrap([0.0, 1.0] * 10_000)
-    assert low < 0.5 < high
+    assert interval([1.0]) == (None, None)
 
 
 def test_long_videos_weigh_as_much_as_short_ones():

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 
 from vae3d.io import FileError
 
@@ -26,10 +27,11 @@ VARIANTS = re.compile(
     r"(model|diffusion_pytorch_model|pytorch_model)"
     r"(\.\w+\.(safetensors|bin)(\.index\.json)?|\.(safetensors|bin)\.index\.\w+\.json)"
 )
-# In Wan-AI's repositories these VAEs lie beside a diffusion model under the names above, so they are preferred.
-OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+# In these repositories, the VAEs lie beside a diffusion model under the names above, so they are preferred.
+OFFICIAL_VAES = {"Wan2.1_VAE.pth": "Wan-AI/Wan2.1-T2V-1.3B", "Wan2.2_VAE.pth": "Wan-AI/Wan2.2-TI2V-5B"}
 # An encoder and a decoder in two files, as of TAESD: taef2_encoder.pth, taef2_decoder.pth
 HALVES = re.compile(r"(.*)(encoder|decoder)(\.\w+)")
+LOCAL_FOLDERS = ("runs", "weights", "out")  # no owners of the Hugging Face hub, although runs/NAME looks like one
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 STEP = re.compile(r"step-(\d+)")
 PART = "::"  # separates a file and a part of it: weights.ckpt::ema_model
@@ -51,10 +53,11 @@ def exists(path: str | Path) -> bool:
 
 def hub_hint(path: str | Path) -> str:
     """Hint for a missing `path` that may be a model on the Hugging Face hub; empty if it cannot be one."""
-    text = str(path)
-    if not HUB_NAME.fullmatch(text) or os.path.exists(Path(text).parent) or text.endswith(SUFFIXES):
+    text, name, folder = str(path), Path(path).name, str(Path(path).parent)
+    if name in OFFICIAL_VAES:
+        return f"; hf download {OFFICIAL_VAES[name]} {name} --local-dir {quote(folder)}"
+    if folder in LOCAL_FOLDERS or not HUB_NAME.fullmatch(text) or os.path.exists(folder) or text.endswith(SUFFIXES):
         return ""
-    name = Path(text).name
     only = "" if "vae" in name.lower() else ' --include "*vae*" "*VAE*"'  # of a whole pipeline only the VAE
     return (
         f"; if it is a model on the Hugging Face hub: hf download {text}{only} --local-dir {name}, then give {name}; "

@@ -65,12 +65,13 @@ class HydraCommand(NamedTuple):
     """A command that is configured by conf/<config_name>.yaml and `key=value` arguments.
 
     Its module has `run(config)`; of a training command `build_trainer(config, folder)` and `next_commands(trainer)`.
-    check: module:function that takes a configuration and the errors of the command line, and returns typed objects or
-    raises ConfigError. metric: makes it a training command: the metric that a sweep optimizes. path_node: KEY=PATH is
-    short for KEY.path=PATH. flags: `--KEY VALUE` may stand for KEY=VALUE.
+    example: arguments, for --help. check: module:function that takes a configuration and the errors of the command
+    line, and returns typed objects or raises ConfigError. metric: makes it a training command: the metric that a sweep
+    optimizes. path_node: KEY=PATH is short for KEY.path=PATH. flags: `--KEY VALUE` may stand for KEY=VALUE.
     """
 
     summary: str
+    example: str
     config_name: str
     check: str
     metric: str | None = None
@@ -94,15 +95,23 @@ MODULES = {"check-data": "vae3d.data.check", "try": "vae3d.commands.try_video", 
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "try": ArgparseCommand("Show what an autoencoder does to a video", "vae3d.commands.flags:parse_try"),
     "app": ArgparseCommand("Try autoencoders on videos in a browser"),
-    "train": HydraCommand("Train a video autoencoder", "train", "vae3d.commands.cli:check_training", metric="val/psnr"),
+    "train": HydraCommand(
+        "Train a video autoencoder",
+        "experiment=wan_finetune stage.init_from=Wan2.1_VAE.pth data.source.path=videos.csv",
+        "train",
+        "vae3d.commands.cli:check_training",
+        metric="val/psnr",
+    ),
     "infer": HydraCommand(
         "Reconstruct videos and images",
+        "checkpoint=Wan2.1_VAE.pth source=videos.csv save_dir=out/wan metrics=[psnr,ssim]",
         "infer",
         "vae3d.config.validate:check_inference",
         path_node="teacher",  # an unknown key here: its error names scripts/compare.py
     ),
     "compare": HydraCommand(
         "Compare a distilled student with its teacher",
+        "checkpoint=runs/taehv_wan_best teacher=Wan2.1_VAE.pth source=videos.csv save_dir=out/tiny",
         "compare",
         "vae3d.config.validate:check_comparison",
         path_node="teacher",  # Hydra would look for teacher=PATH in conf/teacher
@@ -110,6 +119,7 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "eval": ArgparseCommand("Score reconstructed videos against their originals", "vae3d.commands.flags:parse_eval"),
     "encode": HydraCommand(
         "Encode a data set into a latent cache",
+        "checkpoint=Wan2.1_VAE.pth source=videos.csv cache=latents/wan frames=17 height=256 width=256",
         "latents",
         "vae3d.config.latents:check_encoding",
         flags=("shard",),
@@ -128,10 +138,17 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
         "Compare the latents of several autoencoders", "vae3d.commands.flags:parse_probe_latents"
     ),
     "train-diffusion": HydraCommand(
-        "Train a diffusion model on latents", "diffusion", "vae3d.config.diffusion:check_diffusion", metric="val/loss"
+        "Train a diffusion model on latents",
+        "vae.path=Wan2.1_VAE.pth cache=latents/wan denoiser=video_transformer labels=none",
+        "diffusion",
+        "vae3d.config.diffusion:check_diffusion",
+        metric="val/loss",
     ),
     "sample": HydraCommand(
-        "Draw samples from a latent diffusion model", "sample", "vae3d.config.diffusion:check_sampling"
+        "Draw samples from a latent diffusion model",
+        "checkpoint=runs/ldm-video_transformer-flow out=samples count=64",
+        "sample",
+        "vae3d.config.diffusion:check_sampling",
     ),
     "make-shards": ArgparseCommand("Write tar shards from any source", "vae3d.commands.flags:parse_make_shards"),
     "index": ArgparseCommand("Index tar shards, for training from them", "vae3d.commands.flags:parse_index"),
@@ -168,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         hint = f"did you mean {near}?" if near else "`vae3d --help` lists the commands"
         print(f"error: vae3d has no command {name}; {hint}", file=sys.stderr)
         return 2
-    command, module = COMMANDS[name], module_of(name)
+    command = COMMANDS[name]
     gc.disable()  # nearly all objects that imports make stay: collecting among them takes a quarter of the start
     try:
         if isinstance(command, HydraCommand):
@@ -176,10 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
             shows_only = any(a.startswith("-") and a not in ("-m", "--multirun") for a in rest)  # --help, --cfg, ...
             if os.environ.get("RANK", "0") == "0" and not shows_only:
                 print(f"vae3d {name}: checking the configuration ...", file=sys.stderr, flush=True)
-            return run_with_hydra(command, module, program, rest)
+            return run_with_hydra(name, program, rest)
         if len(program) > 1:  # not one of the scripts
             sys.argv[0] = f"vae3d {name}"  # argparse's usage line begins with it
-        return run_with_flags(command, module, rest)
+        return run_with_flags(command, module_of(name), rest)
     finally:
         gc.enable()
 
@@ -232,7 +249,7 @@ def run_with_flags(command: ArgparseCommand, module: str, arguments: Sequence[st
     return exit_on_user_error(run)
 
 
-def run_with_hydra(command: HydraCommand, module: str, program: list[str], arguments: Sequence[str]) -> None:
+def run_with_hydra(name: str, program: list[str], arguments: Sequence[str]) -> None:
     """Compose the configuration from conf/ and `key=value` arguments and run the command; with -m, once per job."""
     import hydra
 
@@ -243,13 +260,14 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
     from vae3d.config.schema import CONF
     from vae3d.io import remove_empty
 
+    command, module = COMMANDS[name], module_of(name)
     resolve_name(command.check)  # its module gives Hydra the defaults of the schema
     if node := command.path_node:
         arguments = [re.sub(rf"^{node}=", f"{node}.path=", argument) for argument in arguments]
     overrides = allow_unknown_keys(arguments)
     exit_on_user_error(lambda: raise_if_any(override_issues(overrides)))
     sys.argv[1:], issues = without_run_values(overrides)
-    if len([a for a in sys.argv[1:] if a.startswith("-")]) == 1 and print_help(command.config_name, sys.argv[1:]):
+    if len([a for a in sys.argv[1:] if a.startswith("-")]) == 1 and print_help(name, sys.argv[1:]):
         return
 
     def job(cfg: DictConfig) -> float | None:
@@ -270,7 +288,7 @@ def run_with_hydra(command: HydraCommand, module: str, program: list[str], argum
             remove_empty(*launch.RunFolders.made)
 
 
-def print_help(config_name: str, arguments: Sequence[str]) -> bool:
+def print_help(name: str, arguments: Sequence[str]) -> bool:
     """Print the help that `--help` asks for. False for another flag, and for a wrong choice, which Hydra explains."""
     from hydra.errors import HydraException
 
@@ -279,10 +297,13 @@ def print_help(config_name: str, arguments: Sequence[str]) -> bool:
     overrides = [a for a in arguments if a not in FLAGS]
     if len(overrides) == len(arguments):
         return False
+    command = COMMANDS[name]
     try:
-        print(help_text(config_name, overrides))
+        settings = help_text(command.config_name, overrides)
     except HydraException:
         return False
+    print(f"usage: vae3d {name} KEY=VALUE ...\n\n{command.summary}:\n  vae3d {name} {command.example}")
+    print(f"On several GPUs:\n  torchrun --nproc_per_node=8 -m vae3d.commands.cli {name} ...\n\n{settings}")
     return True
 
 

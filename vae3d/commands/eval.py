@@ -90,11 +90,11 @@ def evaluate(args: Namespace, command: str = "") -> int:
             print(f"\n{means_table(summaries)}\n\n{comparison_table(differences)}")
             for warning in unequal_sets({name: [v.name for v in videos] for name, videos in results.items()}):
                 print(f"warning: {warning}", file=sys.stderr)
-            file = evaluations[0].output / COMPARISON
+            file = common_folder(args, evaluations) / COMPARISON
             write_json(file, {"reconstructions": {e.name: str(e.rec) for e in evaluations}, "differences": differences})
             print(f"wrote {os.path.relpath(file)}")
     if not args.no_page:
-        with in_use(evaluations[0].output, ranks):
+        with in_use(common_folder(args, evaluations), ranks):
             make_page(evaluations, results, summaries, differences, metrics, ranks, args, command)
     return 1 if any(evaluation.failed for evaluation in evaluations) else 0
 
@@ -116,8 +116,8 @@ def make_page(
     args: Namespace,
     command: str,
 ) -> None:
-    """Write the page of all reconstructions beside the first one's scores. The ranks share its clips."""
-    folder, main = evaluations[0].output, ranks.is_main_process
+    """Write the page of all reconstructions. The ranks share its clips."""
+    folder, main = common_folder(args, evaluations), ranks.is_main_process
     names = short_names(results)
     rows = make_rows({names[e.name]: e.jobs for e in evaluations}, {names[n]: videos for n, videos in results.items()})
     limit_clips(rows, metrics.columns, args.page_videos)
@@ -144,6 +144,11 @@ def make_page(
     by_name = {names[name]: summary for name, summary in summaries.items()}
     write_page(folder, make_report(folder, rows, by_name, metrics, renamed, command, files))
     print(f"wrote {os.path.relpath(folder / PAGE)}")
+
+
+def common_folder(args: Namespace, evaluations: list[Evaluation]) -> Path:
+    """Of the page and the differences: --output, or where the first reconstruction's scores are."""
+    return args.output or evaluations[0].output
 
 
 def output_folder(args: Namespace, rec: Path) -> Path:

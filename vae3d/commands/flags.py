@@ -395,7 +395,7 @@ def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
     add("--on_missing", choices=("stop", "skip"), default="stop", help="skip: leave out metrics without their weights")
     add = parser.add_argument_group("run and report").add_argument
     add("--device", default="cuda", help="cuda or cpu; without a GPU the CPU computes the same numbers")
-    add("--output", type=Path, metavar="DIR", help="default: RECONSTRUCTIONS_eval")
+    add("--output", type=Path, metavar="DIR", help="of several, with a folder of each; default: RECONSTRUCTIONS_eval")
     add("--fresh", action="store_true", help="discard the scores of earlier runs")
     add("--per_frame", action="store_true", help="also write per_frame.csv")
     add("--no_page", action="store_true", help="no index.html with moving pictures")

@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -127,7 +127,8 @@ class TrainingStep:
         self.frames, self.height, self.width = size or (frame_counts(data).all()[-1], data.height, data.width)
         self.model = place(train.build_model(config), device)
         self.objective = train.build_objective(config.loss).to(device)
-        self.distillation = train.build_distillation(config, teacher, self.model)
+        uncached = replace(config, teacher=replace(config.teacher, cache=None))  # noise never comes again
+        self.distillation = train.build_distillation(uncached, teacher, self.model)
         self.student, groups = build_student(config, self.model, self.objective, self.distillation, self.frames)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from os.path import exists
 from os.path import isfile as is_file
 from pathlib import Path
 from shlex import quote
@@ -18,8 +17,8 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, summary
 from vae3d.commands.training_data import build_training_data
+from vae3d.data.held_out import HELD_OUT, write_held_out
 from vae3d.data.loader import TrainingData
-from vae3d.data.sources import Table
 from vae3d.data.streaming import StreamingData
 from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
@@ -32,7 +31,7 @@ from vae3d.models.compiled import compile_blocks
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.models.opensora import OpenSoraVAE
-from vae3d.models.registry import TARGET, is_known, target_of
+from vae3d.models.registry import is_known
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
@@ -189,6 +188,8 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     distillation = build_distillation(config, teacher, model)
     trainer = VaeTrainer(config, folder, accelerator, model, objective, adversary, data, metrics, logger, distillation)
     trainer.setup(checkpoint)
+    if accelerator.is_main_process:
+        write_held_out(folder / HELD_OUT, data.held_out_files)
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         trainer.log.say(line)
     for line in data.warnings:
@@ -223,39 +224,25 @@ def next_commands(trainer: VaeTrainer) -> list[tuple[str, str]]:
                     f"{start_of('try')} {quote(shown(Path(files[0])))} {quote(run)}",
                 )
             )
-        has_split = trainer.data.streams[0].table.has("split")
-        alone = files[0] if trainer.data.held_out and len(set(files)) == 1 and is_file(files[0]) else None
-        found += _reconstruct(config, has_split, alone, run, f"{run}/reconstructed-{trainer.step}")
+        found += _reconstruct(trainer, run)
     return [pair for pair in (*found, curves(trainer.folder)) if pair]
 
 
-def _reconstruct(
-    config: TrainConfig, has_split: bool, held_out: str | None, run: str, out: str
-) -> list[tuple[str, str]]:
-    """Reconstruct files of the run's data and score them; nothing for data that infer.py does not read.
-
-    Held-out ones, if the table says which they are, or there is just one, `held_out`.
-    """
-    source, data = config.data.source, config.data
-    if source is None or not isinstance(source.get("path"), str):  # None: a mixture
+def _reconstruct(trainer: VaeTrainer, run: str) -> list[tuple[str, str]]:
+    """Reconstruct held-out files of a run and score them; nothing if it has no table of them. run: its folder."""
+    config, table, out = trainer.config, trainer.folder / HELD_OUT, f"{run}/reconstructed-{trainer.step}"
+    if not table.is_file():
         return []
-    if source.get("streaming") and not exists(source["path"]):
-        return []
-    has_split = has_split and source[TARGET] == target_of(Table)
-    alone = held_out is not None and not has_split
     settings = {
         "checkpoint": run,
-        "source": shown(Path(held_out)) if alone else source["path"],
-        "root": None if alone else source.get("root"),
-        "split": "val" if has_split else None,
-        "num_samples": config.validation.clips,
+        "source": shown(table),
+        "num_samples": len(trainer.data.val_groups) or config.validation.clips,
         "num_frames": config.validation.frames,
-        "height": data.height,
-        "width": data.width,
+        "height": config.data.height,
+        "width": config.data.width,
     }
     if config.teacher.path is not None:
         compared = command("compare", **settings, teacher=config.teacher.path, save_dir=out)
         return [("every encoder with every decoder, of model and teacher", compared)]
     score = f"{start_of('eval')} --base {quote(out)} --metric {' '.join(config.validation.metrics)}"
-    purpose = "reconstruct held-out files" if alone or has_split else "reconstruct files, some of which were trained on"
-    return [(purpose, command("infer", **settings, save_dir=out)), ("score them", score)]
+    return [("reconstruct held-out files", command("infer", **settings, save_dir=out)), ("score them", score)]

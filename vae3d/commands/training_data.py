@@ -18,7 +18,7 @@ from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.depth import DepthSettings
 from vae3d.data.file_table import FileTable, sizes_of
 from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
-from vae3d.data.held_out import HeldOut, held_out_of, in_turn, read_held_out, require_held_out
+from vae3d.data.held_out import HeldOut, held_out_files, held_out_of, in_turn, read_held_out, require_held_out
 from vae3d.data.loader import Tables, TrainingData, read_tables, schedule_notes
 from vae3d.data.media import DataError
 from vae3d.data.readers import check_reader
@@ -219,6 +219,9 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         timeout=data.timeout,
         fingerprint=fingerprint,
         val_groups=[clip.groups for clip in chosen],
+        held_out_files=held_out_files(
+            [(source.name, source.tables.val, source.settings) for source in sources], validation.frames
+        ),
         warnings=warnings,
     )
 

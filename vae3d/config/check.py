@@ -44,7 +44,7 @@ EXAMPLES = {
     "stage.init_from.prune": "stage.init_from.prune=CHECKPOINT of a larger model",
     "stage.init_from.spatial_vae": "stage.init_from.spatial_vae=/path/to/2D-VAE (diffusers folder, LDM file or export)",
     "model.variant": "model.variant=taew2_1 (or taehv, taecvx, taew2_2, ...; see conf/model/taehv.yaml)",
-    "teacher.path": "teacher.path=PATH (a run folder, an export, published weights, diffusers' folder) or teacher=none",
+    "teacher.path": "teacher.path=PATH (a run folder, an export, published weights, diffusers' folder)",
     "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
     "source": "source=PATH (a CSV, parquet or JSON file, a folder, or one video)",
     "cache": "cache=FOLDER of the latents (the same command resumes)",
@@ -260,6 +260,8 @@ def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
             example = f"{key}=PATH"
         if key == "stage.init_from" and "all" in config.stage.train:  # no part would stay random
             example += " or random"
+        if key == "teacher.path" and hasattr(config, "stage"):  # a training, which needs none
+            example += " or teacher=none"
         yield ConfigIssue(key, NO_VALUE, "required", f"set {example}")
 
 

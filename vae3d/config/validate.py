@@ -182,7 +182,8 @@ BUCKET_RULES = [
          "is of one size, and data.buckets has several", "use null"),
     Rule("data.frames.images", lambda c: c.data.buckets is not None and c.data.frames.images,
          "draws frame counts, and with data.buckets these are those of the buckets",
-         "use 0, and data.buckets.frames=[1, {c.data.frames.max}]"),
+         "use 0, and data.buckets.frames=[1, {c.data.frames.max}]; data=mixture keeps {c.data.frames.images:g} of the "
+         "steps for images"),
     Rule("data.frames.fit", lambda c: c.data.buckets is not None and c.data.frames.fit,
          "chooses frame counts, and with data.buckets these are those of the buckets", "use false"),
 ]

@@ -1,12 +1,13 @@
-"""Clips of held-out files, for validation: which ones, and reading them."""
+"""Clips of held-out files, for validation: which ones, and reading them; and the table of all held-out files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -14,14 +15,17 @@ import pandas as pd
 from vae3d.data.batch_schedule import ClipIndex
 from vae3d.data.buckets import Bucket, rows_of
 from vae3d.data.clips import ClipSettings, collate, open_frames, read_clip, to_sample
-from vae3d.data.file_table import FileTable, as_file_table, sizes_of
+from vae3d.data.file_table import CHUNK, FileTable, as_file_table, sizes_of
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.segments import Bounds
 from vae3d.data.selection import clip_lengths
+from vae3d.io import atomic_write, naming
 from vae3d.text import plural
 from vae3d.types import ClipBatch
 
 T = TypeVar("T")
+HELD_OUT = "held_out.csv"  # in a run's folder
+COLUMNS = ["path", "start", "end", "text", "label", "split", "source"]
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,36 @@ def validation_clip(path: str, bounds: Bounds, row: int, settings: ClipSettings,
     with closing(open_frames(path, settings, bounds)) as reader:
         pixels = read_clip(reader, path, settings, frames, start=0.5)
     return collate([to_sample(pixels, ClipIndex(row, row, frames), path, settings)])
+
+
+class HeldOutFiles(NamedTuple):
+    """Files of a source that a run does not train on. source: its name; empty for the only one."""
+
+    source: str
+    table: FileTable
+
+
+def held_out_files(sources: Sequence[tuple[str, FileTable, ClipSettings]], frames: int) -> list[HeldOutFiles]:
+    """The held-out files of all sources, first those with at least `frames` frames, of which validation scores some."""
+    long = [clip_lengths(table, settings) >= frames for _, table, settings in sources]
+    return [
+        HeldOutFiles(name, table.select(enough == first))
+        for first in (True, False)
+        for (name, table, _), enough in zip(sources, long, strict=True)
+    ]
+
+
+def write_held_out(file: Path, sources: Iterable[HeldOutFiles]) -> None:
+    """Write the files as a table of split `val`; without one, delete the table. Raises FileError."""
+    sources = [found for found in sources if len(found.table)]
+    with naming(file):
+        if not sources:
+            file.unlink(missing_ok=True)
+            return
+        with atomic_write(file) as stream:
+            stream.write(f"{','.join(COLUMNS)}\n".encode())
+            for name, table in sources:
+                for first in range(0, len(table), CHUNK):
+                    rows = table.to_pandas(np.arange(first, min(first + CHUNK, len(table))))
+                    rows = rows.assign(split="val", source=name)
+                    stream.write(rows.to_csv(columns=COLUMNS, header=False, index=False, lineterminator="\n").encode())

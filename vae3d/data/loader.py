@@ -19,6 +19,7 @@ from vae3d.data.clips import (
 )
 from vae3d.data.file_table import FileTable, as_file_table
 from vae3d.data.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
+from vae3d.data.held_out import HeldOutFiles
 from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
 from vae3d.data.prepared import find_large, prepare
@@ -182,6 +183,7 @@ class TrainingData(StepShapes):
     """The data of a training run: clips of any range of steps, and this rank's held-out clips.
 
     streams: by their number in the schedule. val_groups: groups of each held-out clip of all ranks, by its position.
+    held_out_files: those from which the held-out clips are taken, and all others.
     """
 
     streams: Sequence[Stream]
@@ -195,6 +197,7 @@ class TrainingData(StepShapes):
     timeout: float = 0.0  # seconds without a batch until WorkerError; 0: never
     fingerprint: Fingerprint | SourceFingerprints | None = None  # saved with checkpoints
     val_groups: Sequence[tuple[str, ...]] = ()
+    held_out_files: Sequence[HeldOutFiles] = ()
     warnings: list[str] = field(default_factory=list)  # lines for the log
 
     def clips(

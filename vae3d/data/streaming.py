@@ -41,6 +41,7 @@ from vae3d.data.clips import (
     to_sample,
 )
 from vae3d.data.file_table import as_file_table
+from vae3d.data.held_out import HeldOutFiles
 from vae3d.data.images import ImageReader
 from vae3d.data.media import DataError, MediaError, Reader, StreamItem
 from vae3d.data.memory_file import memory_file
@@ -304,6 +305,7 @@ class StreamingData(StepShapes):
     skipped_files: list[tuple[str, str]] = field(default_factory=list)
     timeout: float = 0.0
     val_groups: Sequence[tuple[str, ...]] = ()
+    held_out_files: Sequence[HeldOutFiles] = ()
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from vae3d import __version__
 from vae3d.evaluation.pairs import Protocol
@@ -20,7 +21,6 @@ from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.presets import PRESETS, average
 from vae3d.pretrained import weights
 
-RESAMPLES = 10_000  # of the bootstrap
 PACKAGES = ("torch", "torchvision", "av", "numpy", "lpips", "opencv-python-headless")
 
 
@@ -104,7 +104,7 @@ def _column(videos: Sequence[VideoScore], column: str, preset: str, batch_size: 
     if not values:
         return {"mean": None, "undefined": len(scores)}
     frames = [value for score in scores for value in score.frames]
-    low, high = bootstrap(values)
+    low, high = interval(values)
     return {
         "mean": average(PRESETS[preset], column, scores, batch_size),
         "video_mean": statistics.fmean(values),
@@ -125,17 +125,13 @@ def _video(video: VideoScore) -> dict[str, Any]:
     return row | {column: score.value for column, score in video.scores.items()} | video.counts
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float | None, float | None]:
-    """95 % bootstrap interval of the mean (percentiles of 10,000 seeded resamples); (None, None) for one value."""
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """95 % interval of the mean, Student's t; (None, None) for one value."""
     if len(values) < 2:
         return None, None
-    array, rng, means = np.asarray(values), np.random.default_rng(seed), []
-    step = max(1, 2**22 // len(array))  # bounds the memory
-    for start in range(0, RESAMPLES, step):
-        picks = rng.integers(len(array), size=(min(step, RESAMPLES - start), len(array)))
-        means.append(array[picks].mean(1))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(low), float(high)
+    half = float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
 
 
 def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]) -> list[dict[str, Any]]:
@@ -160,7 +156,7 @@ def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]
             if better is not None:
                 wins = sum(goodness(there, better) > goodness(here, better) for here, there in both)
             row = {"name": name, "against": first, "metric": column, "difference": statistics.fmean(gaps)}
-            rows.append(row | {"ci95": list(bootstrap(gaps)), "better_on": wins, "videos": len(gaps)})
+            rows.append(row | {"ci95": list(interval(gaps)), "better_on": wins, "videos": len(gaps)})
     return rows
 
 
