@@ -142,7 +142,7 @@ def score(
     metrics: MetricSet, original: np.ndarray, result: np.ndarray, device: torch.device
 ) -> tuple[dict[str, Score], dict[str, Better], dict[str, str]]:
     """Scores of [T, H, W, 3] uint8, their columns, and why some metrics are left out."""
-    unsupported = {m.name: reason for m in metrics if (reason := m.why_unsupported(*original.shape[:3])) is not None}
+    unsupported = metrics.reasons(*original.shape)
     chosen = metrics.subset([m.name for m in metrics if m.name not in unsupported])
     scores = chosen.score(frame_pairs(original, result, device)).scores
     missing = {
