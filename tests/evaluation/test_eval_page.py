@@ -141,6 +141,13 @@ def test_as_many_videos_are_shown_as_asked_for(count):
     assert ("7" in shown) == (count > 1)
 
 
+def test_the_worst_videos_that_are_shown_are_those_that_the_page_marks():
+    scores = {"a": [3.0, 9.0, 6.0, 5.0], "b": [8.0, 1.0, 6.0, 5.0]}  # means 5.5, 5, 6, 5
+    rows = [pages.Row(str(i), str(i), scores={rec: tiny_score(scores[rec][i]) for rec in scores}) for i in range(4)]
+    _, order = pages.ranking(rows, {"psnr": True})
+    assert [row.id for row in order] == ["1", "3", "0", "2"]
+
+
 def tiny_score(value: float) -> pages.VideoScore:
     from vae3d.metrics import Score
 
