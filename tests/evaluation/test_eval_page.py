@@ -12,6 +12,7 @@ import pytest
 from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, original
 from vae3d.commands import eval as script
+from vae3d.commands.flags import parse_eval
 from vae3d.evaluation import page as pages
 from vae3d.evaluation.pairs import Pair, PairError, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
@@ -31,7 +32,7 @@ def content(folder: Path) -> tuple[dict, dict[str, dict]]:
 
 
 def run(*words: object) -> int:
-    return script.main([*map(str, words), "--device", "cpu"])
+    return script.main(parse_eval([*map(str, words), "--device", "cpu"]))
 
 
 def test_every_column_of_every_metric_has_a_meaning_of_one_sentence():
