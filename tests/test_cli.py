@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -63,8 +64,23 @@ def test_flags_are_taken_with_underscores_and_with_hyphens():
         args = flags.parse_measure_scale(["run", "a-b", *words, "--out=x-y"])
         assert (args.source, args.per_channel, args.by_pixels, args.out) == ("a-b", True, True, Path("x-y"))
     assert flags.parse_measure_scale(["--by-pixels", "--", "--a-b", "c"]).checkpoint == Path("--a-b")
-    args = flags.parse_eval(["--real-video-dir", "a", "--rec", "b", "--page-videos=3"])
+    args = flags.parse_eval(["--real-video-dir", "a", "--rec", "b c", "--page-videos=3"])
     assert (args.ref, args.page_videos) == (Path("a"), 3)
+    assert args.command == "vae3d eval --real-video-dir a --rec 'b c' --page-videos=3"  # as it was typed
+
+
+def test_flags_are_read_once(tmp_path, monkeypatch, capsys):
+    read, parse = [], flags.parse_encode_status
+
+    @functools.wraps(parse)
+    def counted(argv):
+        read.append(argv)
+        return parse(argv)
+
+    monkeypatch.setattr(flags, "parse_encode_status", counted)
+    assert tiny.status("encode-status", tmp_path) == 2
+    assert "is not a latent cache" in capsys.readouterr().err
+    assert read == [[str(tmp_path)]]
 
 
 ANSWERED = """

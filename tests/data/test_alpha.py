@@ -214,7 +214,10 @@ def test_infer_and_eval_keep_and_score_alpha(model, files, tmp_path, capsys):
     assert (rec[..., 3] != ori[..., 3]).any()
     expected = pd.read_csv(tmp_path / "out_rec/index.csv")
     wanted = ["psnr", "ssim", "alpha_psnr", "alpha_ssim"]
-    assert evaluation.main(["--base", str(tmp_path / "out"), "--metric", *wanted, "--device", "cpu"]) == 0
+    assert (
+        evaluation.main(flags.parse_eval(["--base", str(tmp_path / "out"), "--metric", *wanted, "--device", "cpu"]))
+        == 0
+    )
     summary = json.loads((tmp_path / "out_rec_eval/summary.json").read_text())
     for name in wanted:
         assert [video[name] for video in summary["per_video"]] == pytest.approx(list(expected[name]), rel=1e-9)
@@ -228,7 +231,12 @@ def test_infer_and_eval_keep_and_score_alpha(model, files, tmp_path, capsys):
     assert expected["psnr"][0] == pytest.approx(by_hand.mean(), rel=1e-6)
     found = vae3d.score(tmp_path / "out_ori/000001_a.mkv", tmp_path / "out_rec/000001_a.mkv", wanted)
     assert found["alpha_ssim"] == pytest.approx(expected["alpha_ssim"][0], rel=1e-9)
-    assert evaluation.main(["--base", str(tmp_path / "out"), "--metric", "psnr", "--device", "cpu", "--no_page"]) == 0
+    assert (
+        evaluation.main(
+            flags.parse_eval(["--base", str(tmp_path / "out"), "--metric", "psnr", "--device", "cpu", "--no_page"])
+        )
+        == 0
+    )
     assert "--metric alpha_psnr" in capsys.readouterr().err
 
 
@@ -273,8 +281,8 @@ def test_a_table_of_videos_with_alpha_is_probed_and_checked(files, tmp_path):
     data = build_training_data(config, 0, 1)
     (batch,) = data.clips(0, 1)
     assert batch.video.shape[1] == 4
-    assert check.main([str(files), "--alpha", "--workers", "1"]) == 0
-    assert check.main([str(files), "--workers", "1"]) == 1
+    assert check.main(check.parse([str(files), "--alpha", "--workers", "1"])) == 0
+    assert check.main(check.parse([str(files), "--workers", "1"])) == 1
 
 
 @pytest.mark.parametrize(("teacher", "student"), [(3, 4), (4, 3)])

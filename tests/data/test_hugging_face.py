@@ -22,6 +22,7 @@ from vae3d.commands import train
 from vae3d.data import dataset_rows, hugging_face, probe
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.check import main as check
+from vae3d.data.check import parse
 from vae3d.data.clips import ClipSettings, Stream
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
@@ -180,7 +181,7 @@ def test_what_is_no_dataset_is_refused(tmp_path):
 
 def test_broken_rows_are_reported_by_row(tmp_path, capsys):
     rows(8, _3=b"junk", _5=None, _6=encoded(6)[:200]).save_to_disk(tmp_path / "saved")
-    assert check([str(tmp_path / "saved"), "--workers", "1", "--clean", str(tmp_path / "clean.csv")]) == 1
+    assert check(parse([str(tmp_path / "saved"), "--workers", "1", "--clean", str(tmp_path / "clean.csv")])) == 1
     out = capsys.readouterr().out
     paths = HuggingFace(tmp_path / "saved").table()["path"]
     assert f"row 4: {paths[3]}: is not an image" in out

@@ -13,6 +13,7 @@ from PIL import Image
 from tests import tiny
 from vae3d.data import probe
 from vae3d.data.check import main as check
+from vae3d.data.check import parse
 from vae3d.data.images import resize_circular
 from vae3d.data.parts import parts_of
 from vae3d.data.readers import MediaError, open_media
@@ -145,7 +146,7 @@ def test_check_reads_sequences_and_names_their_bad_files(tmp_path, capsys):
     write(tmp_path / "a", range(3))
     write(tmp_path / "b", range(3))
     write(tmp_path / "b", [1], 16, 40)
-    assert check([str(tmp_path / "*/panorama_*.png"), "--workers", "1"]) == 1
+    assert check(parse([str(tmp_path / "*/panorama_*.png"), "--workers", "1"])) == 1
     out = capsys.readouterr().out
     assert f"row 2: {tmp_path}/b/panorama_*.png: " in out
     assert "panorama_1.png is 16x40" in out

@@ -17,6 +17,7 @@ from vae3d.commands import train
 from vae3d.config.validate import check_inference
 from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts
 from vae3d.data.check import main as check
+from vae3d.data.check import parse
 from vae3d.data.clips import ClipDataset, ClipSettings, open_frames
 from vae3d.data.held_out import validation_clips
 from vae3d.data.json_clips import JsonClips
@@ -145,7 +146,7 @@ def test_invalid_clips_are_counted_and_reported_by_row(folder, capsys):
     with pytest.raises(DataError, match=f"{len(FAULTS)} of {len(FAULTS) + 2} files cannot be read"):
         tables(JsonClips(path), max_broken=0.5)
 
-    assert check([str(path), "--workers", "1"]) == 1
+    assert check(parse([str(path), "--workers", "1"])) == 1
     out = capsys.readouterr().out
     for row, (_, expected) in enumerate(FAULTS, start=2):
         assert any(line.startswith(f"row {row}: ") and expected in line for line in out.splitlines()), row
@@ -220,11 +221,11 @@ def test_a_csv_gives_segments_too(folder, capsys):
     assert table["num_frames"].tolist() == [12, 6, 24]
     assert errors == [(f"row 5 ({folder}/2.mp4)", "is 1 s long; end=2 is beyond its end")]
 
-    assert check([str(folder / "t.csv"), "--clean", str(folder / "clean.csv"), "--workers", "1"]) == 1
+    assert check(parse([str(folder / "t.csv"), "--clean", str(folder / "clean.csv"), "--workers", "1"])) == 1
     assert "3 of 5 rows are good" in capsys.readouterr().out
     clean = Table(folder / "clean.csv").table()
     assert clean["start"].tolist()[:2] == [0.5, 0.0]
-    assert check([str(folder / "clean.csv"), "--full", "--workers", "1"]) == 0
+    assert check(parse([str(folder / "clean.csv"), "--full", "--workers", "1"])) == 0
 
 
 def test_inference_reconstructs_the_segment(folder, spatial_export, tmp_path):

@@ -307,7 +307,7 @@ def test_a_large_table_at_a_url_gives_what_a_small_one_gives(tmp_path, large, mo
 def test_check_hands_out_some_files_at_a_time(pictures, monkeypatch, capsys):
     monkeypatch.setattr(check, "AT_A_TIME", 10)
     (pictures / "val/2/20.png").write_bytes(b"junk")
-    assert check.main([str(pictures), "--workers", "1"]) == 1
+    assert check.main(check.parse([str(pictures), "--workers", "1"])) == 1
     out = capsys.readouterr().out
     assert f"row 24: {pictures}/val/2/20.png: " in out
     assert "23 of 24 rows are good, 1 bad" in out

@@ -17,6 +17,7 @@ from tests import tiny
 from vae3d.commands import dry_run
 from vae3d.data import parts, probe, readers
 from vae3d.data.check import main as check
+from vae3d.data.check import parse
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import check_files_exist, read_tables
 from vae3d.data.parts import PartFolders
@@ -62,7 +63,7 @@ def test_invalid_rows_are_reported_and_removed(tmp_path, capsys):
     (tmp_path / "t.csv").write_text(
         "path,num_frames,split\na.mp4,6,train\n,6,train\na.mp4,many,train\na.mp4,-3,train\na.mp4,6,testing\nb.mp4,,val\n"
     )
-    assert check([str(tmp_path / "t.csv"), "--workers", "1"]) == 1
+    assert check(parse([str(tmp_path / "t.csv"), "--workers", "1"])) == 1
     out = capsys.readouterr().out
     for row, reason in {
         2: "has no `path`",
@@ -255,7 +256,7 @@ def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, ca
     table = pd.read_csv(source.path)
     table["num_frames"] = [12, 99] + [None] * (len(table) - 2)
     table.to_csv(source.path, index=False)
-    assert check([str(source.path), "--clean", str(tmp_path / "good.csv"), "--workers", "1"]) == 1
+    assert check(parse([str(source.path), "--clean", str(tmp_path / "good.csv"), "--workers", "1"])) == 1
     out = capsys.readouterr().out
     assert f"row 2: {videos.parent}/clip1.mp4: num_frames is 99 in the table, 13 in the file" in out
     assert f"row 13: {tmp_path}/broken0.mp4: is empty (0 bytes)" in out
@@ -263,7 +264,7 @@ def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, ca
     assert "11 of 15 rows are good, 4 bad" in out
     good = pd.read_csv(tmp_path / "good.csv")
     assert good["num_frames"].tolist() == [12, *range(14, 22), 1, 1]
-    assert check([str(tmp_path / "good.csv"), "--full", "--workers", "1"]) == 0
+    assert check(parse([str(tmp_path / "good.csv"), "--full", "--workers", "1"])) == 0
 
 
 def test_a_folder_in_place_of_a_table_is_named(tmp_path):
@@ -272,7 +273,7 @@ def test_a_folder_in_place_of_a_table_is_named(tmp_path):
 
 
 def test_check_of_a_missing_table_is_one_line(tmp_path, capsys):
-    assert check([str(tmp_path / "x.csv")]) == 2
+    assert check(parse([str(tmp_path / "x.csv")])) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/x.csv: no such file; give a CSV, TSV or parquet file\n"
 
 
@@ -299,7 +300,7 @@ def test_check_names_a_file_that_crashes_the_decoder_and_goes_on(tmp_path, monke
     opened = readers.open_media
     crash = lambda path, **given: os._exit(11) if "bad" in str(path) else opened(path, **given)  # noqa: E731
     monkeypatch.setattr(readers, "open_media", crash)
-    assert check([str(tmp_path), "--workers", "1"]) == 1
+    assert check(parse([str(tmp_path), "--workers", "1"])) == 1
     out = capsys.readouterr().out
     assert f"row 2: {tmp_path}/bad.png: crashes the decoder" in out
     assert "2 of 3 rows are good" in out

@@ -18,6 +18,7 @@ from tests.latents import caches
 from vae3d.checkpoints import state
 from vae3d.checkpoints.state import ResumeError
 from vae3d.commands import dry_run, latent_stats, train_diffusion
+from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.config.issues import ConfigError
 from vae3d.data.readers import media_info
@@ -55,7 +56,7 @@ def cached(videos, tmp_path_factory):
     vae = latent_runs.vae("spatial", top / "vae", videos / "table.csv", scaled=False)
     settings = {"height": None, "width": None, "buckets": {"shapes": SHAPES}, "dtype": "fp32", "shard_size": 5}
     caches.made(videos / "table.csv", top / "cache", open_codec(vae, pixel_range="uint8"), **settings)
-    latent_stats.main([str(top / "cache"), "--write", str(vae), "--per_channel"])
+    latent_stats.main(parse_latent_stats([str(top / "cache"), "--write", str(vae), "--per_channel"]))
     return [f"vae.path={vae}", f"cache={top / 'cache'}", "labels=auto"]
 
 

@@ -40,7 +40,7 @@ def test_the_reports_command_line_works_as_printed(folders, all_weights, capsys)
         f"--batch_size 2 --real_video_dir {ori} --generated_video_dir {rec} --device cuda --sample_fps 24 "
         "--crop_size 32 --resolution 40 --num_frames 3 --sample_rate 1 --metric ssim psnr lpips flolpips"
     )
-    assert script.main(words.split()) == 0
+    assert script.main(parse_eval(words.split())) == 0
     captured = capsys.readouterr()
     assert "mean over videos" in captured.out
     if not torch.cuda.is_available():
@@ -125,7 +125,7 @@ def test_the_panorama_preset_chooses_its_metrics_unless_some_are_named(folders, 
     chosen = json.loads((folders[1].with_name("out") / "summary.json").read_text())["metrics"]
     assert list(chosen) == ["psnr", "psnr_video"]
     with pytest.raises(SystemExit):
-        script.main(["--help"])
+        script.main(parse_eval(["--help"]))
     printed = " ".join(capsys.readouterr().out.split())
     assert "default ssim psnr, or with --preset panorama ws_psnr ws_ssim seam polar cube" in printed
 
@@ -142,7 +142,7 @@ def test_a_mean_over_pixels_needs_one_size(folders, capsys):
 def test_base_finds_all_folders_and_shows_the_ceiling_beside(tmp_path, capsys):
     make_pairs(tmp_path)
     make_pairs(tmp_path, kind="spatial", amount=2.0)
-    assert script.main(["--base", str(tmp_path / "x"), "--device", "cpu", "--no_page"]) == 0
+    assert script.main(parse_eval(["--base", str(tmp_path / "x"), "--device", "cpu", "--no_page"])) == 0
     printed = capsys.readouterr().out
     assert "metric          rec  spatial" in printed
     assert "spatial - rec" in printed
@@ -171,7 +171,7 @@ def test_compare_gives_paired_differences_with_intervals(tmp_path, capsys):
         "--metric",
         "psnr",
     ]
-    assert script.main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert script.main(parse_eval([*words, "--output", str(tmp_path / "out")])) == 0
     (row, _) = json.loads((tmp_path / "out/comparison.json").read_text())["differences"]
     gaps = [
         psnr(original(i), degrade(original(i), 3.0 * (i + 1))).mean() - psnr(original(i), noisy(i)).mean()
@@ -208,7 +208,7 @@ def test_reconstructions_may_have_names(tmp_path, monkeypatch):
 )
 def test_words_that_make_no_sense_are_refused(words, message, capsys):
     with pytest.raises(SystemExit) as end:
-        script.main(words.split())
+        script.main(parse_eval(words.split()))
     assert end.value.code == 2
     assert message in capsys.readouterr().err
 

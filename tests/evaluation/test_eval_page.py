@@ -12,6 +12,7 @@ import pytest
 from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, original
 from vae3d.commands import eval as script
+from vae3d.commands.flags import parse_eval
 from vae3d.evaluation import page as pages
 from vae3d.evaluation.pairs import Pair, PairError, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
@@ -31,7 +32,7 @@ def content(folder: Path) -> tuple[dict, dict[str, dict]]:
 
 
 def run(*words: object) -> int:
-    return script.main([*map(str, words), "--device", "cpu"])
+    return script.main(parse_eval([*map(str, words), "--device", "cpu"]))
 
 
 def test_every_column_of_every_metric_has_a_meaning_of_one_sentence():
@@ -151,6 +152,13 @@ def test_as_many_videos_are_shown_as_asked_for(count):
     assert len(shown) == count
     assert "0" in shown
     assert ("7" in shown) == (count > 1)
+
+
+def test_the_worst_videos_that_are_shown_are_those_that_the_page_marks():
+    scores = {"a": [3.0, 9.0, 6.0, 5.0], "b": [8.0, 1.0, 6.0, 5.0]}  # means 5.5, 5, 6, 5
+    rows = [pages.Row(str(i), str(i), scores={rec: tiny_score(scores[rec][i]) for rec in scores}) for i in range(4)]
+    _, order = pages.ranking(rows, {"psnr": True})
+    assert [row.id for row in order] == ["1", "3", "0", "2"]
 
 
 def tiny_score(value: float) -> pages.VideoScore:

@@ -17,6 +17,7 @@ from tests import tiny
 from tests.latents import caches
 from vae3d.commands import encode as encode_command
 from vae3d.commands import latent_stats
+from vae3d.commands.flags import parse_latent_stats
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.latents import encode
@@ -140,7 +141,7 @@ def test_statistics_are_those_of_all_sizes(whole, capsys):
         moments = cache.moments(place)
         reference.update(moments.mean * cache.latents_std + cache.latents_mean, moments.std * cache.latents_std)
     np.testing.assert_allclose(cache.statistics["std"], reference.summary()["std"], rtol=1e-5)
-    latent_stats.main([str(whole)])
+    latent_stats.main(parse_latent_stats([str(whole)]))
     told = capsys.readouterr().out
     assert "22 entries" in told
     assert "4 sizes: 1x12x12 (8), 3x8x16 (2), 5x8x16 (6), 5x16x8 (6)" in told

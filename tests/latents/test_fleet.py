@@ -20,6 +20,7 @@ from tests.latents.processes import exit_statuses, start, wait_for
 from vae3d.commands import encode as encode_command
 from vae3d.commands import encode_status, latent_stats
 from vae3d.commands.cli import without_flags
+from vae3d.commands.flags import parse_encode_status, parse_latent_stats
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding, share_of
 from vae3d.io import FileError
@@ -247,17 +248,17 @@ def test_a_late_process_helps_and_takes_what_is_left_of_others(job, whole, caplo
             f"this process encoded 4 of 5 shards; 4 are complete, the others are encoded by {os.uname().nodename} (pr"
         )
         assert told in caplog.text
-        assert encode_status.main([str(job.folder)]) == 1
+        assert encode_status.main(parse_encode_status([str(job.folder)])) == 1
         printed = capsys.readouterr().out
         assert "4 of 5 shards (80%)" in printed
         assert f"shard 00002: process {os.getpid()}" in printed
-        latent_stats.main([str(job.folder), "--partial"])
+        latent_stats.main(parse_latent_stats([str(job.folder), "--partial"]))
         assert "4 of 5 shards (80.0%) are complete; of these:\n" in capsys.readouterr().out
         _, numbers, statistics = partial_statistics(job.storage)
     assert (numbers, statistics.clips) == ([0, 1, 3, 4], 8)
     assert encode_cache(job, 0, 2)
     assert caches.files(job.folder) == whole
-    assert encode_status.main([str(job.folder)]) == 0
+    assert encode_status.main(parse_encode_status([str(job.folder)])) == 0
     assert partial_statistics(job.storage)[2].summary() == LatentCache(job.folder).statistics
 
 
@@ -267,7 +268,7 @@ def test_the_status_of_a_cache_is_shown_without_writing_there(job, capsys):
         claims.take(shards.claim_name(2))
         folders = job.folder, job.folder / CLAIMS
         before = caches.files(job.folder), [folder.stat().st_mtime_ns for folder in folders]
-        assert encode_status.main([str(job.folder)]) == 1
+        assert encode_status.main(parse_encode_status([str(job.folder)])) == 1
         assert (caches.files(job.folder), [folder.stat().st_mtime_ns for folder in folders]) == before
     assert "shard 00002: process" in capsys.readouterr().out
 

@@ -17,7 +17,7 @@ from tests import tiny
 from tests.evaluation.test_eval_page import content
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.commands import probe_latents
+from vae3d.commands import flags, probe_latents
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run, probes
@@ -218,9 +218,11 @@ def test_what_cannot_be_probed_is_said(exports, photos, tmp_path, capsys, models
     assert not (tmp_path / "out").exists()
 
 
-def test_counts_are_at_least_1_on_the_command_line_and_in_code(script, tmp_path, capsys):
+def test_counts_are_at_least_1_on_the_command_line_and_in_code(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
-        script.main([f"a={tmp_path}", f"--source={tmp_path}", *SIZE, "--count=0", f"--out={tmp_path / 'out'}"])
+        flags.parse_probe_latents(
+            [f"a={tmp_path}", f"--source={tmp_path}", *SIZE, "--count=0", f"--out={tmp_path / 'out'}"]
+        )
     assert ended.value.code == 2
     assert "--count: '0'" in capsys.readouterr().err
     with pytest.raises(UserError, match="count is 0"):

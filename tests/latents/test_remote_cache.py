@@ -17,6 +17,7 @@ from tests.http_server import SHORT, serve
 from tests.latents import caches
 from tests.latents.processes import wait_for
 from vae3d.commands import encode_status, latent_stats
+from vae3d.commands.flags import parse_encode_status, parse_latent_stats
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.data import objects, stores
@@ -140,9 +141,9 @@ def test_a_header_that_a_stranger_made_is_an_error(store, local, entry):
 
 
 def test_latent_stats_of_a_remote_cache(store, local, capsys):
-    latent_stats.main([str(local)])
+    latent_stats.main(parse_latent_stats([str(local)]))
     printed = capsys.readouterr().out
-    latent_stats.main([f"{store.url}/cache"])
+    latent_stats.main(parse_latent_stats([f"{store.url}/cache"]))
     assert capsys.readouterr().out == printed.replace(str(local), f"{store.url}/cache")
 
 
@@ -188,8 +189,8 @@ def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(bucket, local,
         assert list(pool.map(encode_cache, [job(), job()], (0, 2), (3, 3))) == [True, True]
     assert of_store(url, tmp_path) == caches.files(local)
     assert_same(LatentCache(url), local)
-    latent_stats.main([url, "--partial"])
-    latent_stats.main([str(local)])
+    latent_stats.main(parse_latent_stats([url, "--partial"]))
+    latent_stats.main(parse_latent_stats([str(local)]))
     of_shards, of_file = (printed.splitlines() for printed in capsys.readouterr().out.split(f"{local}: ", 1))
     assert of_shards[0] == "3 of 3 shards (100.0%) are complete; of these:"
     assert of_shards[3:10] == of_file[2:9]  # the table
@@ -200,7 +201,7 @@ def test_a_cache_that_is_encoded_into_a_store_is_that_of_a_folder(bucket, local,
     with monkeypatch.context() as reading:
         for name in ("put", "remove"):
             reading.delattr(objects, name)
-        assert encode_status.main([url]) == 0
+        assert encode_status.main(parse_encode_status([url])) == 0
     objects.remove(f"{url}/complete.json")
     stores.forget_versions()
     with pytest.raises(CacheError, match=r"s3://latents/photos is not complete; it has no complete.json"):

@@ -150,10 +150,10 @@ def test_the_smallest_size_is_scored_and_a_smaller_one_refused(metrics):
     side = metric.min_size
     ref, rec = pair(max(2, metric.min_frames), side, side)
     assert all(math.isfinite(value) for value in values(metrics, ref, rec).values())
-    assert metric.why_unsupported(len(ref), side, side) is None
+    assert metric.why_unsupported(len(ref), side, side, channels=4) is None
     if side > 1:
         reason = f"{metric.name} needs frames of at least {side} pixels; these are {side - 1}x{side}"
-        assert metric.why_unsupported(len(ref), side - 1, side) == reason
+        assert metric.why_unsupported(len(ref), side - 1, side, channels=4) == reason
         with pytest.raises(MetricError, match=reason):
             result(metrics, ref[:, :, 1:], rec[:, :, 1:])
 

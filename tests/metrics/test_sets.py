@@ -10,7 +10,7 @@ from tests.metrics.clips import frechet_distance, levels, pair, result, value
 from vae3d.metrics import Metric, MetricError, MetricSet, VideoResult, build_metrics
 from vae3d.metrics.base import Score
 from vae3d.metrics.distribution import ROWS_KEPT, Features, Rfid, Rfvd, frechet
-from vae3d.metrics.frame import Psnr, Ssim
+from vae3d.metrics.frame import AlphaPsnr, Psnr, Ssim
 from vae3d.metrics.temporal import Flicker
 
 
@@ -177,7 +177,7 @@ def test_too_few_frames_for_rfvd_are_refused(networks):
         result(metric, *pair(9))
     with pytest.raises(MetricError, match=r"rfvd needs at least 10 frames; .*9"):
         Rfvd(networks, frames=9)
-    assert metric.why_unsupported(9, 64, 64) == "rfvd needs at least 10 frames; there are 9"
+    assert metric.why_unsupported(9, 64, 64, channels=3) == "rfvd needs at least 10 frames; there are 9"
 
 
 @pytest.mark.parametrize("name", ["rfid", "rfvd"])
@@ -234,6 +234,17 @@ def test_a_failed_result_leaves_nothing_behind(networks):
         result(metrics, *pair(5))
     got = result(metrics, *pair(10))
     assert len(got.scores["psnr"].frames) == 10
+
+
+def test_a_set_says_which_metrics_cannot_score_a_video_and_why(networks):
+    metrics = MetricSet([Psnr(), Ssim(), AlphaPsnr(), Rfvd(networks)])
+    assert metrics.reasons(16, 64, 64, channels=4) == {}
+    reasons = metrics.reasons(9, 8, 64, channels=3)
+    assert list(reasons) == ["ssim", "alpha_psnr", "rfvd"]
+    assert "8x64" in reasons["ssim"]
+    ref, rec = pair(12)
+    with pytest.raises(MetricError, match=metrics.reasons(12, 40, 48, channels=3)["alpha_psnr"]):
+        metrics.update(ref, rec)
 
 
 class FailsOnce(Psnr):

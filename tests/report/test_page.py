@@ -31,6 +31,7 @@ from vae3d.report.page import (
     take_videos,
     to_json,
     unpack_page,
+    worst_first,
     write_clip,
     write_page,
 )
@@ -288,6 +289,25 @@ def test_a_page_takes_the_videos_of_another_one(tmp_path, clip, monkeypatch, sin
     (tmp_path / "index.html").write_text("<p>")
     with pytest.raises(ValueError, match="not a page"):
         take_videos(tmp_path, page, "", [])
+
+
+def test_a_quarter_of_the_videos_is_marked_worst_or_best_by_the_mean_over_reconstructions(tmp_path):
+    scores = {f"v{i}": {"rec": {"psnr": 30.0 + i}, "other": {"psnr": 40.0 - 3 * i}} for i in range(8)}
+    scores |= {"none": {"rec": {"psnr": None}}, "one": {"rec": {"psnr": 10.0}}}
+    videos = [Video(id, id, each, clip=False) for id, each in scores.items()]
+    for better, marked in (("higher", ["one", "v7", "v1", "v0"]), ("lower", ["v0", "v1", "v7", "one"])):
+        chapter = Chapter("c", "", ["rec", "other"], {"psnr": Metric("PSNR", better)}, videos, "psnr")
+        write_page(tmp_path, Report("r", [chapter, Chapter("not ranked")]))
+        first, second = pages._content((tmp_path / "index.html").read_text())["chapters"]
+        assert first["ranks"] == [list(pair) for pair in zip(marked, ["worst"] * 2 + ["best"] * 2, strict=True)]
+        assert second["ranks"] == []
+
+
+@pytest.mark.parametrize(("better", "order"), [("higher", "abc"), ("lower", "cba"), (2.2, "acb")])
+def test_videos_are_ordered_by_the_mean_of_what_is_known(better, order):
+    values = {"a": [0.0, 1.0], "b": [2.0, None, float("nan")], "c": [3.0], "none": [None]}
+    assert worst_first(values, better) == list(order)
+    assert worst_first(values, None) == []
 
 
 def test_a_damaged_clip_is_none(tmp_path, clip):

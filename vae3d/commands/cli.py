@@ -80,10 +80,10 @@ class HydraCommand(NamedTuple):
 
 
 class ArgparseCommand(NamedTuple):
-    """A command with flags. Its module has `main(arguments)`, which returns the exit status.
+    """A command with flags. Its module has `main(flags)`, which returns the exit status.
 
     parse: module:function that reads the flags. It imports no torch, so that --help and a wrong flag are answered at
-    once. None: the command's module imports no torch either.
+    once. None: the module imports no torch either, and its `main(arguments)` reads the flags.
     """
 
     summary: str
@@ -236,15 +236,16 @@ def run_with_flags(command: ArgparseCommand, module: str, arguments: Sequence[st
     """Run a command with flags and return its exit status."""
     from vae3d.commands.console import exit_on_user_error
 
+    given: Any = arguments
     if command.parse is not None:
-        resolve_name(command.parse)(arguments)
+        given = resolve_name(command.parse)(arguments)
         if os.environ.get("RANK", "0") == "0" and "torch" not in sys.modules:
             print(f"{sys.argv[0]}: importing torch ...", file=sys.stderr, flush=True)
 
     def run() -> int | None:
         main = import_module(module).main
         collect_garbage_again()
-        return main(arguments)
+        return main(given)
 
     return exit_on_user_error(run)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from dataclasses import replace
 
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
-from vae3d.commands.flags import parse_convert
 from vae3d.io import atomic_files, naming
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_convert(argv)
+def main(args: Namespace) -> None:
     if args.target.exists():
         raise CheckpointError(f"{args.target} already exists")
     checkpoint = read_checkpoint(args.source, args.variant)

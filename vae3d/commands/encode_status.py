@@ -5,14 +5,14 @@ Flags: vae3d.commands.flags.
 
 from __future__ import annotations
 
-from vae3d.commands.flags import parse_encode_status
+from argparse import Namespace
+
 from vae3d.latents.cache_storage import read_meta, storage_of
 from vae3d.latents.encode import FINISH
 from vae3d.latents.shards import COMPLETE, shards_in
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_encode_status(argv)
+def main(args: Namespace) -> int:
     storage = storage_of(args.cache)
     total = shards_in(read_meta(storage))
     done = len(storage.done())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from vae3d.commands.flags import parse_eval
 from vae3d.distributed import init_inference, process_group_scope
-from vae3d.evaluation.page import limit_clips, make_report, make_rows, short_names, write_clips
+from vae3d.evaluation.page import Row, limit_clips, make_report, make_rows, short_names, write_clips
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
 from vae3d.evaluation.score import ScoringJob, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
@@ -33,11 +31,9 @@ from vae3d.report.page import PAGE, VIDEOS, remove_page, unpack_page, write_page
 COMPARISON = "comparison.json"
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_eval(argv)
-    command = shlex.join(["vae3d", "eval", *(sys.argv[1:] if argv is None else argv)])
+def main(args: Namespace) -> int:
     with process_group_scope():
-        return evaluate(args, command)
+        return evaluate(args)
 
 
 def join_ranks(device: str) -> tuple[PartialState, torch.device]:
@@ -51,7 +47,8 @@ def join_ranks(device: str) -> tuple[PartialState, torch.device]:
 
 @dataclass
 class Evaluation:
-    """A folder of reconstructions, paired with the originals. failed: pairs that could not be scored, and why."""
+    """A folder of reconstructions, paired with the originals. failed: pairs that could not be scored, and why. videos:
+    those that were, on every rank. summary: content of summary.json, on the first rank."""
 
     name: str
     rec: Path
@@ -59,10 +56,12 @@ class Evaluation:
     jobs: list[ScoringJob]
     unmatched: list[str]
     failed: list[str]
+    videos: list[VideoScore] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
 
 
-def evaluate(args: Namespace, command: str = "") -> int:
-    """Score every reconstruction; returns the exit status, 1 if a pair could not be scored. command: for the page."""
+def evaluate(args: Namespace) -> int:
+    """Score every reconstruction; returns the exit status, 1 if a pair could not be scored. args: of parse_eval."""
     ranks, device = join_ranks(args.device)
     settings = {"rfid": {"stride": args.rfid_stride}, "rfvd": {"frames": args.rfvd_frames}}
     metrics = build_metrics(  # first, since it names all missing weights
@@ -75,27 +74,33 @@ def evaluate(args: Namespace, command: str = "") -> int:
         jobs, failed = plan(pairs, protocol, metrics, args.on_error)
         shapes = [(job.info.frames, job.info.height, job.info.width) for job in jobs]
         require_shapes(PRESETS[args.preset], shapes, args.batch_size)
-        evaluations.append(Evaluation(name, rec, output_folder(args, rec), jobs, unmatched, failed))
-    results, summaries = {}, {}
+        output = output_folder(args.output, rec, list(args.recs.values()))
+        evaluations.append(Evaluation(name, rec, output, jobs, unmatched, failed))
     for evaluation in evaluations:
         with in_use(evaluation.output, ranks):
-            results[evaluation.name] = score(evaluation, metrics, ranks, device, args)
+            score(evaluation, metrics, ranks, device, fresh=args.fresh, on_error=args.on_error)
             if ranks.is_main_process:
-                videos = results[evaluation.name]
-                summaries[evaluation.name] = report(evaluation, videos, metrics, protocol, args)
+                evaluation.summary = summarize_one(evaluation, metrics, protocol, args)
+                report(evaluation, metrics, per_frame=args.per_frame)
+    common = args.output or evaluations[0].output  # of what compares them
     differences = []
     if len(evaluations) > 1:
+        results = {evaluation.name: evaluation.videos for evaluation in evaluations}
         differences = compare(results, metrics.columns)
         if ranks.is_main_process:
+            summaries = {evaluation.name: evaluation.summary for evaluation in evaluations}
             print(f"\n{means_table(summaries)}\n\n{comparison_table(differences)}")
             for warning in unequal_sets({name: [v.name for v in videos] for name, videos in results.items()}):
                 print(f"warning: {warning}", file=sys.stderr)
-            file = common_folder(args, evaluations) / COMPARISON
+            file = common / COMPARISON
             write_json(file, {"reconstructions": {e.name: str(e.rec) for e in evaluations}, "differences": differences})
             print(f"wrote {os.path.relpath(file)}")
     if not args.no_page:
-        with in_use(common_folder(args, evaluations), ranks):
-            make_page(evaluations, results, summaries, differences, metrics, ranks, args, command)
+        with in_use(common, ranks):
+            prepare_page(common, ranks, fresh=args.fresh)
+            rows = page_rows(common, evaluations, metrics, ranks, count=args.page_videos, on_error=args.on_error)
+            if ranks.is_main_process:
+                make_page(common, evaluations, rows, differences, metrics, args.command)
     return 1 if any(evaluation.failed for evaluation in evaluations) else 0
 
 
@@ -106,34 +111,47 @@ def in_use(folder: Path, ranks: PartialState) -> AbstractContextManager[None]:
     return hold_lock(folder / f".rank{ranks.process_index}.lock", error)
 
 
-def make_page(
-    evaluations: list[Evaluation],
-    results: Mapping[str, list[VideoScore]],
-    summaries: Mapping[str, dict[str, Any]],
-    differences: list[dict[str, Any]],
-    metrics: MetricSet,
-    ranks: PartialState,
-    args: Namespace,
-    command: str,
-) -> None:
-    """Write the page of all reconstructions. The ranks share its clips."""
-    folder, main = common_folder(args, evaluations), ranks.is_main_process
-    names = short_names(results)
-    rows = make_rows({names[e.name]: e.jobs for e in evaluations}, {names[n]: videos for n, videos in results.items()})
-    limit_clips(rows, metrics.columns, args.page_videos)
-    if main:
+def prepare_page(folder: Path, ranks: PartialState, *, fresh: bool) -> None:
+    """Make the clips of an earlier page ready to be kept, or with `fresh` delete them."""
+    if ranks.is_main_process:
         remove_unfinished(folder / VIDEOS)
-        if args.fresh:
+        if fresh:
             remove_page(folder)
         unpack_page(folder)
     ranks.wait_for_everyone()
+
+
+def page_rows(
+    folder: Path,
+    evaluations: Sequence[Evaluation],
+    metrics: MetricSet,
+    ranks: PartialState,
+    *,
+    count: int | None,
+    on_error: str,
+) -> list[Row]:
+    """The videos of the page in a folder. The ranks share its clips, of which there are `count`."""
+    names, main = short_names(e.name for e in evaluations), ranks.is_main_process
+    rows = make_rows({names[e.name]: e.jobs for e in evaluations}, {names[e.name]: e.videos for e in evaluations})
+    limit_clips(rows, metrics.columns, count)
     mine = [row for row in rows if not row.why][ranks.process_index :: ranks.num_processes]
     shown = progress(mine, unit="video", desc="page", hidden=not main)
-    errors = dict(gather_object(write_clips(folder, shown, args.on_error)))
-    if not main:
-        return
+    errors = dict(gather_object(write_clips(folder, shown, on_error)))
     for row in rows:
         row.why = errors.get(row.id, row.why)
+    return rows
+
+
+def make_page(
+    folder: Path,
+    evaluations: Sequence[Evaluation],
+    rows: Sequence[Row],
+    differences: Sequence[Mapping[str, Any]],
+    metrics: MetricSet,
+    command: str,
+) -> None:
+    """Write the page of all reconstructions. command: to copy."""
+    names = short_names(e.name for e in evaluations)
     files = {}
     for evaluation in evaluations:
         prefix = f"{names[evaluation.name]}: " if len(evaluations) > 1 else ""
@@ -141,38 +159,41 @@ def make_page(
         files |= {prefix + file.name: file for file in written if file.is_file()}
     files |= {COMPARISON: folder / COMPARISON} if differences else {}
     renamed = [row | {key: names[row[key]] for key in ("name", "against")} for row in differences]
-    by_name = {names[name]: summary for name, summary in summaries.items()}
-    write_page(folder, make_report(folder, rows, by_name, metrics, renamed, command, files))
+    summaries = {names[evaluation.name]: evaluation.summary for evaluation in evaluations}
+    write_page(folder, make_report(folder, rows, summaries, metrics, renamed, command, files))
     print(f"wrote {os.path.relpath(folder / PAGE)}")
 
 
-def common_folder(args: Namespace, evaluations: list[Evaluation]) -> Path:
-    """Of the page and the differences: --output, or where the first reconstruction's scores are."""
-    return args.output or evaluations[0].output
-
-
-def output_folder(args: Namespace, rec: Path) -> Path:
+def output_folder(output: Path | None, rec: Path, recs: Sequence[Path]) -> Path:
+    """Where the scores of `rec`, one of `recs`, go. output: as given by the user. Raises PairError."""
     rec = rec.resolve()
-    if args.output is None:
+    if output is None:
         return rec.with_name(f"{rec.name}_eval")
-    if args.output.is_file() or not args.output.resolve().parent.is_dir():
-        raise PairError(f"--output {args.output} must be a folder, or the name of a new one in an existing folder")
-    if [path.resolve().name for path in args.recs.values()].count(rec.name) > 1:
+    if output.is_file() or not output.resolve().parent.is_dir():
+        raise PairError(f"--output {output} must be a folder, or the name of a new one in an existing folder")
+    if [path.resolve().name for path in recs].count(rec.name) > 1:
         raise PairError(
-            f"several reconstructions are named {rec.name}, so --output {args.output} cannot hold a folder of each; "
+            f"several reconstructions are named {rec.name}, so --output {output} cannot hold a folder of each; "
             "rename one, or leave --output out: scores then go beside each"
         )
-    return args.output if len(args.recs) == 1 else args.output / rec.name
+    return output if len(recs) == 1 else output / rec.name
 
 
 def score(
-    evaluation: Evaluation, metrics: MetricSet, ranks: PartialState, device: torch.device, args: Namespace
-) -> list[VideoScore]:
-    """Score this rank's share of the pairs. Returns the scores of all ranks; their errors go to evaluation.failed."""
+    evaluation: Evaluation,
+    metrics: MetricSet,
+    ranks: PartialState,
+    device: torch.device,
+    *,
+    fresh: bool,
+    on_error: str,
+) -> None:
+    """Score this rank's share of the pairs. The scores of all ranks go to evaluation.videos, their errors to `failed`.
+    fresh: discard earlier scores."""
     rank, main = ranks.process_index, ranks.is_main_process
     if main:
         remove_unfinished(evaluation.output)
-        for file in evaluation.output.glob("rank*.jsonl") if args.fresh else ():
+        for file in evaluation.output.glob("rank*.jsonl") if fresh else ():
             file.unlink()
     ranks.wait_for_everyone()
     store = Store(evaluation.output, rank, metrics)
@@ -184,31 +205,32 @@ def score(
     todo.sort(key=lambda job: (-job.info.frames * job.info.height * job.info.width, job.pair.name))
     mine = todo[rank :: ranks.num_processes]  # largest first, so that all ranks finish at about the same time
     jobs = progress(mine, unit="video", desc=evaluation.name, hidden=not main)
-    evaluation.failed += gather_object(score_jobs(jobs, store, device, args.on_error))
-    return collect(evaluation.jobs, store)
+    evaluation.failed += gather_object(score_jobs(jobs, store, device, on_error))
+    evaluation.videos = collect(evaluation.jobs, store)
 
 
-def report(
-    evaluation: Evaluation, videos: list[VideoScore], metrics: MetricSet, protocol: Protocol, args: Namespace
-) -> dict[str, Any]:
-    """Print the scores of one reconstruction and write them to its folder; returns the summary."""
-    if not videos:
+def summarize_one(evaluation: Evaluation, metrics: MetricSet, protocol: Protocol, args: Namespace) -> dict[str, Any]:
+    """The content of summary.json. Raises PairError if there are no scores."""
+    if not evaluation.videos:
         raise PairError("no pair could be scored:\n" + "\n".join(f"  {reason}" for reason in evaluation.failed))
-    summary = summarize(videos, metrics, protocol, args.preset, args.batch_size) | {
+    return summarize(evaluation.videos, metrics, protocol, args.preset, args.batch_size) | {
         "real_video_dir": str(args.ref),
         "generated_video_dir": str(evaluation.rec),
         "unmatched": evaluation.unmatched,
         "failed": evaluation.failed,
     }
+
+
+def report(evaluation: Evaluation, metrics: MetricSet, *, per_frame: bool) -> None:
+    """Print the scores of one reconstruction and write them to its folder."""
+    summary, folder = evaluation.summary, evaluation.output
     print(set_table(summary))
     absent = [f"{name} is skipped: {reason}" for name, reason in metrics.skipped.items()]
     failed = [f"not scored: {reason}" for reason in evaluation.failed]
     for warning in [*summary["warnings"], *evaluation.unmatched, *failed, *absent]:
         print(f"warning: {warning}", file=sys.stderr)
-    folder = evaluation.output
     write_json(folder / "summary.json", summary)
-    write_per_video(folder / "per_video.csv", videos)
-    if args.per_frame:
-        write_per_frame(folder / "per_frame.csv", videos)
+    write_per_video(folder / "per_video.csv", evaluation.videos)
+    if per_frame:
+        write_per_frame(folder / "per_frame.csv", evaluation.videos)
     print(f"wrote {os.path.relpath(folder)}")
-    return summary

@@ -1,6 +1,7 @@
 """The flags of commands that import torch, apart from the commands: `--help` and a wrong flag need no torch.
 
-Each function reads the arguments of one command; its docstring is the description that `--help` prints.
+Each function reads the arguments of one command, for the `main` of its module; its docstring is the description that
+`--help` prints. `command` is the whole command, for pages.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -31,18 +33,27 @@ LAYOUTS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """Flags are spelt --two_words, as keys of the configuration are; --two-words is taken too."""
+    """Flags are spelt --two_words, as keys of the configuration are; --two-words is taken too. name: of the command."""
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.name = name
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
         words = [*(sys.argv[1:] if args is None else args)]
         end = words.index("--") if "--" in words else len(words)
         flags = [re.sub("^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in words[:end]]
-        return super().parse_known_args([*flags, *words[end:]], namespace)
+        found, rest = super().parse_known_args([*flags, *words[end:]], namespace)
+        found.command = shlex.join(["vae3d", self.name, *words])
+        return found, rest
 
 
 def _parser(parse: Callable[..., Namespace], epilog: str | None = None) -> argparse.ArgumentParser:
     return _Parser(
-        description=inspect.cleandoc(parse.__doc__), formatter_class=argparse.RawDescriptionHelpFormatter, epilog=epilog
+        parse.__name__.removeprefix("parse_").replace("_", "-"),
+        description=inspect.cleandoc(parse.__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
-from vae3d.commands.flags import parse_index
 from vae3d.data.media import DataError
 from vae3d.data.paths import is_url
 from vae3d.data.tar_index import Settings, Shard, build_index, samples_of
@@ -14,8 +14,7 @@ from vae3d.latents.tar_shards import latent_rows
 from vae3d.text import byte_text, plural
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_index(argv)
+def main(args: Namespace) -> None:
     shards = find_shards(list_all(args.shards))
     settings = Settings(_kind(shards[0]), args.media)
     out = args.out or index_of(args.shards, [shard.path for shard in shards])

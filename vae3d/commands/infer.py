@@ -58,17 +58,14 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
     """Load the model and set it up for inference. Raises UserError for metrics that cannot score such frames."""
     set_precision(config.precision)
     metrics = build_metrics(config.metrics, device)
-    if config.height and config.width:
-        reasons = (m.why_unsupported(config.num_frames or sys.maxsize, config.height, config.width) for m in metrics)
-        if errors := [reason for reason in reasons if reason]:
-            raise UserError(f"metrics: {'; '.join(errors)}")
     checkpoint, model = load_with_checkpoint(config.checkpoint, changes=config.model)
     model = place(model, device)
     require_file_channels(model, config.checkpoint)
     if model.pixel_channels == 4 and config.codec != "lossless":
         raise UserError(f"codec={config.codec} keeps no alpha, which {config.checkpoint} has; use codec=lossless")
-    if model.pixel_channels == 3 and (unfit := [metric.name for metric in metrics if metric.alpha]):
-        raise UserError(f"metrics: {', '.join(unfit)} needs alpha, which {config.checkpoint} has not; leave it out")
+    frames, height, width = (size or sys.maxsize for size in (config.num_frames, config.height, config.width))
+    if reasons := metrics.reasons(frames, height, width, model.pixel_channels):
+        raise UserError(f"metrics: {'; '.join(reasons.values())}")
     model.set_frame_batch(config.frame_batch)
     if config.compile:
         compile_steps(model)

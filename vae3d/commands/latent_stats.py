@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.latents.cache import LatentCache, SizeGroup
 from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, partial_statistics, storage_of
@@ -26,8 +25,7 @@ SHOWN = ("0.1", "50", "99.9")  # percentiles
 SHOWN_SIZES = 12
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_latent_stats(argv)
+def main(args: Namespace) -> None:
     if args.partial:
         print_partial(storage_of(args.cache))
         return
@@ -89,7 +87,9 @@ def print_table(
 def write(args: Namespace) -> None:
     checkpoint, model = load_unscaled(args.write, args.out)
     cache = LatentCache(args.cache, open_codec(args.write))  # an error if another autoencoder made it
-    spec = load(rescale(checkpoint, model, scale_of_cache(cache, args.of_means), args)).spec
+    measured = scale_of_cache(cache, args.of_means)
+    folder = rescale(checkpoint, model, measured, args.out, shift=args.shift, per_channel=args.per_channel)
+    spec = load(folder).spec
     print_normalized(
         cache.statistics, spec.latents_mean, spec.latents_std, "the new scale", "; try --per_channel", args.of_means
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from vae3d.commands.flags import parse_make_shards
 from vae3d.data.image_folder import open_images_or_source
 from vae3d.data.media import DataError
 from vae3d.data.shard_writer import check_broken, entries_of, plan_record, plan_shards, write_shards
@@ -18,8 +18,7 @@ from vae3d.text import byte_text, plural
 PLAN = "shards.json"  # what the shards are made of, so that a killed run goes on
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_make_shards(argv)
+def main(args: Namespace) -> None:
     source = open_images_or_source(args.source, args.root)
     table = source.table()
     for note in getattr(source, "notes", ()):

@@ -16,7 +16,6 @@ from torch import nn
 from vae3d.checkpoints import formats
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError
-from vae3d.commands.flags import parse_measure_scale
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources import open_source
@@ -27,10 +26,10 @@ from vae3d.precision import as_device
 from vae3d.text import plural
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_measure_scale(argv)
+def main(args: Namespace) -> None:
     checkpoint, model = load_unscaled(args.checkpoint, args.out)
-    rescale(checkpoint, model, measure_source(model, args), args)
+    measured = measure_source(model, args)
+    rescale(checkpoint, model, measured, args.out, shift=args.shift, per_channel=args.per_channel)
 
 
 def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
@@ -58,11 +57,19 @@ def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
     return measured
 
 
-def rescale(checkpoint: Checkpoint, model: nn.Module, measured: LatentStats, args: Namespace) -> Path:
-    """Write the measured scale into args.out, or else into the export itself; returns that folder."""
-    new = rescaled(checkpoint, model, measured, shift=args.shift, per_channel=args.per_channel)
+def rescale(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    measured: LatentStats,
+    out: Path | None,
+    *,
+    shift: bool,
+    per_channel: bool,
+) -> Path:
+    """Write the measured scale into `out`, or else into the export itself; returns that folder. See rescaled."""
+    new = rescaled(checkpoint, model, measured, shift=shift, per_channel=per_channel)
     print_scale(checkpoint, new, measured)
-    target = args.out or checkpoint.path.parent
+    target = out or checkpoint.path.parent
     metadata = export_metadata(checkpoint) | {"latents": measured.facts()}
     with naming(target), atomic_files(target / formats.EXPORT_CONFIG) if target.exists() else atomic_dir(target) as tmp:
         write_export(new, tmp, **metadata)

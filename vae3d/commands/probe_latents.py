@@ -5,7 +5,6 @@ Flags: vae3d.commands.flags.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from argparse import Namespace
 from dataclasses import asdict, fields
@@ -16,7 +15,6 @@ import torch
 from torch import nn
 
 import vae3d
-from vae3d.commands.flags import parse_probe_latents
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run
@@ -31,11 +29,9 @@ from vae3d.report.page import PAGE
 from vae3d.text import plural
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_probe_latents(argv)
+def main(args: Namespace) -> None:
     report, pictures = probe(args)
-    command = shlex.join(["vae3d", "probe-latents", *(sys.argv[1:] if argv is None else argv)])
-    write_report(args.out, report, pictures, command)
+    write_report(args.out, report, pictures, args.command)
     print(console_table(report))
     for line in report["warnings"] + report["notes"]:
         print(line, file=sys.stderr)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
-import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -18,7 +18,6 @@ from PIL import Image
 
 from vae3d import api
 from vae3d.commands.fetch_weights import provide
-from vae3d.commands.flags import parse_try
 from vae3d.data.media import MediaInfo
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
@@ -47,9 +46,7 @@ HINTS = (
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_try(argv)
-
+def main(args: Namespace) -> int:
     device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     info = media_info(args.video)
     model = api.from_pretrained(args.checkpoint or default_checkpoint()).to(device)
@@ -66,12 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     scores, columns, skipped = score(default_metrics(device), original, result, device)
 
     write_files(out, original, result, info.fps)
-    command = shlex.join(["vae3d", "try", *(sys.argv[1:] if argv is None else argv)])
     title = f"{Path(args.video).name} through {args.checkpoint or 'TAEF2'}"
     clip = encode_clip([displayable(original)], {"reconstruction": [displayable(result)]}, info.fps)
     write_clip(out, CLIP, clip, {"reconstruction": frame_curves(scores)})
     panorama = original.shape[2] == 2 * original.shape[1]
-    write_page(out, make_report(out, title, Path(args.video), scores, columns, facts, skipped, panorama, command))
+    write_page(out, make_report(out, title, Path(args.video), scores, columns, facts, skipped, panorama, args.command))
     rows = [
         [f"{name}{ARROWS.get(columns[name], '')}", number(score.value)]
         for name, score in scores.items()
@@ -142,7 +138,7 @@ def score(
     metrics: MetricSet, original: np.ndarray, result: np.ndarray, device: torch.device
 ) -> tuple[dict[str, Score], dict[str, Better], dict[str, str]]:
     """Scores of [T, H, W, 3] uint8, their columns, and why some metrics are left out."""
-    unsupported = {m.name: reason for m in metrics if (reason := m.why_unsupported(*original.shape[:3])) is not None}
+    unsupported = metrics.reasons(*original.shape)
     chosen = metrics.subset([m.name for m in metrics if m.name not in unsupported])
     scores = chosen.score(frame_pairs(original, result, device)).scores
     missing = {

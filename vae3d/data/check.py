@@ -104,8 +104,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
+def main(args: argparse.Namespace) -> int:
     try:
         return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers, args.alpha)
     except UserError as error:
@@ -154,4 +153,4 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
 
 if __name__ == "__main__":
     sys.argv[0] = "python -m vae3d.data.check"  # argparse's usage line begins with it
-    sys.exit(main())
+    sys.exit(main(parse()))

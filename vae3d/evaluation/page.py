@@ -21,7 +21,7 @@ from vae3d.evaluation.tables import metric_table
 from vae3d.hashing import json_hash
 from vae3d.metric_names import MEANINGS, PANORAMA, unit
 from vae3d.metrics import MetricSet
-from vae3d.metrics.base import Better, Nearest, frame_curves, goodness
+from vae3d.metrics.base import Better, Nearest, frame_curves
 from vae3d.pixels import displayable
 from vae3d.report import number
 from vae3d.report.clip import ORIGINAL
@@ -36,6 +36,7 @@ from vae3d.report.page import (
     clip_ids,
     encode_clip,
     read_clip,
+    worst_first,
     write_clip,
 )
 from vae3d.text import plural
@@ -93,16 +94,17 @@ def make_rows(jobs: Mapping[str, Sequence[ScoringJob]], scores: Mapping[str, Seq
 
 
 def ranking(rows: Sequence[Row], columns: Mapping[str, Better]) -> tuple[str | None, list[Row]]:
-    """The metric that ranks the videos by the first reconstruction, and the rows from worst to best.
+    """The metric that ranks the videos, and the rows from worst to best, see report.page.worst_first.
 
     None and the rows as they are without such a metric. Rows without a value come last.
     """
-    by = rank_column({c: b for c, b in columns.items() if any(_value(row, c) is not None for row in rows)})
+    scored = {column for row in rows for column in columns if any(value is not None for value in _values(row, column))}
+    by = rank_column({column: better for column, better in columns.items() if column in scored})
     if by is None:
         return None, list(rows)
-    scored = [row for row in rows if _value(row, by) is not None]
-    order = sorted(scored, key=lambda row: goodness(_value(row, by), columns[by]))
-    return by, [*order, *(row for row in rows if _value(row, by) is None)]
+    order = worst_first({row.id: _values(row, by) for row in rows}, _direction(columns[by]))
+    place = {id: index for index, id in enumerate(order)}
+    return by, sorted(rows, key=lambda row: place.get(row.id, len(rows)))
 
 
 def rank_column(columns: Mapping[str, Better]) -> str | None:
@@ -111,9 +113,9 @@ def rank_column(columns: Mapping[str, Better]) -> str | None:
     return next((column for column in (*RANKED_BY, *directed) if column in directed), None)
 
 
-def _value(row: Row, column: str) -> float | None:
-    score = next(iter(row.scores.values())).scores.get(column)
-    return None if score is None else score.value
+def _values(row: Row, column: str) -> list[float | None]:
+    """Of every reconstruction that has the column."""
+    return [video.scores[column].value for video in row.scores.values() if column in video.scores]
 
 
 def limit_clips(rows: Sequence[Row], columns: Mapping[str, Better], count: int | None) -> None:

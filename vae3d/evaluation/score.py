@@ -40,11 +40,8 @@ def plan(
     def check(pair: Pair) -> ScoringJob | str:
         try:
             info = inspect(pair, protocol)
-            reasons = [metric.why_unsupported(info.frames, info.height, info.width) for metric in metrics]
-            if not info.alpha and (unfit := [metric.name for metric in metrics if metric.alpha]):
-                reasons.append(f"{', '.join(unfit)} needs alpha in both files; leave it out")
-            if reasons := [reason for reason in reasons if reason]:
-                return f"{pair.name}: {'; '.join(reasons)}"
+            if reasons := metrics.reasons(info.frames, info.height, info.width, 4 if info.alpha else 3):
+                return f"{pair.name}: {'; '.join(reasons.values())}"
             return ScoringJob(pair, protocol, info, pair_key(pair, protocol))
         except (PairError, MediaError) as error:
             return str(error)

@@ -139,8 +139,10 @@ class Metric:
         """Settings that change the scores, for reports."""
         return {name: getattr(self, name) for name in self.options}
 
-    def why_unsupported(self, frames: int, height: int, width: int) -> str | None:
-        """The reason why such a video cannot be scored; None if it can."""
+    def why_unsupported(self, frames: int, height: int, width: int, channels: int) -> str | None:
+        """The reason why a video of 3 or 4 channels cannot be scored; None if it can."""
+        if self.alpha and channels != 4:
+            return f"{self.name} needs alpha, and the video has none; leave it out, or give RGBA"
         if min(height, width) < self.min_size:
             return f"{self.name} needs frames of at least {self.min_size} pixels; these are {height}x{width}"
         if frames < self.min_frames:
@@ -163,7 +165,8 @@ class SeriesMetric(Metric):
         raise NotImplementedError
 
     def update(self, chunk: Chunk) -> None:
-        if reason := self.why_unsupported(len(chunk.ref), *chunk.ref.shape[-2:]):
+        channels = 3 if chunk.alpha is None else 4
+        if reason := self.why_unsupported(len(chunk.ref), *chunk.ref.shape[-2:], channels):
             raise MetricError(reason)
         if self.pairs and len(chunk.ref) < 2:  # the video's first frame, alone
             return
@@ -240,6 +243,11 @@ class MetricSet:
     def columns(self) -> dict[str, Better]:
         return {column: better for metric in self.metrics for column, better in metric.columns.items()}
 
+    def reasons(self, frames: int, height: int, width: int, channels: int) -> dict[str, str]:
+        """Metric -> why it cannot score such a video, of those that cannot. channels: 3, or 4 of RGBA."""
+        found = {metric.name: metric.why_unsupported(frames, height, width, channels) for metric in self.metrics}
+        return {name: reason for name, reason in found.items() if reason is not None}
+
     @no_tf32()
     @torch.no_grad()
     def update(self, ref: Tensor, rec: Tensor) -> None:
@@ -266,8 +274,6 @@ class MetricSet:
         if ref.shape[1] == 4:
             alpha = ref[:, 3:], rec[:, 3:]
             ref, rec = over_grey(ref), over_grey(rec)
-        elif unfit := [metric.name for metric in self.metrics if metric.alpha]:
-            raise MetricError(f"{', '.join(unfit)}: the videos have no alpha; leave out, or give RGBA, of 4 channels")
         count, overlap = len(ref), 0
         if self._pairs and self._last is not None:
             ref, rec, overlap = torch.cat([self._last[0], ref]), torch.cat([self._last[1], rec]), 1

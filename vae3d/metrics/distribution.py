@@ -206,7 +206,7 @@ class Rfvd(SetMetric):
         features = Features(), Features()
         for whole, parts in zip(features, self._videos, strict=True):
             video = torch.cat(parts)
-            if reason := self.why_unsupported(len(video), *video.shape[2:]):
+            if reason := self.why_unsupported(len(video), *video.shape[2:], channels=3):
                 raise MetricError(reason)
             with autocast_off(video.device):
                 whole.add(_finite(self.name, self.network.features(video.transpose(0, 1)[None])))

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ from vae3d.report.html import data_uri
 PAGE, VIDEOS = "index.html", "videos"
 SINGLE_FILE_BYTES = 24_000_000  # of all clips and thumbnails
 MAX_ID = 60  # characters
+MAX_MARKED = 3  # videos on each side, worst and best
 DIGITS = 6  # of floats: SSIM near 1 needs them
 CALL = "vae3dClip("  # the start of a clip's script
 REPORT_TAG = '<script type="application/json" id="report">'
@@ -159,6 +161,34 @@ class Report:
     warnings: Sequence[str] = ()
 
 
+def worst_first(
+    values: Mapping[str, Sequence[float | None]], better: Literal["higher", "lower"] | float | None
+) -> list[str]:
+    """Ids of videos from the worst to the best, by the mean over what is known of each one's values, such as those of
+    several reconstructions. Without videos of which nothing is known; empty if there is no better and worse."""
+    known = {id: [v for v in each if v is not None and math.isfinite(v)] for id, each in values.items()}
+    means = {id: fmean(each) for id, each in known.items() if each}
+    if better is None:
+        return []
+    if better in ("higher", "lower"):
+        return sorted(means, key=means.get, reverse=better == "lower")
+    return sorted(means, key=lambda id: abs(means[id] - better), reverse=True)
+
+
+def _ranks(chapter: Chapter) -> list[tuple[str, str]]:
+    """Ids of the worst and the best videos with "worst" or "best", the worst first, by the metric that ranks: a quarter
+    of all on each side, but at least one and at most MAX_MARKED."""
+    by = chapter.ranked_by
+    if by not in chapter.metrics:
+        return []
+    values = {
+        video.id: [video.scores.get(rec, {}).get(by) for rec in chapter.reconstructions] for video in chapter.videos
+    }
+    order = worst_first(values, chapter.metrics[by].better)
+    count = min(max(len(order) // 4, 1), MAX_MARKED) if len(order) > 1 else 0
+    return [(id, "worst") for id in order[:count]] + [(id, "best") for id in order[len(order) - count :]]
+
+
 HTML = {(Chapter, "text"), (Report, "text"), (Picture, "html")}  # fields that may be Markup
 
 
@@ -211,7 +241,8 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
         raise ValueError(f"{absent[0]} was not written")
     single = single or sum(file.stat().st_size for files in shown.values() for file in files) <= SINGLE_FILE_BYTES
     content = _plain(report)
-    for chapter in content["chapters"]:
+    for chapter, given in zip(content["chapters"], report.chapters, strict=True):
+        chapter["ranks"] = _ranks(given)
         for video in chapter["videos"]:
             _, thumbnail = shown.get(video["id"], (None, None))
             video["thumb"] = thumbnail and (

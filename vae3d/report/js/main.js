@@ -110,7 +110,7 @@ function buildChapter(chapter, id, titled) {
 
 function buildVideos(built, add, parts) {
   const { chapter, root } = built;
-  const ranks = rankVideos(chapter);
+  const ranks = new Map(chapter.ranks); // id of a video -> "worst" or "best", the worst first
   built.ranks = ranks;
   built.table = new VideoTable(chapter, ranks, (video) => openVideo(built, video, { play: !calm() }));
   built.player = new Player(chapter, {

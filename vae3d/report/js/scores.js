@@ -1,4 +1,4 @@
-// What scores mean: names, directions, formats, ranks and colours of reconstructions.
+// What scores mean: names, directions, formats and colours of reconstructions.
 "use strict";
 
 const COLOURS = 8; // of reconstructions, as CSS variables --series-0 ... of each theme
@@ -46,26 +46,6 @@ const scoreOf = (video, reconstruction, metric) => video.scores[reconstruction]?
 function mean(values) {
   const known = values.filter((value) => value !== null && value !== undefined);
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
-}
-
-// id of a video -> "worst" or "best", by the mean over reconstructions of the metric that ranks. A quarter of the videos
-// at most is marked, and three on each side at most.
-function rankVideos(chapter) {
-  const name = chapter.ranked_by;
-  if (!name) return new Map();
-  const metric = metricOf(chapter, name);
-  const scored = [];
-  for (const video of chapter.videos) {
-    const bad = badness(metric, mean(chapter.reconstructions.map((one) => scoreOf(video, one, name))));
-    if (bad !== null) scored.push([video.id, bad]);
-  }
-  scored.sort((left, right) => right[1] - left[1]);
-  if (scored.length < 2) return new Map();
-  const count = clamp(Math.floor(scored.length / 4), 1, 3);
-  return new Map([
-    ...scored.slice(0, count).map(([id]) => [id, "worst"]),
-    ...scored.slice(-count).map(([id]) => [id, "best"]),
-  ]);
 }
 
 // The worst frame of each reconstruction, by the metric that ranks if it has a curve, else by the first that has one.
