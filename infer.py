@@ -1,6 +1,6 @@
 """Reconstruct videos and images with python or torchrun; see docs/score.md.
 
-    python infer.py checkpoint=runs/opensora_stage3 source=videos.csv save_dir=out/stage3 metrics=[psnr,ssim]
+    vae3d infer checkpoint=runs/opensora_stage3 source=videos.csv save_dir=out/stage3 metrics=[psnr,ssim]
 
 Writes out/stage3_ori, out/stage3_rec and, for two-stage models, out/stage3_spatial. The same command resumes.
 Settings: vae3d/config/schema.py (InferConfig).

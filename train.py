@@ -1,7 +1,7 @@
 """Train a video autoencoder with python, torchrun or accelerate launch; see docs/train.md.
 
-    python train.py stage=stage3 model=temporal_vae data.source.path=videos.csv
-    python train.py debug=dry stage=stage3 model=temporal_vae data.source.path=videos.csv    # check and describe only
+    vae3d train stage=stage3 model=temporal_vae data.source.path=videos.csv
+    vae3d train debug=dry stage=stage3 model=temporal_vae data.source.path=videos.csv    # check and describe only
     torchrun --nproc-per-node=8 train.py experiment=opensora_stage2 data.source.path=videos.csv
 
 The same command resumes a run. Settings: vae3d/config/schema.py (TrainConfig); defaults: conf/train.yaml.

@@ -111,7 +111,11 @@ def is_toy(config: TrainConfig) -> bool:
 
 def gpus_of(name: str) -> int:
     """GPUs of the first command of an experiment's file."""
-    command = next(line for line in (EXPERIMENTS / f"{name}.yaml").read_text().splitlines() if "train.py" in line)
+    command = next(
+        line
+        for line in (EXPERIMENTS / f"{name}.yaml").read_text().splitlines()
+        if "train.py" in line or "vae3d train" in line
+    )
     numbers = {key: int(value) for key, value in re.findall(r"--(nnodes|nproc_per_node)=(\d+)", command)}
     return numbers.get("nnodes", 1) * numbers.get("nproc_per_node", 1)
 

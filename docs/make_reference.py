@@ -23,12 +23,12 @@ from vae3d.config.latents import EncodeConfig
 from vae3d.config.schema import CONF, Clips, CompareConfig, InferConfig, MixedSource, TrainConfig
 
 COMMANDS = {
-    "train.py": TrainConfig,
-    "infer.py": InferConfig,
-    "scripts/compare.py": CompareConfig,
-    "scripts/encode_latents.py": EncodeConfig,
-    "scripts/train_latent_diffusion.py": DiffusionConfig,
-    "scripts/sample_latent_diffusion.py": SampleConfig,
+    "vae3d train": TrainConfig,
+    "vae3d infer": InferConfig,
+    "vae3d compare": CompareConfig,
+    "vae3d encode": EncodeConfig,
+    "vae3d train-diffusion": DiffusionConfig,
+    "vae3d sample": SampleConfig,
 }
 # Nodes with a `_target_`: key -> the group of conf/ whose files name the classes.
 GROUPS = {
@@ -78,7 +78,7 @@ def _tables(schema: Any, prefix: str, documented: set[tuple[str, Any]]) -> Itera
         if section is None:
             rows.append(_row(f"{prefix}{name}", field))
         elif (key, section) in documented:
-            rows.append(f"| `{key}.*` | | | as in `train.py` |")
+            rows.append(f"| `{key}.*` | | | as in `vae3d train` |")
         else:
             sections.append((key, section))
             documented.add((key, section))

@@ -1,7 +1,7 @@
 """Fine-tune the decoder of a Wan VAE on your video, and use it in diffusers.
 
 The encoder stays as it is, so the latents do, and every diffusion model of Wan's latents goes on working. For data
-sets, better losses and several GPUs: python train.py experiment=wan_finetune, see docs/wan.md.
+sets, better losses and several GPUs: vae3d train experiment=wan_finetune, see docs/wan.md.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ parser.add_argument("--frames", type=int, default=17, help="of a clip")
 parser.add_argument("--size", type=int, default=256, help="height and width of a clip in pixels")
 args = parser.parse_args()
 
-# %% Encode. The same call resumes; python scripts/encode_latents.py does it on several GPUs.
+# %% Encode. The same call resumes; vae3d encode does it on several GPUs.
 config = EncodeConfig(checkpoint=args.checkpoint, source=args.source, cache=args.cache, clips="all", workers=0)
 config.frames, config.height, config.width = args.frames, args.size, args.size
 encode.run(config)

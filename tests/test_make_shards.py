@@ -1,4 +1,4 @@
-"""Shards that scripts/make_shards.py writes: from any source, the same bytes each time, and after a kill."""
+"""Shards that `vae3d make-shards` writes: from any source, the same bytes each time, and after a kill."""
 
 from __future__ import annotations
 

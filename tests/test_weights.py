@@ -151,7 +151,7 @@ def test_nothing_found_says_what_where_and_how(places):
         f"net.pth (5,120 bytes, sha256 {SHA256}; for psnr) or second.pt (git blob {GIT_BLOB}; for psnr)",
         "old-net",
         f"{own}, {hub}",
-        f": python scripts/fetch_weights.py net.pth --dest {own}\n",
+        f": vae3d fetch-weights net.pth --dest {own}\n",
         ": export VAE3D_WEIGHTS=/path",
     ):
         assert part in str(error.value)

@@ -253,7 +253,7 @@ def wan(bench: Bench, model: str, channels: int, decoder_channels: int | None = 
 
 
 def sd_vae(bench: Bench, channels_last: bool = False) -> Networks:
-    """channels_last: of both; of ours without gradients, as encode_latents.py runs it."""
+    """channels_last: of both; of ours without gradients, as `vae3d encode` runs it."""
     from diffusers import AutoencoderKL
 
     widths, groups = ([8, 8, 8, 8], 4) if bench.quick else ([128, 256, 512, 512], 32)

@@ -1,7 +1,7 @@
 """Write random weights under the published names, to try and time metrics without the real files.
 
     python scripts/benchmarks/random_weights.py DIR
-    VAE3D_WEIGHTS=DIR VAE3D_ALLOW_UNVERIFIED=1 python eval/eval_common_metric.py ... --metric lpips flolpips rfid
+    VAE3D_WEIGHTS=DIR VAE3D_ALLOW_UNVERIFIED=1 vae3d eval ... --metric lpips flolpips rfid
 
 The scores are meaningless, but cost the same time and memory.
 """

@@ -30,7 +30,7 @@ neither has seen.</p>
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """The file that scripts/compare.py writes."""
+    """The file that vae3d compare writes."""
     return read_json(folder / f"out/{STUDENT}_rec/comparison.json")
 
 

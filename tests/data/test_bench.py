@@ -1,4 +1,4 @@
-"""python -m vae3d.data.bench: how fast the clips of a data set are read."""
+"""`vae3d bench-data`: how fast the clips of a data set are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.data import bench
 from vae3d.data.bench import File, Measured, Row, drop_from_memory, needs_of, plan, row_of
 from vae3d.data.clips import ClipSettings
 from vae3d.data.segments import WHOLE
@@ -26,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def run(*arguments: object) -> int:
-    return bench.main([*map(str, arguments)])
+    return tiny.status("bench-data", *arguments)
 
 
 def test_a_row_for_each_reader_size_and_number_of_workers(folder, tmp_path, capsys):

@@ -50,7 +50,7 @@ def quick(monkeypatch):
     [
         (signal.SIGKILL, "memory"),
         (signal.SIGBUS, "--shm-size"),
-        (signal.SIGSEGV, "vae3d.data.check"),
+        (signal.SIGSEGV, "vae3d check-data"),
         ("exit", "status 3"),
     ],
 )

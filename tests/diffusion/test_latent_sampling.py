@@ -378,6 +378,6 @@ def test_what_the_model_cannot_do_is_refused(of_images, of_videos, tmp_path):
 
 def test_the_command_as_a_user_types_it(of_images, tmp_path):
     asked = [f"checkpoint={of_images}", f"out={tmp_path / 'out'}", "count=2", "steps=2", "write=[grid]", "device=cpu"]
-    done = tiny.run(*tiny.script("scripts/sample_latent_diffusion.py"), *asked, cwd=tmp_path)
+    done = tiny.run(sys.executable, "-m", "vae3d", "sample", *asked, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert results(tmp_path / "out") == ["grid.png"]

@@ -1,4 +1,4 @@
-"""scripts/compare.py: every encoder with every decoder, on the same frames."""
+"""`vae3d compare`: every encoder with every decoder, on the same frames."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -289,7 +290,7 @@ def test_the_page_shows_every_pair_and_is_whole_after_a_resume(student, teacher,
 def test_the_script_compares_files_and_infer_overwrites_them(student, teacher, videos, tmp_path):
     words = [f"checkpoint={student}", f"source={videos}", f"save_dir={tmp_path}/out", f"teacher={teacher}"]
     words += ["num_samples=2", "num_frames=9", "metrics=[psnr]", *SMALL]
-    done = tiny.run(*tiny.script("scripts/compare.py"), *words, cwd=tmp_path)
+    done = tiny.run(sys.executable, "-m", "vae3d", "compare", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     names = ["000001_clip0", "000002_clip1"]
     report, clips = shown(tmp_path / "out_compare")

@@ -294,7 +294,7 @@ def test_command_line_ends_as_one_error(tmp_path):
     words = ["checkpoint=/nowhere", "source=/none", f"save_dir={tmp_path}/x", "codecs=a", "teacher=runs/wan"]
     done = tiny.run(*INFER, *words, cwd=tmp_path)
     assert done.returncode == 2
-    assert re.search(r"teacher=runs/wan: .*scripts/compare\.py", done.stdout)
+    assert re.search(r"teacher=runs/wan: .*vae3d compare", done.stdout)
     assert "codecs: unknown key; did you mean codec?" in done.stdout
     assert "checkpoint=/nowhere: no such file or folder" in done.stdout
     assert "Traceback" not in done.stdout

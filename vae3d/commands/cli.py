@@ -1,8 +1,8 @@
-"""The `vae3d` command: `vae3d train stage=stage3 ...` runs what `python train.py stage=stage3 ...` runs.
+"""The `vae3d` command, also `python -m vae3d`: `vae3d train stage=stage3 ...` trains; `vae3d --help` lists what else.
 
 Imports nothing slow before the first line is printed, and torch only once the keys of a configuration are right: an
-unknown key is reported within a second. Several ranks: `torchrun --nproc-per-node=8 -m vae3d.commands.cli train ...`,
-or `torchrun --nproc-per-node=8 train.py ...`.
+unknown key is reported within a second. Several ranks: `torchrun --nproc-per-node=8 -m vae3d train ...`, or
+`torchrun --nproc-per-node=8 train.py ...`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,12 @@ class ArgparseCommand(NamedTuple):
 
 
 # Commands whose module is called otherwise.
-MODULES = {"check-data": "vae3d.data.check", "try": "vae3d.commands.try_video", "app": "vae3d.app.main"}
+MODULES = {
+    "check-data": "vae3d.data.check",
+    "bench-data": "vae3d.data.bench",
+    "try": "vae3d.commands.try_video",
+    "app": "vae3d.app.main",
+}
 COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "try": ArgparseCommand("Show what an autoencoder does to a video", "vae3d.commands.flags:parse_try"),
     "app": ArgparseCommand("Try autoencoders on videos in a browser"),
@@ -107,7 +112,7 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
         "checkpoint=Wan2.1_VAE.pth source=videos.csv save_dir=out/wan metrics=[psnr,ssim]",
         "infer",
         "vae3d.config.validate:check_inference",
-        path_node="teacher",  # an unknown key here: its error names scripts/compare.py
+        path_node="teacher",  # an unknown key here: its error names vae3d compare
     ),
     "compare": HydraCommand(
         "Compare a distilled student with its teacher",
@@ -153,6 +158,7 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     "make-shards": ArgparseCommand("Write tar shards from any source", "vae3d.commands.flags:parse_make_shards"),
     "index": ArgparseCommand("Index tar shards, for training from them", "vae3d.commands.flags:parse_index"),
     "check-data": ArgparseCommand("Find the files of a data set that cannot be read", "vae3d.data.check:parse"),
+    "bench-data": ArgparseCommand("Measure how fast the clips of a data set are read", "vae3d.data.bench:parse"),
     "convert": ArgparseCommand(
         "Convert a checkpoint to the layout of another program", "vae3d.commands.flags:parse_convert"
     ),
@@ -173,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     if arguments is None:
         arguments = sys.argv[1:] or ["--help"]
         spec = sys.modules["__main__"].__spec__
-        program = [*(["-m", spec.name] if spec else program), arguments[0]]
+        program = [*(["-m", spec.name.removesuffix(".__main__")] if spec else program), arguments[0]]
     name, *rest = arguments
     if name in ("-h", "--help"):
         print(usage())
@@ -304,7 +310,7 @@ def print_help(name: str, arguments: Sequence[str]) -> bool:
     except HydraException:
         return False
     print(f"usage: vae3d {name} KEY=VALUE ...\n\n{command.summary}:\n  vae3d {name} {command.example}")
-    print(f"On several GPUs:\n  torchrun --nproc_per_node=8 -m vae3d.commands.cli {name} ...\n\n{settings}")
+    print(f"On several GPUs:\n  torchrun --nproc_per_node=8 -m vae3d {name} ...\n\n{settings}")
     return True
 
 
@@ -332,7 +338,7 @@ def train(
     if in_sweep() and launch.under_torchrun():  # whose ranks would run different jobs once one of them fails
         raise UserError(
             "a sweep (-m) cannot run under torchrun; let each job start its own ranks:\n"
-            "  python train.py -m ... launcher=torchrun launcher.nproc=N"
+            "  vae3d train -m ... launcher=torchrun launcher.nproc=N"
         )
     config = resolve_name(command.check)(cfg, issues)
     if launch.starts_ranks(config.launcher):

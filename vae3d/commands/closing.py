@@ -96,7 +96,7 @@ def command(name: str, **settings: Any) -> str:
 
 
 def start_of(name: str) -> str:
-    return f"vae3d {name}" if shutil.which("vae3d") else f"python -m vae3d.commands.cli {name}"
+    return f"vae3d {name}" if shutil.which("vae3d") else f"python -m vae3d {name}"
 
 
 def longer(name: str, trainer: Trainer) -> tuple[str, str] | None:

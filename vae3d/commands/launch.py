@@ -124,7 +124,7 @@ def starts_ranks(launcher: Launcher) -> bool:
 def torchrun_child(launcher: Launcher, program: Sequence[str]) -> None:
     """Run this job again under torchrun, with the same overrides and run folder, and wait for it.
 
-    program: what to start, such as ["train.py"] or ["-m", "vae3d.commands.cli", "train"]. Raises RuntimeError if it
+    program: what to start, such as ["train.py"] or ["-m", "vae3d", "train"]. Raises RuntimeError if it
     fails: then Hydra continues with the sweep's next job, which it does not after SystemExit.
     """
     overrides = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("launcher")]

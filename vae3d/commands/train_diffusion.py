@@ -218,13 +218,13 @@ def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
     out, then = ("", "") if is_export else (" --out FOLDER", "; then set vae.path=FOLDER")
     if config.cache is not None:
         means = "" if config.vae.sample else " --of_means"
-        command = f"scripts/latent_stats.py {config.cache} --write {path} --per_channel{means}{out}"
+        command = f"vae3d latent-stats {config.cache} --write {path} --per_channel{means}{out}"
     else:
         node = next(iter(sources_of(config.data).values())).source
         source = node.get("path") or node.get("root") or "SOURCE"
         frames, height, width = max(data.sizes, key=math.prod)
         command = (
-            f"scripts/measure_scale.py {path} {source} --per_channel --frames {frames} --height {height} "
+            f"vae3d measure-scale {path} {source} --per_channel --frames {frames} --height {height} "
             f"--width {width}{out}"
         )
     return f"measure the scale and write it into the autoencoder: python {command}{then}"

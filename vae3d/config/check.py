@@ -227,7 +227,7 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
         path.append(name)
         if name == "teacher" and name not in fields:  # of a command without one
             value = given.get("path", given) if isinstance(given, dict) else given
-            hint = "to compare with a teacher, run python scripts/compare.py teacher=PATH ..."
+            hint = "to compare with a teacher, run vae3d compare teacher=PATH ..."
             return ConfigIssue("teacher", value, "unknown key", hint, malformed=True), path
         if name not in fields:
             hint = nearest(name, fields, prefix)

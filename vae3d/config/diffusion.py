@@ -1,4 +1,4 @@
-"""Typed schema and checks of scripts/train_latent_diffusion.py and sample_latent_diffusion.py. Imports no torch."""
+"""Typed schema and checks of `vae3d train-diffusion` and `vae3d sample`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class DiffusionConfig:
 
     run: Run = Field(default_factory=Run)
     vae: Vae = Field(default_factory=Vae)
-    cache: str | None = setting(None, "Latents of encode_latents.py. null: encode the clips of `data`, batch by batch.")
+    cache: str | None = setting(None, "Latents of `vae3d encode`. null: encode the clips of `data`, batch by batch.")
     labels: Literal["none", "auto", "column", "folder"] = setting(
         "none", "column (`label`), folder (its name); auto: column or, without one, folder. A cache has its own."
     )

@@ -1,4 +1,4 @@
-"""Typed schema and checks of scripts/encode_latents.py. Imports no torch."""
+"""Typed schema and checks of `vae3d encode`. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typed schema of train.py and infer.py. docs/reference.md is generated from it.
+"""Typed schema of `vae3d train` and `vae3d infer`. docs/reference.md is generated from it.
 
 Nodes typed Any hold a `_target_` (model, loss term, adversary, data source): their arguments are those of that
 class. All other keys are closed. `???` (MISSING) marks what only the user can give.

@@ -1,4 +1,4 @@
-"""Checks of train.py, infer.py and compare.py, with the rules between several values. Imports no torch."""
+"""Checks of `vae3d train`, `infer` and `compare`, with the rules between several values. Imports no torch."""
 
 from __future__ import annotations
 

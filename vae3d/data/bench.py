@@ -1,7 +1,7 @@
 """Measure how fast clips are read from your files, and how many cores would feed your GPUs:
 
-    python -m vae3d.data.bench videos.csv
-    python -m vae3d.data.bench videos/ --size 256x256 512x512 --workers 1 8 --gpus 8 --batch 4 --step_seconds 0.6
+    vae3d bench-data videos.csv
+    vae3d bench-data videos/ --size 256x256 512x512 --workers 1 8 --gpus 8 --batch 4 --step_seconds 0.6
 
 PATHS are files, folders, tables and all else that training reads. Random clips are read as training reads them, by each
 reader that is installed, at each size, by each number of worker processes.
@@ -18,7 +18,7 @@ All rows read the same clips. Every clip opens its file (--clips_per_file N: eve
 so the system has them in its memory if they fit. --cold drops each from there before it is read, and also shows what
 comes from the disk (Linux). Objects of a store are in the local cache by then; its first reading fetches each whole.
 
-Files that cannot be read are listed as python -m vae3d.data.check lists them. Exit status: 1 if there are any, 2 if
+Files that cannot be read are listed as vae3d check-data lists them. Exit status: 1 if there are any, 2 if
 nothing could be measured.
 """
 
@@ -28,7 +28,6 @@ import argparse
 import math
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -258,7 +257,7 @@ def measure(shares: Sequence[tuple[Opening, ...]], settings: ClipSettings, frame
         except BrokenProcessPool as error:
             raise UserError(
                 f"reader={settings.reader} crashed in a worker, or there was no memory for it; python -m "
-                "vae3d.data.check finds a file that crashes PyAV"
+                "vae3d check-data finds a file that crashes PyAV"
             ) from error
     return Measured(
         min(part.begin for part in parts),
@@ -438,16 +437,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        return bench(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def bench(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Measure, and print the table. Returns the exit status. Raises UserError."""
     from vae3d.data.clips import ClipSettings
     from vae3d.data.paths import is_stored
@@ -553,8 +543,3 @@ def _need_lines(needs: Sequence[Need], args: argparse.Namespace) -> list[str]:
         size = f"{need.height}x{need.width}"
         lines.append(f"{need.reader:{WIDTH}}{size:>10}  {plural(math.ceil(need.cores), 'core')}, {workers}{traffic}")
     return lines
-
-
-if __name__ == "__main__":
-    sys.argv[0] = "python -m vae3d.data.bench"  # argparse's usage line begins with it
-    sys.exit(main())

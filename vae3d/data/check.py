@@ -1,6 +1,6 @@
 """Check every file of a data set, and list the bad ones with the reason:
 
-    python -m vae3d.data.check FILE
+    vae3d check-data FILE
 
 FILE is a table, a JSON list, a folder, tar shards, a Hugging Face dataset, or a URL. Each image is decoded; each video
 (or part of one) at its first, middle and last frame, or completely with --full. --clean OUT.csv writes the good rows
@@ -105,11 +105,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    try:
-        return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers, args.alpha)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Returns the exit status: 1 if there are bad rows. Raises UserError."""
+    return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers, args.alpha)
 
 
 def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int | None, alpha: bool = False) -> int:
@@ -149,8 +146,3 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
             pd.DataFrame(good, columns=["path", *NUMBERS, *optional]).to_csv(clean, index=False)
         print(f"wrote the good rows to {clean}")
     return 0 if len(good) == len(table) else 1
-
-
-if __name__ == "__main__":
-    sys.argv[0] = "python -m vae3d.data.check"  # argparse's usage line begins with it
-    sys.exit(main(parse()))

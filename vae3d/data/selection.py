@@ -34,7 +34,7 @@ def check_broken_share(first: Sequence[tuple[str, str]], count: int, rows: int, 
         shown = "\n".join(f"  {path}: {reason}" for path, reason in first[:SHOWN])
         raise DataError(
             f"{count} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
-            f"{shown}\n  python -m vae3d.data.check FILE lists them all"
+            f"{shown}\n  vae3d check-data FILE lists them all"
         )
 
 

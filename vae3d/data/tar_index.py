@@ -575,7 +575,7 @@ def check_unique(table: pa.Table, shards: Sequence[str]) -> None:
         )
     raise DataError(
         f"{one} and {other} both have the key {keys.iloc[second]} ({plural(int(repeated.sum()), 'key')} in "
-        "all); is a shard there twice? Keys identify samples; scripts/make_shards.py writes shards with keys of their "
+        "all); is a shard there twice? Keys identify samples; vae3d make-shards writes shards with keys of their "
         "own"
     )
 

@@ -159,7 +159,7 @@ def _death(dead: list[BaseProcess]) -> str:
         "SIGKILL": "usually out of memory; lower data.workers or data.prefetch, or give the job more memory",
         "SIGBUS": f"which a full {SHARED_MEMORY} causes ({_free()}); docker run --shm-size=8g or --ipc=host, lower "
         "data.workers or data.prefetch, or data.workers=0",
-        "SIGSEGV": "a decoder crashed on a file; python -m vae3d.data.check TABLE finds it",
+        "SIGSEGV": "a decoder crashed on a file; vae3d check-data TABLE finds it",
     }
     return f"data worker {worker.pid} was ended by {name}: {hints.get(name, 'see the system log')}"
 

@@ -140,7 +140,7 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
     by the end of these paths. Raises PairError if one file matches two sources."""
     table = rec / "index.csv"
     if not table.is_file():
-        raise PairError(f"{table}: no such file; infer.py writes it")
+        raise PairError(f"{table}: no such file; vae3d infer writes it")
     recs = {file.stem: file for file in _media(rec)}
     refs = _media(ref)
     by_path = {file.resolve(): file for file in refs}
@@ -173,7 +173,7 @@ def _read_index(table: Path) -> pd.DataFrame:
         index["start"] = pd.to_numeric(index["start"]).astype(int)
         return index[["id", "source", "start"]]
     except (KeyError, ValueError, OverflowError) as error:  # not text, not CSV, a missing column, not a number
-        raise PairError(f"{table}: is not an index.csv of infer.py: {error}") from error
+        raise PairError(f"{table}: is not an index.csv of vae3d infer: {error}") from error
 
 
 def inspect(pair: Pair, protocol: Protocol) -> PairInfo:

@@ -49,8 +49,8 @@ def summarize(
     lossy = [video.name for video in videos if video.info.lossy]
     if lossy:
         warnings.append(
-            f"{len(lossy)} of {len(videos)} pairs have a lossy codec, which costs up to several dB; use infer.py "
-            "codec=lossless, or score in infer.py by metrics=[...]"
+            f"{len(lossy)} of {len(videos)} pairs have a lossy codec, which costs up to several dB; use vae3d infer "
+            "codec=lossless, or score in vae3d infer by metrics=[...]"
         )
     with_alpha = [video.name for video in videos if video.info.alpha]
     if with_alpha and not any(metric.alpha for metric in metrics):

@@ -1,4 +1,4 @@
-"""The results of infer.py on disk. When the same command resumes, it keeps finished files and writes the others.
+"""The results of vae3d infer on disk. When the same command resumes, it keeps finished files and writes the others.
 
 <save_dir>_rec/command.json             settings and weights of the command, see vae3d.result_folder
 <save_dir>_rec/.done/000001_a.json      written after the outputs of a file: their sizes, its scores, its source

@@ -320,7 +320,7 @@ def warnings_of(name: str, results: Mapping[str, Any]) -> list[str]:
         warnings.append(
             f"{name}: normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
             f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: before diffusion, "
-            "write the measured statistics into the export (scripts/measure_scale.py --per_channel)"
+            "write the measured statistics into the export (vae3d measure-scale --per_channel)"
         )
     if results["collapsed"]:
         channels = ", ".join(map(str, results["collapsed"]))

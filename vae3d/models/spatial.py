@@ -30,8 +30,8 @@ EPS = 1e-6
 UNKNOWN_FACTOR = (
     "it is 0.18215 for Stable Diffusion 1 and 2, 0.13025 for SDXL, 1.5305 with shift_factor=0.0609 for SD3, 0.3611 "
     "with shift_factor=0.1159 for FLUX.1. Give it as in vae3d.load(path, scaling_factor=0.18215), or as "
-    "model.scaling_factor=0.18215 to infer.py and encode_latents.py; or write it into an export: "
-    "python scripts/convert_checkpoint.py FILE FOLDER --to export --scaling_factor 0.18215"
+    "model.scaling_factor=0.18215 to vae3d infer and vae3d encode; or write it into an export: "
+    "vae3d convert FILE FOLDER --to export --scaling_factor 0.18215"
 )
 
 

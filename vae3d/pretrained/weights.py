@@ -221,7 +221,7 @@ def sizes(names: Sequence[str]) -> list[str]:
 
 def fetch_command(names: Sequence[str]) -> str:
     """The command that fetches all of these files to where they are found."""
-    return f"python scripts/fetch_weights.py {' '.join(names)} --dest {search_path()[0]}"
+    return f"vae3d fetch-weights {' '.join(names)} --dest {search_path()[0]}"
 
 
 def _not_found(files: list[WeightFile]) -> str:
