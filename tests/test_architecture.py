@@ -67,6 +67,8 @@ def imports(path: Path) -> set[str]:
 def layer(module: str) -> str:
     """The layer of a dotted name in vae3d."""
     part = module.split(".")[1]
+    if part == "__main__":
+        return "commands"
     return part if part in LAYERS else "leaves"
 
 

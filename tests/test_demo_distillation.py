@@ -125,7 +125,7 @@ def test_the_demo_compares_what_it_distilled(report, tmp_path, monkeypatch):
     """Before the demo ran, the check misses only what earlier lines make."""
     monkeypatch.chdir(tmp_path)
     lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
-    [command] = [line.split("compare.py ")[1].split() for line in lines if "compare.py" in line]
+    [command] = [line.split("vae3d compare ")[1].split() for line in lines if "vae3d compare" in line]
     config = tiny.compose(*(a.replace("teacher=", "teacher.path=") for a in command), config="compare")
     with pytest.raises(ConfigError) as error:
         check_comparison(config)

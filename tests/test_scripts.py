@@ -247,12 +247,12 @@ def test_the_clips_of_the_demo_are_small_copies_with_their_end_held_out(tmp_path
 
 
 def test_demo_commands_are_sound(tmp_path, monkeypatch):
-    """Before the demo ran, the check of each train.py line of demo.sh misses only what earlier lines make."""
+    """Before the demo ran, the check of each `vae3d train` line of demo.sh misses only what earlier lines make."""
     monkeypatch.chdir(tmp_path)
     lines = (
         (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").replace("$loss", "loss=recon_kl").splitlines()
     )
-    commands = [line.split("train.py ")[1].split() for line in lines if line.lstrip().startswith("run python train.py")]
+    commands = [line.split("vae3d train ")[1].split() for line in lines if line.lstrip().startswith("run vae3d train ")]
     videos, rooms = "data.source.path=demo/videos/videos.csv", "data.source.root=demo/rooms"
     images = "data.source.path=demo/images"
     clips = "data.source.path=demo/clips/clips.csv"
@@ -305,7 +305,7 @@ def test_the_page_has_a_chapter_of_each_finished_part_and_the_tables_are_printed
     sampled(tmp_path)
     (tmp_path / "commands").mkdir()
     for part in demo_report.PARTS:
-        (tmp_path / f"commands/{part}.txt").write_text(f"python train.py <{part}>\n")
+        (tmp_path / f"commands/{part}.txt").write_text(f"vae3d train <{part}>\n")
 
     done = tiny.run(*tiny.script("scripts/demo/demo_report.py"), str(tmp_path), cwd=tmp_path)
     assert done.returncode == 0, done.stdout
@@ -318,7 +318,7 @@ def test_the_page_has_a_chapter_of_each_finished_part_and_the_tables_are_printed
     assert "300 steps with the GAN      28.00  0.500      0.900" in done.stdout
     assert str(tmp_path / "report/index.html") in done.stdout.splitlines()[-1]
     *chapters, own = read_page(tmp_path / "report")["chapters"]
-    assert [chapter["commands"] for chapter in chapters] == [f"python train.py <{part}>" for part in demo_report.PARTS]
+    assert [chapter["commands"] for chapter in chapters] == [f"vae3d train <{part}>" for part in demo_report.PARTS]
     assert all(video["clip"] for chapter in chapters for video in chapter["videos"])
     assert [len(chapter["videos"]) for chapter in chapters] == [1, 1, 1, 1, 3, 2]
     assert [{video["panorama"] for video in chapter["videos"]} for chapter in chapters].index({True}) == 3
@@ -341,7 +341,7 @@ def test_the_page_has_a_chapter_of_each_finished_part_and_the_tables_are_printed
 def test_chapters_explain_the_reconstructions_that_the_demo_compares(part):
     text = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "")
     body = text.split(f"\n{part}() {{")[1].split("\n}")[0]
-    (command,) = (line for line in body.splitlines() if "eval_common_metric.py" in line)
+    (command,) = (line for line in body.splitlines() if "vae3d eval" in line)
     args = parse_eval(command.replace("$out/", "demo/out/").replace('"${metrics[@]}"', "psnr").split()[3:])
     chapter = script(f"demo_{part}_report")
     assert re.findall("<b>(.*?)</b>", chapter.TEXT) == [*args.recs]

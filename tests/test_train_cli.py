@@ -202,7 +202,7 @@ def test_a_sweep_under_torchrun_is_refused_with_the_command_to_use(videos, tmp_p
         *PYTHON, "-m", *arguments(videos, tmp_path, "job"), "optim.lr=1e-3,1e-4", cwd=tmp_path, RANK="0", WORLD_SIZE="1"
     )  # fmt: skip
     assert done.returncode == 1
-    assert "python train.py -m ... launcher=torchrun launcher.nproc=N" in done.stdout
+    assert "vae3d train -m ... launcher=torchrun launcher.nproc=N" in done.stdout
 
 
 ENDLESS = ["loss=recon_kl", "trainer.max_steps=10000", "trainer.save_every=10000", "data.workers=2"]
