@@ -168,10 +168,11 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
         log.info("%s: %s", path, note)
 
 
-def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str]:
+def initialize(model: nn.Module, init_from: str | Mapping[str, str], any_scale: bool = False) -> list[str]:
     """Give a model its first weights before training; returns log lines that say where they are from.
 
     init_from: "random" (leaves the weights as they are), a checkpoint, or {submodule: "random" or checkpoint}.
+    any_scale: another latent scale is only a log line, as where training measures its own.
     Raises CheckpointError if weights, or the latent scale that they were trained with, do not fit the model.
     """
     if isinstance(init_from, str):
@@ -201,7 +202,7 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str]) -> list[str
         latent = checkpoint.config.get("latent")
         if latent is not None and latent != getattr(target, "latent", latent):
             lines.append(f"its latents were {latent} and are {target.latent} from now on")
-        lines += check_scale(target, checkpoint, is_part=bool(name))
+        lines += check_scale(target, checkpoint, any_scale=any_scale or bool(name))
     return lines
 
 
@@ -216,9 +217,9 @@ def _wan_hint(model: nn.Module, checkpoint: Checkpoint) -> str:
     return f"\nset {' '.join(more)}" if more else ""
 
 
-def check_scale(model: nn.Module, checkpoint: Checkpoint, is_part: bool = False) -> list[str]:
+def check_scale(model: nn.Module, checkpoint: Checkpoint, any_scale: bool = False) -> list[str]:
     """A log line if the checkpoint's latent scale differs from the model's, which is then used. Raises CheckpointError
-    if it differs and `model` is neither a part nor a SpatialVAE."""
+    if it differs, unless `any_scale` is set or `model` is a SpatialVAE."""
     if not (differing := scale_difference(model, checkpoint)):
         return []
     line = " and ".join(
@@ -226,7 +227,7 @@ def check_scale(model: nn.Module, checkpoint: Checkpoint, is_part: bool = False)
         for name, (theirs, ours) in differing.items()
     )
     # A SpatialVAE reads its factors in `normalize` only, so other factors do not change its reconstructions.
-    if is_part or isinstance(model, SpatialVAE):
+    if any_scale or isinstance(model, SpatialVAE):
         return [line]
     settings = " ".join(f"model.{name}={str(theirs).replace(' ', '')}" for name, (theirs, _) in differing.items())
     raise CheckpointError(f"{checkpoint.path} does not fit the model: {line}; set {settings}")

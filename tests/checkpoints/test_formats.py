@@ -328,6 +328,8 @@ def test_a_mean_and_deviation_of_latents_that_would_be_lost_are_refused(tmp_path
         initialize(built(0.3, 1.0), str(tmp_path / "e"))
     assert f"model.latents_std=[{','.join(['3.0'] * channels)}]" in str(error.value)
     assert "model.latents_mean=" not in str(error.value)
+    *_, line = initialize(built(0.3, 1.0), str(tmp_path / "e"), any_scale=True)  # where training measures its own
+    assert "latents_std" in line
     initialize(built(0.3, 3.0), str(tmp_path / "e"))
     vae3d.save(vae3d.build(name, *WITH_STATS[name], *null), tmp_path / "none")
     initialize(built(0.3, 3.0), str(tmp_path / "none"))  # which has none to lose

@@ -8,7 +8,7 @@ import pickle
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +105,17 @@ def refusals(t: VaeTrainer, rank: int) -> dict[str, str]:
     folders on disks of their own, of which only one holds checkpoints."""
     values, initialize = {}, train.initialize
 
-    def other_weights(model: torch.nn.Module, path: object) -> list[str]:
+    def other_weights(model: torch.nn.Module, path: object, **_: object) -> list[str]:
         next(model.parameters()).data.add_(1)
         return []
 
     train.initialize = other_weights  # on the rank that does not resume
-    try:
-        quick.trainer(t.config, t.folder if rank else t.folder / "empty")
-    except UserError as error:
-        values["checkpoints"] = str(error)
+    for resume_from in (None, "latest"):
+        try:
+            config = replace(t.config, run=replace(t.config.run, resume_from=resume_from))
+            quick.trainer(config, t.folder if rank else t.folder / "empty")
+        except UserError as error:
+            values[f"checkpoints, {resume_from}"] = str(error)
     train.initialize = initialize
     hooks = [t.network.register_forward_pre_hook(out_of_memory)] if rank == 1 else []
     try:

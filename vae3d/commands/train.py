@@ -132,7 +132,7 @@ def prune_everywhere(
             with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
                 variant = {"variant": model.variant} if hasattr(model, "variant") else {}
                 checkpoint, larger = load_with_checkpoint(path, None, variant, adapter=isinstance(model, DiffusersVAE))
-            scale = check_scale(model, checkpoint)
+            scale = check_scale(model, checkpoint, any_scale=config.trainer.publish.measure_scale > 0)
             larger = larger.to(device)
             clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
             if not clips:
@@ -176,7 +176,8 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         if not resumes:
             started = prune_everywhere(config, model, data, accelerator.device)
     elif anchored or not resumes:
-        started = initialize(model, config.stage.init_from)
+        measures = config.trainer.publish.measure_scale > 0
+        started = initialize(model, config.stage.init_from, any_scale=resumes or measures)
     if config.stage.fit_shortcut and not resumes:
         started += fit_shortcut_everywhere(config, model, data, accelerator.device)
     if anchored and resumes:

@@ -497,15 +497,22 @@ def check_may_start(folder: Path, resume: bool) -> None:
 def find_checkpoint(folder: Path, resume_from: str | None) -> Path | None:
     """The checkpoint from which a run starts, see state.starting_state. Every rank must call it.
 
-    Raises ResumeError, on all ranks, if they do not all find the same.
+    Raises ResumeError, on all ranks, if they do not all find the same, or one of them none that it may take.
     """
-    found = state.starting_state(folder / "checkpoints", resume_from)
-    names = set(distributed.all_gather_object(None if found is None else found.name))
+    found, failure = None, None
+    try:
+        found = state.starting_state(folder / "checkpoints", resume_from)
+    except UserError as error:
+        failure = error
+    answers = distributed.all_gather_object((None if found is None else found.name, failure))
+    names = {name for name, _ in answers}
     if len(names) > 1:
         raise ResumeError(
             f"the ranks found the checkpoints {', '.join(sorted(map(str, names)))} in {folder}; all must see the same "
             "folder, so put run.root on a shared disk"
         )
+    if failures := [failure for _, failure in answers if failure is not None]:
+        raise failures[0]
     return found
 
 
