@@ -541,6 +541,13 @@ def test_shards_for_validation_are_not_trained_on(shards, path):
             read()
 
 
+def test_shards_for_validation_are_known_through_a_link(shards, tmp_path):
+    (tmp_path / "link").symlink_to(shards)
+    source = WebDataset(str(shards / "*.tar"), val_path=str(tmp_path / "link/000002.tar"))
+    table = source.table()
+    assert not set(table["name"][table["split"] == "val"]) & set(table["name"][table["split"] == "train"])
+
+
 def test_shards_for_validation_at_a_url_with_an_index_are_not_trained_on(shards):
     with http_server.serve(shards) as store:
         source = WebDataset(store.url, val_path=f"{store.url}/000002.tar")

@@ -264,10 +264,15 @@ def list_all(patterns: Iterable[str]) -> list[str]:
     return paths
 
 
+def _own_name(path: str) -> str:
+    """The same for a shard by whatever links it is reached; an object has the name that was given."""
+    return path if is_url(path) else os.path.realpath(path)
+
+
 def _others(paths: Sequence[str], without: Sequence[str]) -> list[str]:
     """Raises DataError if none is left."""
-    left_out = set(without)
-    others = [path for path in paths if path not in left_out]
+    left_out = set(map(_own_name, without))
+    others = [path for path in paths if _own_name(path) not in left_out]
     if paths and not others:
         raise DataError(f"data.source.val_path names all shards of data.source.path ({paths[0]}, ...): none is left")
     return others

@@ -125,13 +125,15 @@ def write_features(file: Path, features: tuple[Features, Features]) -> None:
 
 
 def read_features(file: Path) -> tuple[Features, Features]:
-    """Inverse of write_features. Raises FileError if the file is damaged."""
+    """Inverse of write_features. Raises FileError if the file is damaged or not there."""
     try:
         with np.load(file) as arrays:
             ref, rec = (
                 Features.from_arrays({k: arrays[f"{which}_{k}"] for k in ("rows", "count", "mean", "scatter")})
                 for which in ("ref", "rec")
             )
+    except FileNotFoundError as error:
+        raise FileError(f"{file}: no such file; all ranks must see the same folder") from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise FileError(f"{file}: is damaged ({error}); delete it, and run the same command again") from error
     return ref, rec

@@ -263,7 +263,7 @@ class TAEHV(VideoAutoencoder):
                 outputs.append(y)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2), cache
         recompute = self.gradient_checkpointing and self.tiling is None and needs_grad(part, x)
-        single = self.chunk_latents is None
+        single = self.clip_latents is None
         return maybe_checkpoint(step, x, cache, recompute and single, enabled=recompute and not single)
 
     def _latents(self, video: Tensor, cache: Cache | None, recompute: bool) -> tuple[Tensor, Cache]:
