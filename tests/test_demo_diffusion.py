@@ -20,15 +20,15 @@ from vae3d.report.page import read_clip
 DISTANCES = {"samples": 0.15, "other latents": 0.125, "noise": 0.25}
 # Script, configuration, its check -> what is missing before the demo ran, of images and of clips.
 COMMANDS = {
-    ("encode_latents", "latents", check_encoding): [
+    ("encode", "latents", check_encoding): [
         ["checkpoint=demo/runs/ldm_vae_tiny", "source=demo/classes/images.csv"],
         ["checkpoint=demo/runs/ldm_video_vae_tiny", "source=demo/videos/videos.csv"],
     ],
-    ("train_latent_diffusion", "diffusion", check_diffusion): [
+    ("train-diffusion", "diffusion", check_diffusion): [
         ["cache=demo/latents/classes", "vae.path=demo/runs/ldm_vae_tiny"],
         ["cache=demo/latents/videos", "vae.path=demo/runs/ldm_video_vae_tiny"],
     ],
-    ("sample_latent_diffusion", "sample", check_sampling): [
+    ("sample", "sample", check_sampling): [
         ["against=demo/latents/classes", "checkpoint=demo/runs/ldm_unet_tiny"],
         ["against=demo/latents/videos", "checkpoint=demo/runs/ldm_video_tiny"],
     ],
@@ -93,10 +93,10 @@ def test_samples_and_data_move_in_one_clip_without_an_error(report, tmp_path):
 @pytest.mark.parametrize("which", COMMANDS, ids=lambda which: which[0])
 def test_commands_of_the_demo_are_sound(which, tmp_path, monkeypatch):
     """Before the demo ran, the check of each misses only what earlier lines make."""
-    script, config, check = which
+    name, config, check = which
     monkeypatch.chdir(tmp_path)
     lines = (tiny.ROOT / "scripts/demo.sh").read_text().replace("\\\n", "").splitlines()
-    commands = [line.split(f"{script}.py ")[1].split() for line in lines if f"{script}.py " in line]
+    commands = [line.split(f"vae3d {name} ")[1].split() for line in lines if f"vae3d {name} " in line]
     for command, missing in zip(commands, COMMANDS[which], strict=True):
         with pytest.raises(ConfigError) as error:
             check(tiny.compose(*command, config=config))

@@ -11,8 +11,6 @@ import pytest
 from tests import tiny
 from vae3d.config.issues import ConfigError
 from vae3d.data import dataset_rows
-from vae3d.data.check import main as check
-from vae3d.data.check import parse
 from vae3d.data.dataset_rows import how_to_download, member_name, open_splits
 from vae3d.data.hugging_face import HuggingFace, HuggingFaceStream
 from vae3d.data.image_folder import ImageFolder
@@ -43,7 +41,7 @@ def test_a_name_is_refused_with_the_command_that_downloads_it(tmp_path, monkeypa
     for source in (HuggingFace, ImageFolder):
         with pytest.raises(DataError, match=command):
             source("clane9/imagenet-100").table()
-    assert check(parse(["clane9/imagenet-100"])) == 2
+    assert tiny.status("check-data", "clane9/imagenet-100") == 2
     assert command in capsys.readouterr().err
 
 

@@ -15,7 +15,6 @@ from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
 from vae3d.data import loader, probe
-from vae3d.data.check import main as check
 from vae3d.data.clips import ClipSettings
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import read_tables
@@ -208,6 +207,6 @@ def test_a_cut_off_image_is_a_error_with_its_name(images, tmp_path):
 def test_check_lists_bad_images(images, tmp_path, capsys):
     shutil.copytree(images, tmp_path / "set")
     (tmp_path / "set/val/cat/0.JPEG").write_bytes(b"")
-    assert check([str(tmp_path / "set"), "--workers", "1", "--clean", str(tmp_path / "clean.csv")]) == 1
+    assert tiny.status("check-data", tmp_path / "set", "--workers", 1, "--clean", tmp_path / "clean.csv") == 1
     assert "0.JPEG: is empty (0 bytes)" in capsys.readouterr().out
     assert len(ImageFolder(tmp_path / "clean.csv").table()) == 19

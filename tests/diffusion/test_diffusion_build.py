@@ -92,5 +92,5 @@ def test_wrong_settings_of_a_process_are_named(config, message):
 def test_what_diffusers_lacks_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"no FutureScheduler: pip install --upgrade diffusers"):
         layers.from_diffusers("FutureScheduler")
-    with pytest.raises(UserError, match=r"pip install -e \.\[diffusion\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[diffusers\]'"):
         layers.from_diffusers("UNet2DModel", "diffusers_that_is_not_there")

@@ -77,7 +77,7 @@ def test_all_missing_files_are_named_together(no_weights):
     message = str(error.value)
     assert message.startswith("weights of lpips_vgg, flolpips, tlp, rfvd are missing; without them: psnr\n")
     for file in ("vgg16-397923af.pth", "alexnet-owt-7be5be79.pth", "network-default.pytorch", "i3d_torchscript.pt"):
-        assert message.count(f"fetch_weights.py {file}") == 1
+        assert message.count(f"fetch-weights {file}") == 1
 
 
 def test_nothing_is_promised_where_nothing_is_left(no_weights):

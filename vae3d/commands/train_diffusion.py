@@ -227,4 +227,4 @@ def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
             f"vae3d measure-scale {path} {source} --per_channel --frames {frames} --height {height} "
             f"--width {width}{out}"
         )
-    return f"measure the scale and write it into the autoencoder: python {command}{then}"
+    return f"measure the scale and write it into the autoencoder: {command}{then}"
