@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-FUSED = ("cpu", "cuda", "mps", "xpu")  # of torch 2.6 and later
+FUSED = ("cpu", "cuda", "xpu")  # of torch 2.6 and later; on MPS nothing trains, see distributed.init_training
 
 
 def adamw(
