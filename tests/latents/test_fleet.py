@@ -351,9 +351,9 @@ def test_ray_and_plain_processes_write_the_same_cache(photos, spatial_export, tm
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.chdir(tiny.ROOT)  # from which its processes import
     handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces
-    with ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"):
+    with ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"):
         ray.data.DataContext.get_current().enable_progress_bars = False
-        ray_encode.encode(on_ray, actors=2)
+        ray_encode.encode(on_ray, actors=1)
     signal.signal(signal.SIGTERM, handler)
     assert caches.files(tmp_path / "ray") == expected
     # What an actor does, here: it encodes what is missing, and gives errors to the driver.
