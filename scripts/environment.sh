@@ -15,6 +15,8 @@ if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     echo "error: cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2
     exit 1
   }
+  # The pip that comes with Python 3.10 tries versions of boto3 and xxhash for longer than 20 minutes.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --config-settings editable_mode=compat --editable '.[dev]' # else a folder named vae3d hides the package
   echo "$wanted" > "$stamp"
