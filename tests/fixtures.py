@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,10 +33,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One thread, empty caches, a weights folder of random networks, Ctrl-C as in a terminal, and a quick hydra.compose."""
+    """One thread, empty caches, a weights folder of random networks, signals as in a terminal, and a quick hydra.compose."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup's with this one
     patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", os.fstat)  # each waits 6 ms for a disk, thousands of times; no test cuts the power
     patch.setattr(hydra, "compose", compose_cache.compose)
     patch.setenv("VAE3D_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("VAE3D_ALLOW_UNVERIFIED", "1")
@@ -59,8 +62,6 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trunks(surroundings: None) -> Path:
     """Folder with random VGG and AlexNet features under their official names."""
-    import os
-
     import torchvision
 
     folder = Path(os.environ["VAE3D_WEIGHTS"])

@@ -302,7 +302,8 @@ def kill(*_: Any) -> None:
 )  # fmt: skip
 def test_a_job_that_fails_says_why(tmp_path, videos, checkpoint, monkeypatch, capfd, name, function, said):
     monkeypatch.setattr(worker, name, function)
-    with serving(tmp_path, videos, checkpoint, wait=0.3) as (client, jobs):
+    wait = {"wait": 0.3} if name == "open_media" else {}
+    with serving(tmp_path, videos, checkpoint, **wait) as (client, jobs):
         failed = ended(client, job(client))
         assert failed["state"] == "failed"
         assert said in failed["text"]
