@@ -158,8 +158,10 @@ def test_accelerate_launch(videos, tmp_path):
 def test_sweep_of_vae3d_train_with_torchrun_children_until_sigterm(videos, spatial_export, tmp_path):
     """Only here does torchrun itself start the ranks. The first job ends, the second is stopped, the third never starts."""
     (tmp_path / "console.py").write_text("import sys\nfrom vae3d.commands.cli import main\nsys.exit(main())\n")
+    (tmp_path / "conf/optim").mkdir(parents=True)
+    (tmp_path / "conf/optim/mine.yaml").write_text("betas: [0.8, 0.9]\n")
     process = start(
-        videos, tmp_path, None, "stage=stage1", "loss=recon_kl", "loss.terms.kl.weight=1e-5", "launcher=torchrun",
+        videos, tmp_path, None, f"hydra.searchpath=[file://{tmp_path}/conf]", "optim=mine", "stage=stage1", "loss=recon_kl", "loss.terms.kl.weight=1e-5", "launcher=torchrun",
         "launcher.nproc=2", "trainer.max_steps=2,10000,3", "trainer.save_every=10000", "data.workers=2", "data.frames.min=1",
         f"stage.init_from.spatial_vae={spatial_export}", sweep=True,
         train=[sys.executable, str(tmp_path / "console.py"), "train"], environment=warm.python_of_torchrun(tmp_path),
@@ -171,6 +173,7 @@ def test_sweep_of_vae3d_train_with_torchrun_children_until_sigterm(videos, spati
     for job in (done, stopped):
         launch = json.loads((job / "launches.jsonl").read_text())
         assert launch["config"]["loss"]["terms"]["kl"]["weight"] == 1e-5
+        assert launch["config"]["optim"]["betas"] == [0.8, 0.9]  # the ranks find the user's own folder
     assert not list((tmp_path / "sweep").glob("max_steps=3_*"))
 
 

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from vae3d.checkpoints.location import step_folders
 from vae3d.checkpoints.state import latest_state
+from vae3d.commands.launch import search_path
 from vae3d.commands.sweep import metric_rows
 from vae3d.report import score_names, text_table
 from vae3d.text import plural
@@ -108,7 +109,7 @@ def longer(name: str, trainer: Trainer) -> tuple[str, str] | None:
         return None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return purpose, f"# the same command{'' if more else f' with trainer.max_steps={2 * last}'}"
-    words = [word.removeprefix("++") for word in HydraConfig.get().overrides.task]
+    words = [word.removeprefix("++") for word in (*HydraConfig.get().overrides.task, *search_path())]
     if not more:
         words = [word for word in words if not word.startswith("trainer.max_steps=")]
         words.append(f"trainer.max_steps={2 * last}")

@@ -121,6 +121,14 @@ def starts_ranks(launcher: Launcher) -> bool:
     return launcher.name == "torchrun" and not under_torchrun()
 
 
+def search_path() -> list[str]:
+    """The override that names the user's own folders of configuration files, of --config-dir and hydra.searchpath; none
+    without them."""
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [f"{source.schema}://{source.path}" for source in sources if source.provider.endswith("command-line")]
+    return [f"hydra.searchpath=[{','.join(map(quoted, folders))}]"] if folders else []
+
+
 def torchrun_child(launcher: Launcher, program: Sequence[str]) -> None:
     """Run this job again under torchrun, with the same overrides and run folder, and wait for it.
 
@@ -128,6 +136,7 @@ def torchrun_child(launcher: Launcher, program: Sequence[str]) -> None:
     fails: then Hydra continues with the sweep's next job, which it does not after SystemExit.
     """
     overrides = [o for o in HydraConfig.get().overrides.task if not o.lstrip("+").startswith("launcher")]
+    overrides += search_path()
     command = [
         *(sys.executable, "-c", TORCHRUN),
         *([] if any("rdzv" in a or "master" in a for a in launcher.args) else ["--standalone"]),
