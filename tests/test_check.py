@@ -86,6 +86,7 @@ FAULTS = {
     "infinity for the model": (["model.spatial.scaling_factor=inf"], "model.spatial.scaling_factor=inf", "finite"),
     "no deviation": (["model.latents_std=[1,0,1,1]"], "model", "latents_std[1] is 0; give a finite number from 1e-06 to 1000000"),
     "frames below 1": (["model.micro_frames=0"], "model", "micro_frames is 0; give an integer from 1 to 2147483648 or null"),
+    "a number for a name": (["model.temporal.channels={1: 2}"], "model.temporal.channels", "has the name 1"),
     "a fraction of a channel": (["model.temporal.channels=8.5"], "model", "channels is 8.5; give an integer"),
     "broken interpolation": (["data.height=${data.hight}"], "data.height=${data.hight}", "'data.hight' not found"),
     "a word for a number": (["optim.lr=abc"], "optim.lr=abc", "a number above 0"),

@@ -125,7 +125,7 @@ def read(cfg: DictConfig, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     tree, given, beside = expand_sources(tree)
     issues += [*beside, *class_issues(tree)]
     config, wrong = _typed(tree, schema)
-    for found in (target_issues(tree), _number_issues(tree), wrong, _missing(tree, config)):
+    for found in (target_issues(tree), _number_issues(tree), _name_issues(config), wrong, _missing(tree, config)):
         issues = add_new(issues, found)
     return config, without_inherited(issues, given)
 
@@ -189,6 +189,14 @@ def _number_issues(tree: Any) -> Iterator[ConfigIssue]:
             yield ConfigIssue(key, value, "must fit into 64 bits")
         elif isinstance(value, int) and value < 0 and key.split(".")[-1] == "seed":
             yield ConfigIssue(key, value, "must be at least 0")
+
+
+def _name_issues(config: Any) -> Iterator[ConfigIssue]:
+    """Of names of a dict in a `_target_` node that are not text: no checkpoint or export could be read again."""
+    for key, value in walk(dataclasses.asdict(config)):
+        for name in value if isinstance(value, dict) else ():
+            if not isinstance(name, str):
+                yield ConfigIssue(key, NO_VALUE, f"has the name {name}, which is not text", "put it in quotes")
 
 
 def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
