@@ -343,7 +343,8 @@ def test_no_argument_is_any_number(folder):
     ("argument", "start", "hint"),
     [("model=wna", "model=wna: ", "did you mean wan?"), ("+experiment=wan_tinny", "experiment=wan_tinny: ", "wan_tiny?"),
      ("trainer/strategy=ddp", "trainer/strategy=ddp: ", "replicated"), ("loss=ldm,erpp", "loss=erpp: ", "erp?"),
-     ("optim.betas=[0.9,,1]", "optim.betas=[0.9,,1]: ", "quotes")],
+     ("optim.betas=[0.9,,1]", "optim.betas=[0.9,,1]: ", "quotes"), ("logger=null", "logger=null: ", "none"),
+     ("=5", "=5: ", "KEY=VALUE")],
 )  # fmt: skip
 def test_what_hydra_would_reject_is_an_error_with_the_nearest_name(argument, start, hint, capsys):
     with pytest.raises(SystemExit) as end:

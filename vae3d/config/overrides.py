@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from vae3d.config.fields import allowed, fields_of
-from vae3d.config.issues import ConfigIssue, nearest
+from vae3d.config.issues import NO_VALUE, ConfigIssue, nearest
 from vae3d.config.schema import CONF, TrainConfig
 
 SWEPT = "VAE3D_SWEPT"  # environment variable: the keys that differ between the jobs of this sweep, for the jobs too
@@ -78,6 +78,9 @@ def override_issues(overrides: Sequence[str]) -> list[ConfigIssue]:
         name, equals, value = override.lstrip("+").partition("=")
         if override.startswith("-") or not equals:
             continue
+        if not name:
+            issues.append(ConfigIssue(override, NO_VALUE, "has no key", "write KEY=VALUE without spaces"))
+            continue
         try:
             _parse(override)
         except HydraException as error:
@@ -89,7 +92,7 @@ def override_issues(overrides: Sequence[str]) -> list[ConfigIssue]:
         files = sorted(path.stem for path in (CONF / name).glob("*.yaml"))
         for choice in value.strip("[]").split(","):  # a list, or a sweep
             choice = choice.strip("'\" ")
-            if choice not in ("", "null", *files) and "(" not in choice:
+            if choice not in ("", *files) and "(" not in choice:
                 message = f"there is no such file in conf/{name}"
                 issues.append(ConfigIssue(name, choice, message, nearest(choice, files)))
             elif choice in files and (wrong := _syntax_error(CONF / name / f"{choice}.yaml")):
