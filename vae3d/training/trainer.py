@@ -298,7 +298,7 @@ class Trainer(ABC, Generic[Batch]):
         computes this one.
         A step that fails on one rank for lack of memory or readable files, or with a loss that is not finite, is
         skipped by all. Any other exception ends its rank alone: the others wait in their next collective until the
-        launcher ends them, as torchrun does at once, or the timeout of distributed.init_training is over.
+        launcher ends them, as torchrun does at once, or after `step_timeout`.
         Raises what count_failures raises, RanksDiffer, and data_error (DataError on the other ranks).
         """
         step, metrics, phase = self.step, StepMetrics(), self.adversary.update_phase(self.step)
