@@ -200,6 +200,15 @@ def gather_to_main(item: T) -> list[T]:
     return items or []
 
 
+def broadcast_object(item: T, source: int = 0) -> T:
+    """The item of the rank `source`, on every rank. Its pickle is all that the device of each must hold."""
+    if not is_distributed():
+        return item
+    items = [item if dist.get_rank() == source else None]
+    dist.broadcast_object_list(items, source)
+    return items[0]
+
+
 def reduction_buffer(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor | None:
     """A buffer with which all_reduce_mean of these tensors, or some of them, allocates nothing; None with one rank."""
     if not is_distributed():

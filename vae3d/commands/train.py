@@ -20,7 +20,7 @@ from vae3d.commands.training_data import build_training_data
 from vae3d.data.held_out import HELD_OUT, write_held_out
 from vae3d.data.loader import TrainingData
 from vae3d.data.streaming import StreamingData
-from vae3d.distributed import all_gather_object, check_ranks_agree, init_training
+from vae3d.distributed import broadcast_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.latents.scale import longest_clips
 from vae3d.layout import place
@@ -109,7 +109,7 @@ def fit_shortcut_everywhere(
     vae = model.temporal_vae if isinstance(model, OpenSoraVAE) else model
     layers = nn.ModuleList([vae.shortcut_in, vae.shortcut_out])
     fitted = {name: weight.cpu() for name, weight in layers.state_dict().items()}  # for ranks of other devices
-    line, failure, errors, weights = all_gather_object((line, failure, errors, fitted))[0]
+    line, failure, errors, weights = broadcast_object((line, failure, errors, fitted))
     if failure is not None:
         raise failure
     layers.load_state_dict(weights)
@@ -143,7 +143,7 @@ def prune_everywhere(
         except UserError as error:
             failure = error
         model.cpu()
-    lines, failure, errors, weights = all_gather_object((lines, failure, errors, model.state_dict()))[0]
+    lines, failure, errors, weights = broadcast_object((lines, failure, errors, model.state_dict()))
     if failure is not None:
         raise failure
     model.load_state_dict(weights)

@@ -210,11 +210,15 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         clips = self.validate_on_all_ranks(compute, memory_hint="lower validation.frames")
         if clips is None:
             return []
-        ranks = distributed.gather_to_main({clip.index: clip.panels for clip in clips})  # large
-        panels = {index: shown for rank in ranks for index, shown in rank.items()}
+        panels = {clip.index: clip.panels for clip in clips}
         ranks = distributed.all_gather_object([replace(clip, panels=None) for clip in clips])
-        clips = [replace(clip, panels=panels.get(clip.index)) for rank in ranks for clip in rank]
-        return sorted(clips, key=lambda clip: clip.index)
+        for rank, theirs in enumerate(ranks):
+            for clip in theirs:
+                # One clip at a time: NCCL sends by way of the GPUs, and gathering would take the memory of them all.
+                if clip.index < config.videos:
+                    shown = distributed.broadcast_object(panels.get(clip.index), rank)
+                    clip.panels = shown if self.rank == 0 else None
+        return sorted((clip for theirs in ranks for clip in theirs), key=lambda clip: clip.index)
 
     # ---- checkpoints
 
