@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 FUSED = ("cpu", "cuda", "xpu")  # of torch 2.6 and later; on MPS nothing trains, see distributed.init_training
 
 
-def adamw(
-    params: Iterable[Any],
-    device: torch.device | None,
-    *,
-    betas: Sequence[float],
-    weight_decay: float,
-    eps: float = 1e-8,
-    lr: float = 1e-3,
-) -> torch.optim.AdamW:
+class AdamWSettings(Protocol):
+    """The fields of config.optim and of an adversary that adamw reads."""
+
+    betas: Sequence[float]
+    eps: float
+    weight_decay: float
+
+
+def adamw(params: Iterable[Any], settings: AdamWSettings, device: torch.device | None) -> torch.optim.AdamW:
     """AdamW of parameters or groups, fused if torch has that on `device`, where it will step; None: not known.
 
-    Fused means one pass over memory. On a CPU it takes an eighth of the time.
+    Fused means one pass over memory. On a CPU it takes an eighth of the time. The learning rate is set before each
+    step, see schedules.learning_rate.
     """
     fused = device is not None and device.type in FUSED
-    return torch.optim.AdamW(params, lr, tuple(betas), eps, weight_decay, fused=fused)
+    betas, eps, decay = tuple(settings.betas), settings.eps, settings.weight_decay
+    return torch.optim.AdamW(params, betas=betas, eps=eps, weight_decay=decay, fused=fused)

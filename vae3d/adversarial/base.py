@@ -125,6 +125,7 @@ class DiscriminatorAdversary(Adversary):
     lr: float
     betas: Sequence[float]
     weight_decay: float
+    eps = 1e-8  # torch's default
     grad_clip: Positive | None
 
     def __post_init__(self) -> None:
@@ -154,8 +155,7 @@ class DiscriminatorAdversary(Adversary):
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed_of(seed, self.name))  # of the CPU only
             self.discriminator = place(self.build(), device)
-        params = self.discriminator.parameters()
-        self.optimizer = adamw(params, device, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        self.optimizer = adamw(self.discriminator.parameters(), self, device)
         # Allocated before the first step, see ReplicatedDataParallel.
         statistics = [buffer for buffer in self.discriminator.buffers() if buffer.is_floating_point()]
         self._reduction_buffer = reduction_buffer([*self.discriminator.parameters(), *statistics, *also_reduce])

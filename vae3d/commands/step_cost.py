@@ -132,8 +132,7 @@ class TrainingStep:
         self.student, groups = build_student(config, self.model, self.objective, self.distillation, self.frames)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)
-        optim = config.optim
-        self.optimizer = adamw(groups, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        self.optimizer = adamw(groups, config.optim, device)
 
     def prepare(self) -> None:
         """Build the EMA and the discriminator, as the trainer does before the first step."""

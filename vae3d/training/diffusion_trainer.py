@@ -70,8 +70,7 @@ class DiffusionTrainer(Trainer[Batch]):
     ) -> None:
         self.process, self.vae, self.hint = process, vae, hint
         network = place(network, accelerator.device)
-        params, device, optim = network.parameters(), accelerator.device, config.optim
-        optimizer = adamw(params, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        optimizer = adamw(network.parameters(), config.optim, accelerator.device)
         super().__init__(
             config,
             folder,

@@ -82,8 +82,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         adversary.load(network, accelerator.device, config.run.seed, accelerator.process_index)
         replicated = config.trainer.strategy.name == "replicated"
         device = accelerator.device if replicated else None  # DeepSpeed may step on another
-        optim = config.optim
-        optimizer = adamw(groups, device, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+        optimizer = adamw(groups, config.optim, device)
         if replicated:
             reduce_dtype = DTYPES[config.trainer.reduce_dtype]
             strategy = ReplicatedDataParallel(accelerator, student, optimizer, reduce_dtype)
