@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 import hydra
 import pytest
 
+import vae3d
 from tests import tiny
 from vae3d.checkpoints.export import WRITERS
 from vae3d.commands import cli, flags, help
@@ -45,6 +46,11 @@ def test_help_lists_every_command_without_torch():
     lines = done.stdout.splitlines()
     for name, command in cli.COMMANDS.items():
         assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, command.summary]]
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vae3d {vae3d.__version__}\n"
 
 
 def test_the_first_line_is_printed_before_anything_slow_is_imported():

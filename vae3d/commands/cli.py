@@ -7,7 +7,7 @@ unknown key is reported within a second. Several ranks: `torchrun --nproc-per-no
 
 from __future__ import annotations
 
-import vae3d.interrupts  # noqa: F401  (first, for Ctrl-C during the other imports)
+import vae3d.interrupts  # first, for Ctrl-C during the other imports
 
 # isort: split
 import gc
@@ -183,6 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     name, *rest = arguments
     if name in ("-h", "--help"):
         print(usage())
+        return 0
+    if name == "--version":
+        print(f"vae3d {vae3d.__version__}")
         return 0
     if name not in COMMANDS:
         from vae3d.config.issues import close_match
