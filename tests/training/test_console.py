@@ -9,9 +9,12 @@ import re
 import pytest
 import torch
 
+from tests import tiny
 from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import latest_state, load_state
+from vae3d.commands import train
+from vae3d.commands.summary import never_reached
 from vae3d.config.issues import ConfigError
 from vae3d.training.runlog import Countdown, duration, fields
 
@@ -132,3 +135,14 @@ def test_on_start_is_a_switch(videos):
 
     with pytest.raises(ConfigError, match=r"validation\.on_start=3: must be true or false"):
         tiny.training("temporal_vae", videos, "validation.on_start=3", "loss=recon_kl")
+
+
+def test_what_begins_after_the_last_step_is_warned_of(videos, tmp_path, caplog):
+    late = ["adversary.start=3", "optim.warmup_steps=3", "loss.terms.kl.ramp=[3,5]", "loss.terms.l1.ramp=[2,5]"]
+    images = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.min=1", "data.frames.max=1"]
+    config = tiny.training("spatial", videos, *images, *tiny.GAN, *late, "trainer.max_steps=3")
+    assert [line.partition("=")[0] for line in never_reached(config)] == [
+        "optim.warmup_steps", "loss.terms.kl.ramp", "adversary.start",
+    ]  # fmt: skip
+    train.build_trainer(config, tmp_path).log.close()
+    assert "adversary.start=3: the run ends before, at trainer.max_steps=3" in caplog.text

@@ -14,7 +14,7 @@ from vae3d.commands.estimate import clips_text, diffusion_needs, estimates
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.commands.meta_check import lacking_weights
 from vae3d.commands.step_cost import vae_needs
-from vae3d.commands.summary import data_summary, first_batch, summary
+from vae3d.commands.summary import data_summary, first_batch, never_reached, summary
 from vae3d.commands.training_data import build_training_data, naming_source
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import Data, TrainConfig, world_of
@@ -51,7 +51,7 @@ def describe_training(config: TrainConfig) -> None:
     one_each = {stream.source: stream for stream in data.streams}.values()  # the buckets of a source share its files
     lengths = np.concatenate([clip_lengths(stream.table, stream.settings) for stream in one_each])
     log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), lengths)]))
-    for line in data.warnings:
+    for line in [*never_reached(config), *data.warnings]:
         log.warning(line)
     if lines := lacking_weights(config):
         log.info("\n".join(lines))

@@ -69,6 +69,20 @@ def summary(config: TrainConfig, model: nn.Module, ranks: int) -> list[str]:
     return [*lines, *batches, steps]
 
 
+def never_reached(config: TrainConfig) -> list[str]:
+    """Settings that would begin after the last step, such as a GAN of a run that was made shorter; for a warning."""
+    starts = {"optim.warmup_steps": config.optim.warmup_steps}
+    starts |= {f"loss.terms.{name}.ramp": term.ramp[0] for name, term in config.loss.terms.items() if term.weight}
+    if isinstance(config.adversary, dict):
+        starts["adversary.start"] = config.adversary.get("start") or 0
+    last = config.trainer.max_steps
+    return [
+        f"{key}={step}: the run ends before, at trainer.max_steps={last}"
+        for key, step in starts.items()
+        if step >= last
+    ]
+
+
 def ends(values: Sequence[Any]) -> tuple[Any, Any]:
     return values[0], values[-1]
 

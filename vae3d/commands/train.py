@@ -15,7 +15,7 @@ from torch import nn
 from vae3d.checkpoints.export import lost_settings
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands.closing import command, curves, longer, shown, start_of
-from vae3d.commands.summary import data_summary, summary
+from vae3d.commands.summary import data_summary, never_reached, summary
 from vae3d.commands.training_data import build_training_data
 from vae3d.data.held_out import HELD_OUT, write_held_out
 from vae3d.data.loader import TrainingData
@@ -193,7 +193,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         write_held_out(folder / HELD_OUT, data.held_out_files)
     for line in [*summary(config, model, accelerator.num_processes), *data_summary(config, data), *started]:
         trainer.log.say(line)
-    for line in data.warnings:
+    for line in [*never_reached(config), *data.warnings]:
         trainer.log.warn(line)
     if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
         trainer.log.warn(f"no teacher (teacher=none): the latents will drift away from those of {model.variant}")
