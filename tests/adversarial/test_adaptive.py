@@ -30,7 +30,7 @@ def weigh(model: nn.Module, most: float = 1e4, **losses: torch.Tensor) -> tuple[
     adaptive.load(model, CPU)
     found = [value.item() for value in adaptive(**losses)]
     if adaptive.sync_remaining(1):
-        adaptive.raise_error()
+        raise adaptive.error()
     return tuple(found)
 
 

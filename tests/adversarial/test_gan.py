@@ -4,6 +4,7 @@ known to us has a test here that we do not have it."""
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vae3d.adversarial.gan import Gan
 from vae3d.commands import meta_check
 from vae3d.config import validate
 from vae3d.config.check import check_rules
+from vae3d.errors import UserError
 from vae3d.training.failures import TooManyFailures
 from vae3d.training.memory import PeakMemory
 from vae3d.training.step_status import StepMetrics
@@ -154,6 +156,17 @@ def test_an_adaptive_weight_without_a_layer_is_refused_before_training(config):
     assert str(error).startswith(
         "adversary: a clip of 2 frames of 16x16 fails: no layer that ends at the pixels trains"
     )
+
+
+def test_a_gan_that_begins_before_the_terms_on_pixels_is_refused_and_in_a_run_the_steps_are_saved(config, tmp_path):
+    late = deepcopy(config)
+    late.loss.terms["l1"].ramp = [3, 5]
+    late.adversary |= {"start": 1}
+    (error,) = meta_check.issues(late)
+    assert (error.key, error.value) == ("adversary.start", 1)
+    assert meta_check.issues(replace(late, adversary={**late.adversary, "start": 4})) == []
+    with pytest.raises(UserError, match=r"adversary\.adaptive=true .*(\n.*)*all 1 finished steps are saved"):
+        quick.trainer(late, tmp_path, **{"trainer.max_steps": 9}).fit()
 
 
 def test_the_check_names_what_does_not_go_with_a_gan(config):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor, nn
 
 from vae3d.distributed import all_reduce_sum
+from vae3d.errors import UserError
 
 EPS = 1e-4
 
@@ -84,7 +83,7 @@ class AdaptiveWeight:
         """Join the all-reduces of this step that this rank skipped.
 
         Returns a flag on the device, equal on all ranks: whether the weight of a micro-batch is 0 because no other loss
-        has a gradient; then call raise_error.
+        has a gradient, which is an `error`.
         """
         while self._all_reduces < micro_batches:
             self._reduced_norms(None)
@@ -93,8 +92,8 @@ class AdaptiveWeight:
         return no_gradient
 
     @staticmethod
-    def raise_error() -> NoReturn:
-        raise ValueError(
+    def error() -> UserError:
+        return UserError(
             "adversary.adaptive=true gives the adversarial loss a weight of 0: no other loss has a gradient at the "
             "last layer; start a term on pixels before adversary.start, or use adversary.adaptive=false"
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import ArgumentError, Range, check_fields
 from vae3d.distributed import all_reduce_mean, reduction_buffer
+from vae3d.errors import UserError
 from vae3d.layout import place
 from vae3d.optim import adamw
 from vae3d.pixels import as_rgb
@@ -65,12 +66,12 @@ class Adversary:
     def sync_remaining(self, step: int, micro_batches: int) -> Tensor | None:
         """Join the collectives of generator_loss calls that this rank skipped in this step (memory, files).
 
-        Returns a flag on the device, equal on all ranks: whether `raise_error` must be called. None: it need not.
+        Returns a flag on the device, equal on all ranks: whether `error` ends the run. None: it does not.
         """
         return None
 
-    def raise_error(self) -> NoReturn:
-        """Raise the error for which sync_remaining returned a flag."""
+    def error(self) -> UserError:
+        """The error for which sync_remaining returned a flag."""
         raise NotImplementedError
 
     def average_gradients(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from vae3d.adversarial.base import (
 from vae3d.adversarial.criteria import CRITERIA, gradient_penalty, lecam, over_scales
 from vae3d.adversarial.discriminators import MultiScale, Norm, PatchGAN, PatchGAN3D
 from vae3d.arguments import Count, Depth, Width
+from vae3d.errors import UserError
 from vae3d.precision import autocast, autocast_off
 from vae3d.schedules import ALL_ON, Schedule, learning_rate
 from vae3d.types import ClipBatch, Reconstruction
@@ -207,9 +208,9 @@ class Gan(DiscriminatorAdversary):
             return self.adaptive_weight.sync_remaining(micro_batches)
         return None
 
-    def raise_error(self) -> NoReturn:
-        """Raises ValueError for an adaptive weight of 0."""
-        AdaptiveWeight.raise_error()
+    def error(self) -> UserError:
+        """Of an adaptive weight of 0."""
+        return AdaptiveWeight.error()
 
     def average_gradients(self) -> Tensor:
         self._means = torch.stack(self._logit_means).mean(0)

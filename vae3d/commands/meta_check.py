@@ -18,6 +18,7 @@ from torch import nn
 
 from vae3d import loading
 from vae3d.adversarial.base import Adversary
+from vae3d.adversarial.gan import Gan
 from vae3d.adversarial.seraena import Seraena
 from vae3d.checkpoints.export import check_final_model, flat_state
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, meta_model, read_checkpoint
@@ -93,7 +94,7 @@ def _training_issues(config: TrainConfig, model: nn.Module, objective: Objective
         return found
     if distillation is not None:
         found = [*_unread_features(distillation, objective), *_shape_issues(config, model, distillation.teacher)]
-    found += _replay_issues(config, adversary)
+    found += [*_replay_issues(config, adversary), *_adaptive_issues(objective, adversary)]
     return found or list(_step_issues(config, model, objective, adversary, distillation))
 
 
@@ -239,6 +240,17 @@ def _replay_issues(config: TrainConfig, adversary: Adversary) -> Iterator[Config
             message = "Seraena keeps images of earlier steps beside those of this one, and the clips have several sizes"
             yield ConfigIssue(of_source(name, key), NO_VALUE, message, "use one size, or another adversary")
             return
+
+
+def _adaptive_issues(objective: Objective, adversary: Adversary) -> Iterator[ConfigIssue]:
+    """A GAN that takes its weight from the terms on pixels, and begins before any of them."""
+    if not isinstance(adversary, Gan) or not (adversary.adaptive and adversary.weight and objective.needs_pixels):
+        return
+    first = adversary.start + (adversary.ramp > 0)  # whose weight is above 0
+    if not any(t.term.needs_pixels and t.weight_at(first) for t in objective.terms.values()):
+        message = "adversary.adaptive takes the weight from the terms on pixels, and at this step none has begun"
+        hint = "begin a term before (loss.terms.NAME.ramp), or use adversary.adaptive=false"
+        yield ConfigIssue("adversary.start", adversary.start, message, hint)
 
 
 def _unread_features(distillation: Distillation, objective: Objective) -> Iterator[ConfigIssue]:

@@ -48,7 +48,7 @@ def preflight(trainer: Trainer[ClipBatch]) -> None:
             params_without_grad = strategy.params_without_grad() if status.completed and phase.model else []
         adversary.reset_step()
         if status.adversary_error:
-            adversary.raise_error()
+            raise adversary.error()
         check_status(status, error, metrics, "x".join(map(str, batch.video.shape)))
         if params_without_grad:
             raise PartError(

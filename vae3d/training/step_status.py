@@ -103,7 +103,7 @@ class StepStatus:
     not_finite: ranks with a loss, also of the discriminator, that is NaN or infinite. stop: signal that a rank
     received, or 0. read_errors: number of failed reads. mismatch: a gradient or metric that only some ranks have, and
     which ranks; empty if there is none. metrics: means over ranks; meaningless unless `completed`. adversary_error:
-    see Adversary.raise_error. saving: whether a rank is still writing a checkpoint.
+    see Adversary.error. saving: whether a rank is still writing a checkpoint.
     """
 
     loss: float

@@ -299,7 +299,7 @@ class Trainer(ABC, Generic[Batch]):
         A step that fails on one rank for lack of memory or readable files, or with a loss that is not finite, is
         skipped by all. Any other exception ends its rank alone: the others wait in their next collective until the
         launcher ends them, as torchrun does at once, or after `step_timeout`.
-        Raises what count_failures raises, RanksDiffer, and data_error (DataError on the other ranks).
+        Raises what count_failures raises, RanksDiffer, data_error (DataError on the other ranks) and Adversary.error.
         """
         step, metrics, phase = self.step, StepMetrics(), self.adversary.update_phase(self.step)
         lr = learning_rate(self.config.optim, step, self.config.trainer.max_steps)
@@ -335,7 +335,7 @@ class Trainer(ABC, Generic[Batch]):
             saving=self.checkpointer.writing,
         )
         if status.adversary_error:
-            self.adversary.raise_error()
+            self.checkpointer.save_then_raise(self.adversary.error(), self.step, self.spikes.consecutive_skips)
         averages: dict[str, float] = {}
         scalars: dict[str, float] = {}
         if status.finite:
