@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
 
@@ -181,6 +182,15 @@ def test_one_process_holds_a_lock(tmp_path):
         pass
     with hold_lock(tmp_path / "lock", UserError("in use")):
         pass
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # as of NFS without lockd
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(FileError, match=f"{tmp_path}/lock: .*{os.strerror(errno.ENOLCK)}"):
+        hold_lock(tmp_path / "lock", UserError("in use")).__enter__()
 
 
 def test_links_are_never_followed_for_writing(tmp_path):

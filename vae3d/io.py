@@ -298,7 +298,8 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def hold_lock(file: Path, error: UserError) -> Iterator[None]:
-    """Hold a lock file during the block. Raises `error` if another process holds it."""
+    """Hold a lock file during the block. Raises `error` if another process holds it, FileError if the disk has no
+    locks."""
     from filelock import FileLock, Timeout  # here, because scripts/fetch_weights.py runs without packages
 
     lock = FileLock(file)
@@ -306,6 +307,8 @@ def hold_lock(file: Path, error: UserError) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise error from None
+    except OSError as reason:
+        raise FileError(f"{file}: cannot be locked: {reason.strerror}") from reason
     try:
         yield
     finally:
