@@ -11,6 +11,7 @@
   let job = null; // the job that is followed
   let shown = null; // the job whose result is shown
   let uploading = null; // the request of the running upload
+  let asking = false; // whether a job is being submitted
   let nextNoise = false; // whether the slider moved while a job was running
 
   const element = (tag, text, attributes = {}) => {
@@ -184,16 +185,19 @@
 
   async function submit(settings) {
     showError("");
+    nextNoise = false;
+    asking = true;
     try {
       follow(await ask("POST", "/api/jobs", settings));
     } catch (error) {
       showError(error.message);
+    } finally {
+      asking = false;
     }
   }
 
   function follow(started) {
     job = started;
-    nextNoise = false;
     update();
     poll(started.id);
   }
@@ -289,7 +293,7 @@
   function noise() {
     update();
     if (!shown) return;
-    if (job && ["waiting", "running"].includes(job.state)) {
+    if (asking || (job && ["waiting", "running"].includes(job.state))) {
       nextNoise = true;
       return;
     }
