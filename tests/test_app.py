@@ -120,6 +120,7 @@ def test_an_uploaded_video_is_reconstructed_shown_and_downloaded_exactly(tmp_pat
         page = client.get(f"/results/{done['id']}/index.html")
         assert page.headers["content-security-policy"] == server.PAGE_POLICY
         assert "<img src=x" not in page.text
+        assert not [file for file in done["result"]["files"].values() if file in page.text]  # a downloaded page is alone
         assert page.text.count('class="clip" data-id=') == 2  # the videos and the latents, inside of the page
 
         original = vae3d.read_video(videos / "sub/clip.mp4", start=2, num_frames=5).frames

@@ -239,8 +239,7 @@ class Runner:
             label: write_exact(out, stem, frames, fps)
             for stem, (label, frames) in zip(stems, exact.items(), strict=True)
         }
-        links = {f"{label}, exact": file for label, file in files.items()}
-        rows = [Video("video", name, scores, clip.facts(), links)]
+        rows = [Video("video", name, scores, clip.facts())]
         if settings.latents != "none":
             self.progress("writing", 0.95, "writing the latents")
             rows += self._latents(out, settings, clip, latents)
