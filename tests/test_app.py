@@ -244,6 +244,7 @@ def test_what_is_too_large_too_long_or_unknown_is_refused(tmp_path, videos, chec
             assert "error" in put(name, b"x").json()
         assert list((jobs.folder / "uploads").iterdir()) == []
         named = {"frames": 10, "height": 65, "start": -1, "noise": 9, "latents": "x", "checkpoints": [1]}
+        assert "--max_frames" in job(client, frames=10)["error"]
         for key, value in named.items():
             assert key.rstrip("s") in job(client, **{key: value})["error"].replace("first frame", "start")
         assert "error" in job(client, checkpoints=[])
@@ -435,7 +436,11 @@ def test_the_printed_address_gives_the_cookie_and_a_wrong_token_does_not(guarded
 
 def test_only_files_of_the_folders_and_of_the_job_can_be_had(tmp_path, videos, checkpoint):
     with serving(tmp_path, videos, checkpoint) as (client, jobs):
-        assert [file["key"] for file in client.get("/api/state").json()["listed"]] == ["0/sub/clip.mp4"]
+        (videos / "loop.mp4").symlink_to("loop.mp4")
+        os.symlink(videos / "sub/clip.mp4", os.fsencode(videos / "sub") + b"/z\xff.mp4")
+        keys = [file["key"] for file in client.get("/api/state").json()["listed"]]
+        assert keys == ["0/sub/clip.mp4", "0/sub/z\\xff.mp4"]
+        assert ended(client, job(client, key=keys[1], frames=1))["state"] == "done"
         for key in (
             "0/../outside/secret.mp4",
             "0/link.mp4",

@@ -94,10 +94,15 @@ class Jobs:
             for path in sorted(walk(root)):
                 if len(found) == MAX_LISTED:
                     return found
-                if self.readable(path.name) and path.resolve().is_relative_to(root) and path.is_file():
-                    name = path.relative_to(root).as_posix()
-                    key = f"{number}/{name}"
-                    found[key] = Source("listed", key, path, f"{root.name}/{name}", path.stat().st_size)
+                try:
+                    if not (self.readable(path.name) and path.resolve().is_relative_to(root) and path.is_file()):
+                        continue
+                    size = path.stat().st_size
+                except (OSError, RuntimeError):  # gone meanwhile; a link to itself is a RuntimeError before Python 3.13
+                    continue
+                name = as_text(path.relative_to(root))
+                key = f"{number}/{name}"
+                found[key] = Source("listed", key, path, f"{as_text(root.name)}/{name}", size)
         return found
 
     def readable(self, name: str) -> bool:
@@ -321,6 +326,11 @@ class Upload:
 
 def too_large(name: str, limit: int) -> str:
     return f"{name}: is larger than {limit / 1e6:g} MB, the limit (`--max_upload` changes it)"
+
+
+def as_text(name: str | Path) -> str:
+    """The name of a file, whose bytes may be no UTF-8, as JSON can hold it."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def walk(root: Path) -> Iterator[Path]:

@@ -48,7 +48,7 @@ class Settings:
             raise UserError("choose at least one of the checkpoints, each once")
         for name, value, limit in (("frames", self.frames, limits.frames), ("height", self.height, limits.height)):
             if not 1 <= value <= limit:
-                raise UserError(f"{name} is {value}; choose 1 to {limit} (`--max-{name}` changes the limit)")
+                raise UserError(f"{name} is {value}; choose 1 to {limit} (`--max_{name}` changes the limit)")
         if self.start < 0:
             raise UserError(f"the first frame is {self.start}; choose 0 or more")
         if not 0 <= self.noise <= MAX_NOISE:
