@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import multiprocessing
 import os
@@ -120,7 +121,9 @@ def test_an_uploaded_video_is_reconstructed_shown_and_downloaded_exactly(tmp_pat
         page = client.get(f"/results/{done['id']}/index.html")
         assert page.headers["content-security-policy"] == server.PAGE_POLICY
         assert "<img src=x" not in page.text
-        assert not [file for file in done["result"]["files"].values() if file in page.text]  # a downloaded page is alone
+        assert not [
+            file for file in done["result"]["files"].values() if file in page.text
+        ]  # a downloaded page is alone
         assert page.text.count('class="clip" data-id=') == 2  # the videos and the latents, inside of the page
 
         original = vae3d.read_video(videos / "sub/clip.mp4", start=2, num_frames=5).frames
@@ -229,6 +232,21 @@ def test_a_broken_file_fails_with_its_name_and_the_next_job_runs(tmp_path, video
         assert ended(client, job(client))["state"] == "done"
 
 
+async def broken_off(app: Any) -> None:
+    """An upload whose browser leaves in its middle. Raises what the server would print a traceback of."""
+    messages = iter([{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}])
+    headers = [(b"host", b"localhost"), (b"cookie", f"vae3d={TOKEN}".encode())]
+    asked = {"method": "PUT", "path": "/api/uploads", "query_string": b"name=a.mp4", "headers": headers}
+
+    async def receive() -> Any:
+        return next(messages)
+
+    async def send(message: Any) -> None:
+        pass
+
+    await app({"type": "http", "http_version": "1.1", "scheme": "http", **asked}, receive, send)
+
+
 def test_what_is_too_large_too_long_or_unknown_is_refused(tmp_path, videos, checkpoint):
     limits = {"upload": 5000, "frames": 9, "height": 64, "pixels": 16 * 24 * 5}
     with serving(tmp_path, videos, checkpoint, **limits) as (client, jobs):
@@ -242,6 +260,7 @@ def test_what_is_too_large_too_long_or_unknown_is_refused(tmp_path, videos, chec
             assert "--max_upload" in answer.json()["error"]
         for name in ("a.exe", "mp4", "frame_*.png", ".mp4"):
             assert "error" in put(name, b"x").json()
+        asyncio.run(broken_off(client.app))
         assert list((jobs.folder / "uploads").iterdir()) == []
         named = {"frames": 10, "height": 65, "start": -1, "noise": 9, "latents": "x", "checkpoints": [1]}
         assert "--max_frames" in job(client, frames=10)["error"]

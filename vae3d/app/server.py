@@ -22,6 +22,7 @@ from markupsafe import Markup
 from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -121,6 +122,10 @@ def build_app(jobs: Jobs, facts: Mapping[str, Any], token: str, hosts: Sequence[
     def user_error(_: Request, error: UserError) -> Response:
         status = {Busy: 409, DiskFull: 507, FileError: 507}.get(type(error), 400)
         return JSONResponse({"error": str(error)}, status)
+
+    @app.exception_handler(ClientDisconnect)
+    def broken_off(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # not sent; without a handler, the terminal shows a traceback
 
     @app.exception_handler(HTTPException)
     def http_error(_: Request, error: HTTPException) -> Response:
