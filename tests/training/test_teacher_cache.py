@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pickle
 import signal
@@ -161,10 +162,12 @@ def test_a_batch_of_another_size_has_files_of_its_own(tmp_path):
     assert (given.cache.hits, given.cache.misses) == (0, 3)
 
 
-def test_a_full_cache_takes_no_more(tmp_path):
+def test_a_full_cache_takes_no_more_and_says_so_once(tmp_path, caplog):
     given = Distillation(toy(0), toy(9), cache=str(tmp_path), cache_gib=1e-7)  # 107 bytes; a clip's latents have 64
-    given.compute_targets(batch(1, 2))
+    for _ in range(2):
+        given.compute_targets(batch(1, 2))
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert caplog.text.count("teacher.cache_gib=1e-07") == 1
 
 
 def test_the_ranks_share_the_size_of_the_cache(tmp_path, monkeypatch):
@@ -233,7 +236,7 @@ def test_an_encoder_is_distilled_from_cached_latents_while_the_decoder_stays(vid
     given = [option for option in SETTINGS if not option.startswith(("stage=", "loss", "teacher.features"))]
     given += [f"teacher.path={larger}", "stage=encoder_only"]
     given += ["stage.init_from=random", "loss=distill", "loss.terms.l1.weight=0", f"teacher.cache={tmp_path / 'cache'}"]
-    states = []
+    states, cached = [], []
     for name in ("a", "b"):
         t = train.build_trainer(tiny.training("taesd", videos, *given), tmp_path / name)
         before = {key: tensor.clone() for key, tensor in t.network.state_dict().items()}
@@ -246,5 +249,8 @@ def test_an_encoder_is_distilled_from_cached_latents_while_the_decoder_stays(vid
         assert changed == {"encoder"}
         assert not calls  # no pixels are decoded
         states.append(after)
-    assert t.distillation.cache.misses == 0  # of the second run
+        rows = [json.loads(line) for line in (t.folder / "metrics.jsonl").read_text().splitlines()]
+        cached.append(next(row["teacher_cache_hits"] for row in reversed(rows) if "teacher_cache_hits" in row))
+    assert cached[0] < 1
+    assert cached[1] == 1
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())

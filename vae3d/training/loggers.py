@@ -55,6 +55,7 @@ TAGS = {  # of metrics without a slash
     "prox": "4_optimizer/proximal",
     "clips_per_second": "5_speed/clips_per_second",
     "frames_per_second": "5_speed/frames_per_second",
+    "teacher_cache_hits": "5_speed/teacher_cache_hits",
     "memory_gib": "6_memory/peak_gib",
     "memory_idle_gib": "6_memory/idle_gib",
     "loss_discriminator": "7_gan/loss",

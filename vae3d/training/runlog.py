@@ -277,6 +277,8 @@ def fields(values: Mapping[str, float]) -> list[str]:
         texts.append(f"grad norm {short(values['grad_norm'])}")
     if "clips_per_second" in values:
         texts.append(f"{short(values['clips_per_second'])} clips/s")
+    if "teacher_cache_hits" in values:
+        texts.append(f"{100 * values['teacher_cache_hits']:.0f}% of targets cached")
     if "memory_idle_gib" in values:  # of a GPU
         texts.append(f"{values['memory_gib']:.1f} GiB")
     if values.get("skipped"):

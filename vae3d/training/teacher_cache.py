@@ -32,9 +32,9 @@ class TargetCache:
     """A teacher's latents and features, one file per clip, under the hash of the clip's pixels.
 
     So they are the same bits as those of the teacher, whatever the order, the ranks, or where a run was killed; another
-    teacher, precision, batch size or choice of features has files of its own. It pays if clips repeat: no random crop,
-    no flip. A file is complete from when it has its name; a damaged one is computed and written again. Once a write
-    fails, this rank adds no more.
+    teacher, precision, batch size or choice of features has files of its own. It pays if clips repeat: no random crop
+    or start, no flip. A file is complete from when it has its name; a damaged one is computed and written again. Once a
+    write fails, this rank adds no more.
 
     folder: shared by any number of runs. of: what the targets depend on, JSON-able. gib: GiB of files after which
     nothing is added; the ranks share equally what is left of it.
@@ -45,8 +45,15 @@ class TargetCache:
         with naming(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self.room = (int(gib * 2**30) - _clean(self.folder)) // distributed.world_size()
+        self.gib = gib
         self.hits = 0
         self.misses = 0
+        self.warned = False  # that it takes no more
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the clips so far whose targets were there."""
+        return self.hits / max(1, self.hits + self.misses)
 
     def keys(self, video: Tensor) -> list[str]:
         """A key for each clip of a batch [B, 3, T, H, W]: also of B, which changes the last bits of a convolution."""
@@ -79,7 +86,13 @@ class TargetCache:
             tensors |= {f"{FEATURE}{name}": tensor[index] for name, tensor in targets.features.items()}
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             file = self._file(key)
-            if size > self.room or file.exists():
+            if file.exists():
+                continue
+            if size > self.room:
+                self._warn(
+                    f"{self.folder} is full (teacher.cache_gib={self.gib:g}): this rank adds no more targets. So far "
+                    f"{self.hits} of {self.hits + self.misses} clips were in it"
+                )
                 continue
             self.room -= size
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -88,8 +101,13 @@ class TargetCache:
                 with atomic_path(file) as tmp:  # another rank may write the same clip
                     save_file(tensors, tmp)
             except (OSError, SafetensorError) as error:  # training goes on without it
-                log.warning(f"teacher.cache: {file} cannot be written, so this rank adds no more targets: {error}")
+                self._warn(f"{file} cannot be written, so this rank adds no more targets: {error}")
                 self.room = 0
+
+    def _warn(self, text: str) -> None:
+        if not self.warned:
+            log.warning(f"teacher.cache: {text}")
+            self.warned = True
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key[2:]}.safetensors"

@@ -165,14 +165,16 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         return profiled(self.folder, self.config.debug.steps)
 
     def perf_metrics(self) -> dict[str, float]:
-        """Also frames per second, steps and clips of each source and bucket so far, and the value of the proximal
-        term."""
+        """Also frames per second, steps and clips of each source and bucket so far, the value of the proximal term,
+        and the share of this rank's clips since its start whose targets were in the teacher's cache."""
         perf, steps, schedule = super().perf_metrics(), range(self._timed_from, self.step), self.data.schedule
         if steps:
             clips = [schedule.batch_size_at(step) for step in steps]
             frames = sum(n * schedule.frames_at(step) for n, step in zip(clips, steps, strict=True))
             perf["frames_per_second"] = perf["clips_per_second"] * frames / sum(clips)
         perf |= self.data.counts(self.step)
+        if self.distillation is not None and self.distillation.cache is not None:
+            perf["teacher_cache_hits"] = self.distillation.cache.hit_rate
         if self.proximal.weight:
             perf["prox"] = self.proximal.value().item()
         return perf
