@@ -187,15 +187,23 @@ def test_features_are_taken_where_latents_stand_for_frames():
     assert one_per_latent(torch.arange(9.0).view(1, 1, 9, 1, 1), 3).flatten().tolist() == [0.0, 4.0, 8.0]
 
 
-def test_features_of_chunks_are_those_of_the_clip():
-    network = tiny.model("wan")
+@pytest.mark.parametrize(
+    ("name", "module", "size"),
+    [("wan", "decoder.middle.2", "chunk_latents"), ("spatial", "module.decoder.mid_block", "frame_batch")],
+)
+def test_features_of_chunks_are_those_of_each_clip(name, module, size):
+    network, video = tiny.model(name), clip_of().video
     found = []
-    for chunks in (None, 1):
-        network.chunk_latents = chunks
-        with capture_activations(network, ["decoder.middle.2"], 2) as features:
-            network(clip_of().video)
-        found.append(features("decoder.middle.2"))
-    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+    for chunks, clips in ((None, [video]), (1, [video]), (None, video.split(1))):
+        setattr(network, size, chunks)
+        each = []
+        for clip in clips:
+            with capture_activations(network, [module], len(clip)) as features:
+                network(clip, sample=False)
+            each.append(features(module))
+        found.append(torch.cat(each))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-5)
 
 
 def test_losses_against_a_teacher_have_their_formulas():

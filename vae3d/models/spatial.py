@@ -17,7 +17,7 @@ from vae3d.arguments import Count, Depth, Deviation, Mean, PixelChannels, Width,
 from vae3d.errors import UserError
 from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
-from vae3d.models.layers.frames import pad_space, per_frame
+from vae3d.models.layers.frames import clips_of, pad_space, per_frame
 from vae3d.models.layers.linear_code import LOGVAR_START, cosines, set_linear_code
 from vae3d.models.layers.norm import norm_silu
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
@@ -329,6 +329,10 @@ class SpatialVAE(VideoAutoencoder):
             return self.module.decode(z)
         decode = self.module.decode
         return self.tiling("decoder", lambda x, _: (decode(x), None), z, None, 1, self.spec.space_stride)[0]
+
+    def as_video(self, features: Tensor, clips: int) -> Tensor:
+        """A layer's output for the frames of `clips` clips, [B * T, C, H, W], as [B, C, T, H, W]."""
+        return clips_of(features, clips)
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         module = self.module

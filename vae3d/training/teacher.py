@@ -181,7 +181,7 @@ def capture_activations(network: nn.Module, names: Sequence[str], clips: int) ->
     """Record the outputs of modules. Yields a function: module name -> its output [B, C, T, H, W], chunks concatenated.
 
     clips: batch size, for networks whose modules return frames [N, C, H, W] in any number of calls, which `as_video`
-    turns into clips (see TAEHV). Raises TeacherError for outputs of any other form.
+    turns into clips (TAEHV, TAESD, SpatialVAE). Raises TeacherError for outputs of any other form.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
     frames = hasattr(network, "as_video")
