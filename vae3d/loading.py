@@ -18,7 +18,14 @@ from torch import nn
 
 from vae3d.arguments import short
 from vae3d.checkpoints.export import WRITERS, replace_export
-from vae3d.checkpoints.formats import Checkpoint, CheckpointError, as_checkpoint_error, load_weights, read_checkpoint
+from vae3d.checkpoints.formats import (
+    Checkpoint,
+    CheckpointError,
+    as_checkpoint_error,
+    load_weights,
+    meta_model,
+    read_checkpoint,
+)
 from vae3d.config.adapter import adapter_issues
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
@@ -199,11 +206,21 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str], any_scale: 
             *checkpoint.notes,
             *([note] if note else []),
         ]
-        latent = checkpoint.config.get("latent")
-        if latent is not None and latent != getattr(target, "latent", latent):
-            lines.append(f"its latents were {latent} and are {target.latent} from now on")
+        lines += changed_variant(target, checkpoint)
         lines += check_scale(target, checkpoint, any_scale=any_scale or bool(name))
     return lines
+
+
+def changed_variant(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Log lines if a TAEHV or TAESD is of another variant than its weights, or has other latents; shapes allow both."""
+    if not hasattr(model, "variant") or checkpoint.config.get(TARGET) != target_of(type(model)):
+        return []
+    before = meta_model(checkpoint.config, checkpoint.path)
+    return [
+        f"model.{name} was {getattr(before, name)} in {checkpoint.path} and is {getattr(model, name)} from now on"
+        for name in ("variant", "latent")
+        if getattr(before, name) != getattr(model, name)
+    ]
 
 
 def _wan_hint(model: nn.Module, checkpoint: Checkpoint) -> str:

@@ -105,6 +105,16 @@ def test_an_ambiguous_file_is_refused_until_the_user_names_its_variant(tmp_path,
     assert vae3d.load(tmp_path / "x.pth").variant == "taecvx"
 
 
+def test_a_start_from_another_variant_or_other_latents_is_said(tmp_path):
+    vae3d.save(toy("taew2_1"), tmp_path)
+    assert len(initialize(toy("taew2_1"), str(tmp_path))) == 1
+    (line,) = initialize(toy("taehv"), str(tmp_path))[1:]
+    assert "model.variant was taew2_1" in line
+    assert "taehv" in line
+    lines = initialize(toy("taecvx"), str(tmp_path))[1:]
+    assert ["model.variant" in lines[0], "model.latent was normalized" in lines[1]] == [True, True]
+
+
 def test_what_the_user_says_wins(tmp_path):
     named = tmp_path / "taehv.pth"
     torch.save(toy("taehv").state_dict(), named)

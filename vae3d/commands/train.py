@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import nn
 
 from vae3d.checkpoints.export import lost_settings
-from vae3d.checkpoints.formats import Checkpoint
+from vae3d.checkpoints.formats import Checkpoint, load_weights, read_checkpoint
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, never_reached, summary
 from vae3d.commands.training_data import build_training_data
@@ -24,7 +24,7 @@ from vae3d.distributed import broadcast_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.latents.scale import longest_clips
 from vae3d.layout import place
-from vae3d.loading import check_scale, initialize, instantiate, load, load_with_checkpoint
+from vae3d.loading import build_from_checkpoint, changed_variant, check_scale, initialize, instantiate, load
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
@@ -118,36 +118,46 @@ def fit_shortcut_everywhere(
 
 def prune_everywhere(
     config: TrainConfig, model: VideoAutoencoder, data: TrainingData | StreamingData, device: torch.device
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Prune stage.init_from.prune to the model on the first rank, and give all ranks the result. Returns lines that
-    describe it.
+    describe it, and the parts of the model that became smaller.
 
     Raises UserError, on every rank, if it cannot be pruned.
     """
     errors: list[tuple[str, str]] = []
-    lines, failure, settings = [], None, config.stage.prune
+    lines, smaller, failure, settings = [], [], None, config.stage.prune
     if PartialState().is_main_process:
         path = config.stage.init_from["prune"]
         try:
             with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
-                variant = {"variant": model.variant} if hasattr(model, "variant") else {}
-                checkpoint, larger = load_with_checkpoint(path, None, variant, adapter=isinstance(model, DiffusersVAE))
-            scale = check_scale(model, checkpoint, any_scale=config.trainer.publish.measure_scale > 0)
+                adapter = isinstance(model, DiffusersVAE)
+                checkpoint = read_checkpoint(path, getattr(model, "variant", None), adapter=adapter)
+                larger = build_from_checkpoint(checkpoint)
+            load_weights(larger, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
+            notes = [f"the model is pruned from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
+            notes += changed_variant(model, checkpoint)
+            notes += check_scale(model, checkpoint, any_scale=config.trainer.publish.measure_scale > 0)
             larger = larger.to(device)
             clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
             if not clips:
                 raise UserError(f"{path} cannot be pruned: no clip could be read")
             options = {"importance": settings.importance, "refit": settings.refit, "seed": config.run.seed}
             pruned = prune(larger, model.to(device), torch.cat(clips), **options)
-            lines = [*scale, *(f"{path} {line}" for line in pruned)]
+            lines = [*notes, *(f"{path} {line}" for line in pruned)]
+            smaller = [part for part in model.trainable_parts() if _sizes(model, part) != _sizes(larger, part)]
         except UserError as error:
             failure = error
         model.cpu()
-    lines, failure, errors, weights = broadcast_object((lines, failure, errors, model.state_dict()))
+    found = (lines, smaller, failure, errors, model.state_dict())
+    lines, smaller, failure, errors, weights = broadcast_object(found)
     if failure is not None:
         raise failure
     model.load_state_dict(weights)
-    return [*lines, *(f"skipped: {path}: {reason}" for path, reason in errors)]
+    return [*lines, *(f"skipped: {path}: {reason}" for path, reason in errors)], smaller
+
+
+def _sizes(model: VideoAutoencoder, part: str) -> list[torch.Size]:
+    return [p.shape for module in model.trainable_parts()[part] for p in module.parameters()]
 
 
 def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
@@ -171,10 +181,10 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     torch.manual_seed(config.run.seed)
     model = build_model(config)
     anchored = config.optim.proximal > 0  # needs the initial weights also where a checkpoint replaces them
-    started = []
+    started, smaller = [], []
     if isinstance(config.stage.init_from, dict) and "prune" in config.stage.init_from:
         if not resumes:
-            started = prune_everywhere(config, model, data, accelerator.device)
+            started, smaller = prune_everywhere(config, model, data, accelerator.device)
     elif anchored or not resumes:
         measures = config.trainer.publish.measure_scale > 0
         started = initialize(model, config.stage.init_from, any_scale=resumes or measures)
@@ -195,6 +205,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
         trainer.log.say(line)
     for line in [*never_reached(config), *data.warnings]:
         trainer.log.warn(line)
+    for part in smaller:
+        if not any(p.requires_grad for module in model.trainable_parts()[part] for p in module.parameters()):
+            trainer.log.warn(f"stage.train: the {part} was pruned and does not train, so it stays as pruned")
     if isinstance(model, TAEHV) and config.teacher.path is None and {"all", "encoder"} & config.stage.train.keys():
         trainer.log.warn(f"no teacher (teacher=none): the latents will drift away from those of {model.variant}")
     if not is_known(config.model):
