@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import vae3d
 from tests import tiny
 from vae3d.checkpoints import export, ldm
-from vae3d.checkpoints.export import WRITERS, write_diffusers, write_export, write_ldm, write_opensora
+from vae3d.checkpoints.export import WRITERS, size_notes, write_diffusers, write_export, write_ldm, write_opensora
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.opensora import to_published
 from vae3d.checkpoints.published import rename_keys
@@ -348,7 +348,16 @@ def test_settings_that_a_layout_does_not_hold_are_notes(tmp_path, name, layout, 
         model = tiny.model(name, *more)
         saved = Checkpoint(config_of(model), model.state_dict(), tmp_path, "export")
         WRITERS[layout](saved, tmp_path / f"{len(more)}.safetensors")
-        assert [note.startswith(lost) for note in saved.notes] == [True] * bool(more)
+        sizes = [note for note in saved.notes if "published class" in note]
+        assert [note.startswith(lost) for note in saved.notes if note not in sizes] == [True] * bool(more)
+        assert ["decoder_channels=[" in note for note in sizes] == [True] * (name == "taehv")
+
+
+def test_published_sizes_of_tiny_autoencoders_are_no_note(tmp_path):
+    published = {"variant": "taew2_1", "channels": 64, "decoder_channels": None}
+    assert size_notes(Checkpoint(published, {}, tmp_path, "export")) == []
+    (note,) = size_notes(Checkpoint({**published, "channels": 32}, {}, tmp_path, "export"))
+    assert "channels=32" in note
 
 
 def test_the_mean_and_deviation_of_the_2d_latents_are_compared_too(tmp_path):

@@ -36,6 +36,7 @@ LOST: dict[type[nn.Module], Sequence[str]] = {
     TAESD: ("latents_mean", "latents_std"),
     DiffusersVAE: ("pad_w", "decode_timestep"),
 }
+SIZES = ("channels", "decoder_channels", "decoder_blocks", "decoder_hidden")  # of TAEHV and TAESD
 
 
 # ---- this project's export
@@ -66,6 +67,14 @@ def lost_settings(checkpoint: Checkpoint) -> list[str]:
     changed = {name: config[name] for name in LOST[network] if config.get(name) not in (None, defaults[name])}
     settings = [f"{name}={str(value).replace(' ', '')}" for name, value in changed.items()]
     return [f"{setting} is not in the file; set it where the file is used" for setting in settings]
+
+
+def size_notes(checkpoint: Checkpoint) -> list[str]:
+    """A note if a TAEHV or TAESD has other widths or blocks than the published classes, which cannot load it then."""
+    config, defaults = checkpoint.config, _defaults(TAEHV)
+    changed = {name: config[name] for name in SIZES if config.get(name) not in (None, defaults[name])}
+    settings = " ".join(f"{name}={str(value).replace(' ', '')}" for name, value in changed.items())
+    return [f"the published class has other sizes than {settings}; only vae3d.load opens the file"] if changed else []
 
 
 def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
@@ -188,7 +197,7 @@ def write_videox_fun(checkpoint: Checkpoint, file: Path) -> None:
 def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
     """Write one file like the published ones. Its metadata is in the file, or in <its stem>.json beside it."""
     config = _require(checkpoint, TAEHV, "taehv")
-    checkpoint.notes += lost_settings(checkpoint)
+    checkpoint.notes += [*lost_settings(checkpoint), *size_notes(checkpoint)]
     _save(checkpoint.state, file, taehv.to_metadata(config))
     if file.suffix != ".safetensors":
         write_json(file.with_suffix(".json"), taehv.info_of(config))
@@ -197,7 +206,7 @@ def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
 def write_taesd(checkpoint: Checkpoint, folder: Path) -> None:
     """Write VARIANT_encoder.pth and VARIANT_decoder.pth, like the published ones, in fp32."""
     variant = _require(checkpoint, TAESD, "taesd")["variant"]
-    checkpoint.notes += lost_settings(checkpoint)
+    checkpoint.notes += [*lost_settings(checkpoint), *size_notes(checkpoint)]
     folder.mkdir(parents=True, exist_ok=True)
     for part in ("encoder", "decoder"):
         state = rename_keys({k: t for k, t in checkpoint.state.items() if k.startswith(part)}, [(f"^{part}.", "^")])
@@ -213,8 +222,9 @@ def check_final_model(checkpoint: Checkpoint) -> dict[str, Any]:
 def write_final_model(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a TAEHV in fp32 as final_model.pth, final_model.safetensors and model.json.
 
-    final_model.pth is a plain state dict, which the published TAEHV class loads with weights_only=True; model.json is
-    its metadata. final_model.safetensors contains both. Raises CheckpointError as check_final_model does.
+    final_model.pth is a plain state dict, which the published TAEHV class loads with weights_only=True, unless
+    size_notes says otherwise; model.json is its metadata. final_model.safetensors contains both. Raises CheckpointError
+    as check_final_model does.
     """
     config = check_final_model(checkpoint)
     state = {key: tensor.float() for key, tensor in checkpoint.state.items()}

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 
-from vae3d.checkpoints.export import lost_settings
+from vae3d.checkpoints.export import lost_settings, size_notes
 from vae3d.checkpoints.formats import Checkpoint, load_weights, read_checkpoint
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, never_reached, summary
@@ -215,6 +215,9 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
             f"{config.model['_target_']} is not in MODELS of vae3d/models/registry.py: only vae3d.load(path, model) "
             "will open the exports of this run"
         )
+    if config.trainer.publish.final_model:
+        for note in size_notes(Checkpoint(config.model, {}, folder, "export")):
+            trainer.log.say(f"final_model.pth: {note}")
     if config.trainer.publish.prefix is not None:
         for note in lost_settings(Checkpoint(config.model, {}, folder, "export")):
             trainer.log.say(f"published weights: {note}")
