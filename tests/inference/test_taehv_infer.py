@@ -41,9 +41,9 @@ def test_a_published_file_is_told_its_variant_on_the_command_line(videos, tmp_pa
     source = videos.parent / "clip3.mp4"
     model = tiny.model("taehv")
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(CheckpointError, match=r"\+model.variant=taehv"):
+    with pytest.raises(CheckpointError, match=r"model\.variant=taehv"):
         run(tmp_path / "weights.pth", source, tmp_path / "a")
-    run(tmp_path / "weights.pth", source, tmp_path / "b", "+model.variant=taew2_1")
+    run(tmp_path / "weights.pth", source, tmp_path / "b", "model.variant=taew2_1")
     assert np.array_equal(reconstructed(tmp_path / "b"), whole(tmp_path / "weights.pth", source, variant="taew2_1"))
 
 

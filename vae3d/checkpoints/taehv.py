@@ -201,7 +201,8 @@ def _find_variant(weights: PublishedWeights, info: dict[str, Any]) -> str:
     if len(named) != 1:
         raise ValueError(
             f"has {form}, and so have {', '.join(possible)}, which differ in their frames and latents; name the "
-            f"variant: vae3d.load(path, variant={possible[0]!r}), or +model.variant={possible[0]} for vae3d infer"
+            f"variant: vae3d.load(path, variant={possible[0]!r}), model.variant={possible[0]} for vae3d infer, or a "
+            f"file name with it, as {possible[0]}.pth, for any command"
         )
     weights.notes.append(f"read as {named[0]} because of its name; otherwise give variant={' or '.join(possible)}")
     return named[0]
