@@ -34,7 +34,7 @@ def test_h264_looks_the_same_and_says_its_colour_matrix(tmp_path, size, pixels):
         assert frame.colorspace == 6
 
 
-@pytest.mark.parametrize("fps", [24.0, 29.97002997002997, 12.5, 7.992])
+@pytest.mark.parametrize("fps", [24.0, 29.97002997002997, 12.5, 7.992, 0.0015, 1 / 3600])
 def test_frame_rate_is_kept(tmp_path, fps):
     write_video(tmp_path / "a.mp4", tiny.frames(20), fps)
     assert open_media(tmp_path / "a.mp4").info.fps == pytest.approx(fps, rel=1e-4)

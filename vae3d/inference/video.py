@@ -48,7 +48,8 @@ class VideoWriter:
             raise UserError(f"codec={codec} keeps no alpha; use codec=lossless for videos with alpha")
         self.path = path
         self.tmp = tmp_path(path)
-        self.fps = Fraction(fps).limit_denominator(1001)
+        # Below 1 of the period: the rate of a time-lapse, such as 1 / 3600, would be rounded to 0.
+        self.fps = Fraction(fps).limit_denominator(1001) if fps >= 1 else 1 / Fraction(1 / fps).limit_denominator(1001)
         self.codec = codec
         self.container = None
         self.count = 0
