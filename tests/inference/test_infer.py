@@ -201,9 +201,11 @@ def test_only_rows_of_the_wanted_split_count(export, videos, tmp_path):
 def test_a_file_that_cannot_be_scored_is_named_and_skipped(export, videos, tmp_path):
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
     tiny.write_video(tmp_path / "b.mp4", tiny.frames(3, 8, 8))
-    with pytest.raises(UserError, match=r"(?s)1 of 2 files .*b\.mp4: ssim needs frames of at least 11 pixels"):
+    Image.fromarray(tiny.frames(1, 8, 8)[0]).save(tmp_path / "c.png")
+    with pytest.raises(UserError, match=r"(?s)2 of 3 files .*b\.mp4: ssim needs frames of at least 11 pixels.*c\.png"):
         run(export, tmp_path, tmp_path.with_name("scored"), "on_error=skip", "metrics=[ssim]")
-    assert len(pd.read_csv(tmp_path.with_name("scored_rec") / "index.csv")) == 1
+    assert pd.read_csv(tmp_path.with_name("scored_rec") / "index.csv")["id"].tolist() == ["000001_a"]
+    assert stems(tmp_path.with_name("scored_ori")) == stems(tmp_path.with_name("scored_rec")) == ["000001_a.mp4"]
 
 
 @pytest.mark.parametrize(

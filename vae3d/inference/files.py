@@ -112,6 +112,7 @@ def reconstruct_files(
                 comparer.measures = False
             done.append(finished)
         except (MediaError, MetricError) as error:
+            results.discard(identifier(int(entry["row"]), entry["path"]))  # those of a file that cannot be scored
             if isinstance(error, MetricError):
                 error = MediaError(entry["path"], str(error))
             if not skip_errors:
