@@ -27,6 +27,7 @@ from vae3d.config.validate import check_comparison
 from vae3d.errors import UserError
 from vae3d.inference.comparison import Comparer, Network, constant_frame_psnr
 from vae3d.inference.comparison_report import degenerate_pairs
+from vae3d.inference.video import write_video
 from vae3d.loading import model_config
 from vae3d.metrics import build_metrics
 from vae3d.models.interface import convert_latents
@@ -262,6 +263,23 @@ def test_a_teacher_in_half_precision_and_a_still_image(student, teacher, videos,
 def test_black_and_one_colour_are_the_baselines():
     flat = constant_frame_psnr(np.full((2, 4, 4, 3), 51, np.uint8))
     assert flat == {"black": pytest.approx(-20 * math.log10(0.2)), "mean_colour": 100}
+
+
+def test_figures_of_rgba_are_those_of_the_colours_over_grey(tmp_path):
+    """Half of the frame is transparent, and the colour there does not count."""
+    rgba = np.zeros((1, 16, 16, 4), np.uint8)
+    rgba[:, :8] = (255, 255, 255, 0)
+    rgba[:, 8:] = (255, 255, 255, 255)
+    other = rgba.copy()
+    other[:, :8, :, :3] = 0
+    assert constant_frame_psnr(rgba) == constant_frame_psnr(other)
+    assert constant_frame_psnr(rgba)["black"] == pytest.approx(-10 * math.log10((0.25 + 1) / 2))
+    assert constant_frame_psnr(rgba)["mean_colour"] == pytest.approx(-20 * math.log10(0.25))
+    write_video(tmp_path / "a.mkv", rgba.repeat(2, 1).repeat(2, 2), 24)
+    student = write("taehv", tmp_path / "student", "model.pixel_channels=4")
+    told = compare(student, tmp_path / "a.mkv", tmp_path / "out", student, "height=32", "width=32")
+    figures = told["files"][0]["pairs"][PAIRS[0]]
+    assert figures["psnr_video"] == pytest.approx(-10 * math.log10(figures["mse"]), abs=1e-4)
 
 
 def test_the_page_shows_every_pair_and_is_whole_after_a_resume(student, teacher, source, tmp_path, monkeypatch):

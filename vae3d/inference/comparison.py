@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,15 @@ from vae3d.metrics import MetricSet, Score, VideoResult
 from vae3d.metrics.base import frame_curves, frame_pairs
 from vae3d.metrics.frame import decibel
 from vae3d.models.interface import convert_latents, latent_space, nearest_frames, share_frames
-from vae3d.pixels import NotFiniteError, Quantized, displayable, no_waiting_checks, quantize_unchecked
+from vae3d.pixels import (
+    NotFiniteError,
+    Quantized,
+    as_unit,
+    displayable,
+    no_waiting_checks,
+    over_grey,
+    quantize_unchecked,
+)
 from vae3d.precision import autocast
 from vae3d.report.page import clip_id, encode_clip, has_clip, write_clip
 from vae3d.text import plural
@@ -216,8 +225,9 @@ class Comparer:
         """The metrics', and mse."""
         device = self.reconstructor.device
         result = self.metrics.score(frame_pairs(ref, rec, device))
-        squares = sum(float((a - b).square().sum(dtype=torch.float64)) for a, b in frame_pairs(ref, rec, device))
-        return VideoResult({"mse": Score(squares / ref.size), **result.scores})
+        errors = (colours(a) - colours(b) for a, b in frame_pairs(ref, rec, device))
+        squares = sum(float(error.square().sum(dtype=torch.float64)) for error in errors)
+        return VideoResult({"mse": Score(squares / ref[..., :3].size), **result.scores})
 
     def has_clip(self, name: str) -> bool:
         """Whether the clip of a file is on disk."""
@@ -228,12 +238,25 @@ def pair_name(pair: tuple[str, str]) -> str:
     return " -> ".join(pair)
 
 
+def colours(frames: Tensor) -> Tensor:
+    """Frames [T, 3, H, W], or RGBA [T, 4, H, W], in [0, 1] as metrics of colours see them, [T, 3, H, W]."""
+    return over_grey(frames) if frames.shape[1] == 4 else frames
+
+
 def constant_frame_psnr(frames: np.ndarray) -> dict[str, float]:
-    """PSNR in dB (pooled MSE) of black frames and of frames of the clip's mean colour. frames: [T, H, W, C] uint8."""
-    pixels = frames.reshape(-1, frames.shape[3])
-    squares = np.einsum("nc,nc->c", pixels, pixels, dtype=np.float64) / len(pixels) / 255**2
-    colour = pixels.mean(0, dtype=np.float64) / 255
-    return {"black": decibel(squares.mean()), "mean_colour": decibel((squares - colour**2).mean())}
+    """PSNR in dB (pooled MSE) of black frames and of frames of the clip's mean colour.
+
+    frames: [T, H, W, 3 or 4] uint8.
+    """
+
+    def pixels() -> Iterator[Tensor]:
+        return (colours(as_unit(frame[None])).double() for frame in frames)
+
+    colour = sum(frame.mean((0, 2, 3)) for frame in pixels()) / len(frames)
+    return {
+        "black": decibel(fmean(float(frame.square().mean()) for frame in pixels())),
+        "mean_colour": decibel(fmean(float((frame - colour[:, None, None]).square().mean()) for frame in pixels())),
+    }
 
 
 def compare_latents(student: Tensor, teacher: Tensor) -> dict[str, Any]:

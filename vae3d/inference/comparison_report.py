@@ -20,7 +20,7 @@ from vae3d.text import plural
 log = logging.getLogger("vae3d")
 UNITS = {
     "pairs": "encoder -> decoder; pixels are rounded to 8 bits, latents are the mode of the posterior",
-    "mse": "mean square error over all pixels, frames and channels, of pixels in [0, 1]",
+    "mse": "mean square error over all pixels, frames and colours, of pixels in [0, 1]; of RGBA, over mid-grey",
     "psnr": "dB, mean over frames of the PSNR of each frame",
     "psnr_video": "dB, of the MSE over all frames of a file",
     "ssim": "0 to 1, mean over frames",
