@@ -31,12 +31,16 @@ class PairError(UserError):
 
 @dataclass(frozen=True)
 class Pair:
-    """An original and its reconstruction, which begins at frame `start` of the original."""
+    """An original and its reconstruction, which begins at frame `start` of the original.
+
+    from_source: whether the original is the file that was reconstructed, so that its codec does not change the scores.
+    """
 
     name: str
     ref: Path
     rec: Path
     start: int = 0
+    from_source: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
         elif sources.setdefault(file, source) != source:
             errors.append(f"{table}, {row.id}: {file} may be its source {source}, or {sources[file]}")
         else:
-            pairs.append(Pair(row.id, file, recs[row.id], int(row.start)))
+            pairs.append(Pair(row.id, file, recs[row.id], int(row.start), from_source=True))
     if errors:
         hint = f"--ref must be the folder of the sources, and {ref} is not, or not completely"
         raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *first_lines(errors)]))
@@ -184,8 +188,7 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
     _check_comparable(pair, a, b, protocol)
     frames = len(_frame_indices(pair, a, b, protocol))
     codecs = (f"{a.codec}/{a.pixels}", f"{b.codec}/{b.pixels}")
-    exact = all(info.pixels in (*RGB_FORMATS, *RGBA_FORMATS) for info in (a, b))
-    lossy = not exact or bool({"mjpeg", "jpeg"} & {a.codec, b.codec})
+    lossy = _is_lossy(b) or (_is_lossy(a) and not pair.from_source)
     (height, width), upscaled_from = _sizes(pair, a, b, protocol)
     info = PairInfo(frames, height, width, a.fps, codecs, lossy, upscaled_from=upscaled_from, alpha=alpha)
     if protocol.num_frames is not None and frames < protocol.num_frames:
@@ -198,6 +201,11 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
             f"{pair.name}: of {a.num_frames - pair.start} and {plural(b.num_frames, 'frame')} the first {frames}"
         )
     return info
+
+
+def _is_lossy(info: MediaInfo) -> bool:
+    """Whether a file's codec or pixel format changes pixels, as far as its header says."""
+    return info.pixels not in (*RGB_FORMATS, *RGBA_FORMATS) or info.codec in ("mjpeg", "jpeg")
 
 
 class PairReader:
