@@ -67,6 +67,7 @@ def test_differences_are_paired_by_video():
 
 
 def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoints():
+    from vae3d.commands.closing import score_rows
     from vae3d.evaluation.page import Row, page_metrics, ranking
     from vae3d.training.best import BestExport
 
@@ -94,6 +95,8 @@ def test_a_ratio_is_best_at_1_in_comparisons_summaries_reports_and_best_checkpoi
             best.value = value
             kept.append(value)
     assert kept == [3.0, 0.2, 0.9, 1.05]
+    validations = [{"step": step, "val/seam_ratio": value} for step, value in enumerate((3.0, 0.2, 0.9, 0.5))]
+    assert score_rows(validations, columns) == [["seam_ratio", "3", "0.9", "2", "0.5"]]
 
 
 def test_differences_that_are_sure_are_marked():

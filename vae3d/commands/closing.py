@@ -15,6 +15,7 @@ from vae3d.checkpoints.location import step_folders
 from vae3d.checkpoints.state import latest_state
 from vae3d.commands.launch import search_path
 from vae3d.commands.sweep import metric_rows
+from vae3d.metrics.base import Better, goodness
 from vae3d.report import score_names, text_table
 from vae3d.text import plural
 from vae3d.training.runlog import duration, short
@@ -52,17 +53,17 @@ def validation_rows(folder: Path) -> list[Row]:
     return [rows[step] for step in sorted(rows)]
 
 
-def score_rows(rows: Sequence[Row], better: Mapping[str, bool | None]) -> list[list[str]]:
+def score_rows(rows: Sequence[Row], better: Mapping[str, Better]) -> list[list[str]]:
     """Of each score: name, first value, best value and its step, last value.
 
-    better: whether higher is better, by score; None or missing: a score without a best value.
+    better: which values are better, by score; None or missing: a score without a best value.
     """
     found = []
     for name in score_names(rows):
         label, values = name.removeprefix("val/"), {row["step"]: row[name] for row in rows if name in row}
         direction, best, at = better.get(label), "", ""
         if direction is not None:
-            step = (max if direction else min)(values, key=values.get)
+            step = max(values, key=lambda step: goodness(values[step], direction))
             best, at = short(values[step]), str(step)
         first, last = (short(rows[i][name]) if name in rows[i] else "-" for i in (0, -1))
         found.append([label, first, best, at, last])

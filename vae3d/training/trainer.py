@@ -26,6 +26,7 @@ from vae3d.data.fingerprint import DataChanges
 from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.io import read_json
+from vae3d.metrics.base import Better
 from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
@@ -530,8 +531,8 @@ class Trainer(ABC, Generic[Batch]):
 
     @property
     @abstractmethod
-    def better(self) -> Mapping[str, bool | None]:
-        """Score of the validation -> whether higher is better; None if there is no better."""
+    def better(self) -> Mapping[str, Better]:
+        """Score of the validation -> which values are better."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ from vae3d.latents.scale import ScaleError, longest_clips, measure, rescaled
 from vae3d.layout import place
 from vae3d.losses.objective import Objective
 from vae3d.metrics import MetricError, MetricSet
+from vae3d.metrics.base import Better
 from vae3d.metrics.registry import resolve
 from vae3d.optim import adamw
 from vae3d.precision import DTYPES
@@ -182,7 +183,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     # ---- validation
 
     @property
-    def better(self) -> Mapping[str, bool | None]:
+    def better(self) -> Mapping[str, Better]:
         return {**self.metrics.columns, **BETTER}
 
     def validate(self) -> dict[str, float]:
