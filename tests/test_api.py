@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tests import tiny
 from vae3d import api
 from vae3d.commands import cli, try_video
 from vae3d.data import clips
-from vae3d.data.media import MediaError
+from vae3d.data.media import MediaError, MediaInfo
 from vae3d.errors import UserError
 from vae3d.latents.cache import LatentCache
 from vae3d.metrics import MetricError, build_metrics
@@ -387,6 +388,13 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
     assert vae3d.read_video(tmp_path / "out/reconstruction.mp4").frames.shape == (1, 3, 9, 24, 32)
     assert vae3d.read_video(tmp_path / "out/side_by_side.mp4").frames.shape[2] == 9
     assert (tmp_path / "out/side_by_side.webp").is_file()
+
+
+def test_no_side_of_a_picture_is_cut_off_where_its_pixels_are_not_square():
+    info = MediaInfo(3, 576, 720, 25.0, "h264", "yuv420p", aspect=64 / 45)
+    assert try_video.reduced_size(info, 256) == (256, 454)  # as 1024 x 576
+    assert try_video.reduced_size(info, 576) == (576, 720)  # as stored
+    assert try_video.reduced_size(replace(info, width=721), 576) == (576, 1024)
 
 
 def test_without_weights_and_network_files_sizes_and_folder_are_named(clip, tmp_path, capsys, monkeypatch):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vae3d import api
 from vae3d.app.settings import READING, Limits, Settings, check_pixels
-from vae3d.commands.try_video import default_checkpoint, default_metrics, score
+from vae3d.commands.try_video import default_checkpoint, default_metrics, reduced_size, score
 from vae3d.data.clips import read_resized, to_video
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import MediaError, MediaInfo
@@ -375,12 +375,6 @@ def latent_of_frame(model: VideoAutoencoder, frame: int, frames: int) -> int:
     if isinstance(model, OpenSoraVAE):
         return model.latent_frames(frames) - model.latent_frames(frames - frame)
     return model.latent_frames(frame + 1) - 1
-
-
-def reduced_size(info: MediaInfo, height: int) -> tuple[int, int]:
-    """Even sides, at most `height` high."""
-    scale = min(1.0, height / info.height)
-    return tuple(max(2, round(side * scale) // 2 * 2) for side in (info.height, info.width))
 
 
 def file_stem(label: str) -> str:

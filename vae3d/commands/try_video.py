@@ -18,7 +18,7 @@ from PIL import Image
 
 from vae3d import api
 from vae3d.commands.fetch_weights import provide
-from vae3d.data.media import MediaInfo
+from vae3d.data.media import MediaInfo, Size
 from vae3d.data.readers import media_info
 from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
@@ -98,10 +98,21 @@ def make_folder(out: Path) -> Path:
 
 def read(path: str, info: MediaInfo, frames: int, height: int, alpha: bool = False) -> torch.Tensor:
     """The first frames, [1, 3, T, H, W], or RGBA, with even sides, at most `height` high."""
-    scale = min(1.0, height / info.height)
-    size = [max(2, round(side * scale) // 2 * 2) for side in (info.height, info.width)]
+    size = reduced_size(info, height)
     count = min(frames, info.num_frames)
     return api.read_video(path, num_frames=count, height=size[0], width=size[1], alpha=alpha).frames
+
+
+def reduced_size(info: MediaInfo, height: int) -> Size:
+    """Even sides, at most `height` high. Where frames are resized, their pixels become square: to keep the sides of
+    others would crop them."""
+
+    def fit(size: Size) -> Size:
+        scale = min(1.0, height / size[0])
+        rows, columns = (max(2, round(side * scale) // 2 * 2) for side in size)
+        return rows, columns
+
+    return fit(info.size_to_scale(fit((info.height, info.width))))
 
 
 def default_checkpoint() -> Path:
