@@ -116,6 +116,15 @@ def test_a_table_of_many_videos_is_cut_and_says_so():
     assert "... 10 more in per_video.csv" in text
 
 
+def test_an_interval_over_videos_is_not_shown_as_one_of_a_mean_over_frames():
+    told = summarize([video("a", 0.5, 1), video("b", 0.6, 99)], build_metrics(["ssim"]), Protocol(), "vidtok")
+    assert told["metrics"]["ssim"]["mean"] == pytest.approx(0.599)
+    low, high = told["metrics"]["ssim"]["ci95"]
+    assert (low + high) / 2 == pytest.approx(0.55)
+    assert f"95 % interval over videos          {low:.4f} to {high:.4f}" in set_table(told)
+    assert metric_table(told)[0][2] == "95 % interval over videos"
+
+
 def test_columns_line_up():
     text = text_table(["name", "x"], [["a", "1.0000"], None, ["long name", "-"]])
     assert text.splitlines() == [

@@ -33,7 +33,8 @@ def set_table(summary: dict[str, Any]) -> str:
     metrics = summary["metrics"].values()
     rows += [None, [_mean_label(summary), str(summary["frames"]), *(number(m["mean"]) for m in metrics)]]
     if len(videos) > 1:
-        rows.append(["  95 % interval", "", *(_interval(m.get("ci95")) for m in metrics)])
+        show = _half_width if _averages_videos(summary) else _ends
+        rows.append([f"  {_interval_label(summary)}", "", *(show(m.get("ci95")) for m in metrics)])
         rows.append(["  standard deviation", "", *(number(m.get("std")) for m in metrics)])
     return text_table(["video", "frames", *columns], rows)
 
@@ -45,11 +46,9 @@ def metric_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
         arrow = {True: " ↑", False: " ↓", None: ""}[metric["higher_is_better"]]
         if "best_at" in metric:
             arrow = f" → {metric['best_at']:g}"
-        low, high = metric.get("ci95") or (None, None)
-        interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
         values = [number(metric.get(key)) for key in ("std", "median", "p5", "p95")]
-        rows.append([name + arrow, number(metric["mean"]), interval, *values])
-    head = [f"{plural(summary['videos'], 'video')}", _mean_label(summary), "95 % interval"]
+        rows.append([name + arrow, number(metric["mean"]), _ends(metric.get("ci95")), *values])
+    head = [f"{plural(summary['videos'], 'video')}", _mean_label(summary), _interval_label(summary)]
     return [*head, "standard deviation", "median", "5 %", "95 %"], rows
 
 
@@ -58,10 +57,21 @@ def _mean_label(summary: Mapping[str, Any]) -> str:
     return labels.get(summary["preset"]["average"], "over all pixels or frames")
 
 
-def _interval(ends: Sequence[float | None] | None) -> str:
-    if not ends or None in ends:
-        return "-"
-    return f"±{(ends[1] - ends[0]) / 2:.4f}"
+def _averages_videos(summary: Mapping[str, Any]) -> bool:
+    return summary["preset"]["average"] == "videos"
+
+
+def _interval_label(summary: Mapping[str, Any]) -> str:
+    """Intervals are of the mean over videos, which need not be the mean that is shown."""
+    return "95 % interval" if _averages_videos(summary) else "95 % interval over videos"
+
+
+def _half_width(ends: Sequence[float | None] | None) -> str:
+    return "-" if not ends or None in ends else f"±{(ends[1] - ends[0]) / 2:.4f}"
+
+
+def _ends(ends: Sequence[float | None] | None) -> str:
+    return "-" if not ends or None in ends else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
 def means_table(summaries: dict[str, dict[str, Any]]) -> str:
