@@ -111,7 +111,7 @@ def check_latents(z: Tensor, channels: int) -> None:
 
 
 def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: int = 0) -> Tensor:
-    """Convert frames [T, 3, H, W], or RGBA [T, 4, H, W], in `pixel_range` to [0, 1], for metrics.
+    """Convert frames [T, 3, H, W], or RGBA [T, 4, H, W], in `pixel_range` to fp32 in [0, 1], for metrics.
 
     name, start: of the video, and the index of its first frame here, for errors.
     Raises PixelError for wrong frames, saying what they look like.
@@ -146,6 +146,7 @@ def check_frames(frames: Tensor, name: str, pixel_range: str = "unit", start: in
         elif pixel_range == "unit" and minimum < -0.5 and maximum <= 1 + slack:
             looks = "looks like [-1, 1]; set pixel_range=signed"
         raise PixelError(f"the {name} lies in [{minimum:g}, {maximum:g}], which {looks}; {wanted}")
+    frames = frames.float()
     return frames if pixel_range == "unit" else (frames + 1) / 2
 
 

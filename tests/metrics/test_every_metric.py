@@ -66,6 +66,13 @@ def test_scores_do_not_depend_on_the_chunks(metrics):
         assert values(metrics, ref, rec, chunk) == pytest.approx(whole, rel=1e-6, abs=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_frames_of_any_precision_are_scored_in_fp32(quick, dtype):
+    metrics = build_metrics(["psnr", "cube", "lpips_alex"])
+    ref, rec = (video.to(dtype) for video in pair(2, 33, 36))
+    assert made.result(metrics, ref, rec).scores == made.result(metrics, ref.float(), rec.float()).scores
+
+
 @each
 def test_frames_are_scored_once_beside_a_metric_of_pairs(metrics):
     ref, rec = clips(metrics, 4)
