@@ -86,6 +86,15 @@ def test_nothing_is_scored_twice_and_new_metrics_are_added(folders, scored):
     assert len(scored) == 5
 
 
+def test_no_file_of_other_scores_stays_beside_new_ones(folders):
+    ori, rec = folders
+    assert evaluate(ori, rec, "--metric", "psnr", "--per_frame") == 0
+    folder = rec.with_name(f"{rec.name}_eval")
+    (folder / "comparison.json").write_text("{}")
+    assert evaluate(ori, rec, "--metric", "psnr", "--num_frames", "2") == 0
+    assert sorted(path.name for path in folder.glob("*.*s*")) == ["per_video.csv", "rank0.jsonl", "summary.json"]
+
+
 def test_changed_files_formulas_and_frames_are_scored_again(folders, scored):
     ori, rec = folders
     assert evaluate(ori, rec, "--metric", "psnr", "ssim") == 0

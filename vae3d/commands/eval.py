@@ -231,6 +231,8 @@ def report(evaluation: Evaluation, metrics: MetricSet, *, per_frame: bool) -> No
         print(f"warning: {warning}", file=sys.stderr)
     write_json(folder / "summary.json", summary)
     write_per_video(folder / "per_video.csv", evaluation.videos)
+    for optional in ("per_frame.csv", COMPARISON):  # of an earlier command, perhaps on other frames
+        (folder / optional).unlink(missing_ok=True)
     if per_frame:
         write_per_frame(folder / "per_frame.csv", evaluation.videos)
     print(f"wrote {os.path.relpath(folder)}")
