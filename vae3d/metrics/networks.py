@@ -15,7 +15,7 @@ from vae3d.pretrained import i3d, inception, lpips, pwcnet, raft
 FLOWS = {"pwc": pwcnet.FILES} | {net: (file,) for net, file in raft.FILES.items()}
 LPIPS = {net: (file,) for net, (_, file, _) in lpips.TRUNKS.items()}
 INCEPTION = (inception.FILE,)
-I3D = (i3d.TORCHSCRIPT, i3d.STATE_DICT)
+I3D = i3d.FILES
 MAX_BATCH_PIXELS = 2**20  # of one pass through a network: 16 frames of 256x256, one of 720p
 
 

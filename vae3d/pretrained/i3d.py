@@ -26,6 +26,7 @@ from vae3d.pretrained import weights
 TORCHSCRIPT = "i3d_torchscript.pt"
 KINETICS = "i3d_kinetics_400.safetensors"
 STATE_DICT = "i3d_pretrained_400.pt"
+FILES = (TORCHSCRIPT, KINETICS, STATE_DICT)
 SIDE = 224
 MIN_FRAMES = 10
 
@@ -160,7 +161,7 @@ def load_i3d(path: str | Path | None = None) -> VideoFeatures:
     A TorchScript file runs code, so it must have the published hash, also if given by `path`, unless
     VAE3D_ALLOW_UNVERIFIED=1. Raises WeightsMissing if no file is found or it is another one.
     """
-    file = weights.find(TORCHSCRIPT, KINETICS, STATE_DICT, path=path)
+    file = weights.find(*FILES, path=path)
     if _is_torchscript(file):
         if os.environ.get(weights.UNVERIFIED) != "1":
             weights.verify(file, weights.FILES[TORCHSCRIPT])
