@@ -201,7 +201,9 @@ def quick_rfid(monkeypatch):
     monkeypatch.setattr(registry.Networks, "inception", lambda _: Colours())
 
 
-def test_features_are_read_one_by_one_from_files_and_never_sent(export, source, tmp_path, monkeypatch, quick_rfid):
+def test_features_are_read_one_by_one_from_files_and_never_sent(
+    export, source, tmp_path, monkeypatch, quick_rfid, caplog
+):
     sent = []
     monkeypatch.setattr(files_command, "gather_to_main", lambda item: sent.append(item) or [item])
     run(export, source, tmp_path / "out", "metrics=[psnr,rfid]", *SIZE)
@@ -213,6 +215,7 @@ def test_features_are_read_one_by_one_from_files_and_never_sent(export, source, 
     metrics = build_metrics(["rfid"])
     expected = metrics.aggregate([metrics.score(frame_pairs(*pair)) for pair in zip(*read, strict=True)])["rfid"]
     assert json.loads((tmp_path / "out_rec/metrics.json").read_text())["rfid"] == pytest.approx(expected)
+    assert "rfid of N=9 samples is not comparable" in caplog.text
 
 
 def test_a_file_whose_features_were_lost_is_reconstructed_again(export, source, tmp_path, quick_rfid):

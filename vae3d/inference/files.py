@@ -198,12 +198,15 @@ def report(results: Results, done: Sequence[FileResult], cost: dict[str, Any] | 
 
 
 def mean_scores(results: Results, done: Sequence[FileResult]) -> dict[str, float | None]:
-    """Every column of the metrics over all files. Of metrics that compare sets, one file's features are in memory."""
+    """Every column of the metrics over all files. Of metrics that compare sets, one file's features are in memory; what
+    they warn of, such as too few samples, is logged."""
     scores: dict[str, float | None] = {}
     for metric in results.reconstructor.metrics:
         if isinstance(metric, SetMetric):
             features = (read_features(results.features_file(item.id, metric.name)) for item in done)
-            scores[metric.name], *_ = metric.combine(features)
+            scores[metric.name], _, warnings = metric.combine(features)
+            for warning in warnings:
+                log.warning(warning)
         else:
             scores |= metric.aggregate([item.result for item in done])
     return scores
