@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 
+import vae3d
 from tests import tiny
 from tests.evaluation.test_eval_page import content
 from tests.inference.test_infer import run
 from vae3d.errors import UserError
 from vae3d.inference import page as pages
+from vae3d.inference.video import write_video
 
 SETTINGS = ["metrics=[psnr]", "height=16", "width=16", "report=true"]
 
@@ -64,3 +66,12 @@ def test_files_that_fail_are_named_on_the_page(export, source, tmp_path):
     assert len(clips) == 2
     assert any("codec=h264" in warning for warning in report["warnings"])
     assert any("c.mp4" in warning for warning in report["warnings"])
+
+
+def test_transparent_pixels_are_shown(tmp_path):
+    vae3d.save(tiny.model("taesd", "model.pixel_channels=4"), tmp_path / "model")
+    rgba = np.concatenate([tiny.frames(2, 16, 16), np.full((2, 16, 16, 1), 100, np.uint8)], 3)
+    write_video(tmp_path / "a.mkv", rgba, 24)
+    run(tmp_path / "model", tmp_path / "a.mkv", tmp_path / "out", *SETTINGS)
+    _, clips = content(tmp_path / "out_report")
+    assert clips["000001_a"]["frames"] == 2

@@ -51,7 +51,7 @@ def output_files(reconstructor: Reconstructor, file: FileResult) -> dict[str, Pa
 
 def read_displayable(path: Path) -> Iterator[np.ndarray]:
     """Chunks [T, H, W, 3] uint8 of a video or image. Raises MediaError."""
-    with closing(open_media(path)) as reader:
+    with closing(open_media(path, alpha=None)) as reader:
         info = reader.info
         step = max(1, min(16, CHUNK_PIXELS // (info.height * info.width)))
         for start in range(0, info.num_frames, step):
