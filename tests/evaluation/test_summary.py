@@ -106,6 +106,8 @@ def test_differences_that_are_sure_are_marked():
     assert "+0.1075*" in text
     assert "12 of 12" in text
     assert "+0.0000 " in comparison_table(compare({"x": first, "y": first}, {"ssim": True}))
+    near = [video(v.name, v.scores["ssim"].value + 3e-5 + 2e-6 * (i % 2)) for i, v in enumerate(first)]
+    assert "+0.000031*" in comparison_table(compare({"x": first, "y": near}, {"ssim": True}))  # not +0.0000*
 
 
 def test_a_table_of_many_videos_is_cut_and_says_so():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,12 +86,14 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     """Paired differences, as summary.compare returns them; * marks those whose interval excludes zero."""
     lines = []
     for row in rows:
-        low, high = row["ci95"]
+        difference, (low, high) = row["difference"], row["ci95"]
         significant = low is not None and (low > 0 or high < 0)
-        ends = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
+        size = abs(difference) or 1.0
+        digits = min(8, max(4, 1 - math.floor(math.log10(size))))  # two of them are not 0
+        ends = "-" if low is None else f"{low:+.{digits}f} to {high:+.{digits}f}"
         better = "-" if row["better_on"] is None else f"{row['better_on']} of {row['videos']}"
         name = f"{row['name']} - {row['against']}"
-        lines.append([name, row["metric"], f"{row['difference']:+.4f}{'*' if significant else ' '}", ends, better])
+        lines.append([name, row["metric"], f"{difference:+.{digits}f}{'*' if significant else ' '}", ends, better])
     table = text_table(["reconstruction", "metric", "difference ", "95 % interval", "better on"], lines)
     return f"{table}\n* the interval excludes zero"
 
