@@ -99,6 +99,17 @@ def test_pairing_by_index_scores_against_the_sources_from_their_first_frame(tmp_
     (tmp_path / "sources/holiday.mp4").rename(tmp_path / "sources/else.mp4")
     message = refused(capsys, tmp_path / "sources", tmp_path / "x_rec", "--pair_by", "index_csv")
     assert "000007_holiday: its source /elsewhere/holiday.mp4 is not in" in message
+    assert "--allow_unmatched" not in message  # there would be no pair
+    with (tmp_path / "x_rec/index.csv").open("a") as table:
+        table.write("000008_work,/elsewhere/work.mp4,0\n")
+    write_video(tmp_path / "x_rec/000008_work.mp4", clip, 24)
+    write_video(tmp_path / "sources/work.mp4", clip, 24)
+    by_index = (*PSNR, "--pair_by", "index_csv")
+    assert "--allow_unmatched" in refused(capsys, tmp_path / "sources", tmp_path / "x_rec", *by_index)
+    assert evaluate(tmp_path / "sources", tmp_path / "x_rec", *by_index, "--allow_unmatched") == 0
+    told = report(tmp_path / "x_rec")
+    assert [video["name"] for video in told["per_video"]] == ["000008_work"]
+    assert "000007_holiday" in told["unmatched"][0]
     (tmp_path / "x_rec/index.csv").unlink()
     assert "index.csv: no such file" in refused(
         capsys, tmp_path / "sources", tmp_path / "x_rec", "--pair_by", "index_csv"

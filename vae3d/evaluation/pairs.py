@@ -92,7 +92,7 @@ def find_pairs(
     if ref.resolve() == rec.resolve():
         raise PairError(f"{ref} is given as original and as reconstruction; use two folders")
     if pair_by == "index_csv":
-        return _by_index(ref, rec), []
+        return _by_index(ref, rec, allow_unmatched)
     refs, recs = _stems(ref), _stems(rec)
     if pair_by == "sorted":
         if len(refs) != len(recs):
@@ -139,9 +139,9 @@ def _media(folder: Path) -> list[Path]:
     return files
 
 
-def _by_index(ref: Path, rec: Path) -> list[Pair]:
-    """Pairs from the reconstruction's index.csv. Sources are found by their paths in it or, in a copy of their folder,
-    by the end of these paths. Raises PairError if one file matches two sources."""
+def _by_index(ref: Path, rec: Path, allow_unmatched: bool) -> tuple[list[Pair], list[str]]:
+    """As find_pairs, from the reconstruction's index.csv. Sources are found by their paths in it or, in a copy of their
+    folder, by the end of these paths. Raises PairError if one file matches two sources."""
     table = rec / "index.csv"
     if not table.is_file():
         raise PairError(f"{table}: no such file; vae3d infer writes it")
@@ -149,7 +149,7 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
     refs = _media(ref)
     by_path = {file.resolve(): file for file in refs}
     by_relative_path = {file.relative_to(ref).parts: file for file in refs}
-    pairs, errors = [], []
+    pairs, unmatched, errors = [], [], []
     sources: dict[Path, Path] = {}  # file -> source
     for row in _read_index(table).itertuples():
         source = Path(row.source)
@@ -157,17 +157,21 @@ def _by_index(ref: Path, rec: Path) -> list[Pair]:
         copies = (by_relative_path[end] for end in ends if end in by_relative_path)  # the longest end first
         file = by_path.get(source.resolve()) or next(copies, None)
         if row.id not in recs:
-            errors.append(f"{table}, {row.id}: not in {rec}")
+            unmatched.append(f"{table}, {row.id}: not in {rec}")
         elif file is None:
-            errors.append(f"{table}, {row.id}: its source {source} is not in {ref}")
+            unmatched.append(f"{table}, {row.id}: its source {source} is not in {ref}")
         elif sources.setdefault(file, source) != source:
             errors.append(f"{table}, {row.id}: {file} may be its source {source}, or {sources[file]}")
         else:
             pairs.append(Pair(row.id, file, recs[row.id], int(row.start), from_source=True))
-    if errors:
+    if errors or (unmatched and not (allow_unmatched and pairs)):
+        wrong = [*errors, *unmatched]
         hint = f"--ref must be the folder of the sources, and {ref} is not, or not completely"
-        raise PairError("\n  ".join([f"{len(errors)} rows have no pair; {hint}:", *first_lines(errors)]))
-    return sorted(pairs, key=lambda pair: pair.name)
+        lines = [f"{plural(len(wrong), 'row')} without a pair; {hint}:", *first_lines(wrong)]
+        if pairs and not errors:
+            lines.append("--allow_unmatched scores the pairs")
+        raise PairError("\n  ".join(lines))
+    return sorted(pairs, key=lambda pair: pair.name), unmatched
 
 
 def _read_index(table: Path) -> pd.DataFrame:
