@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import sys
@@ -45,8 +46,9 @@ def read(path) -> np.ndarray:
     return opened.read(range(opened.info.num_frames))
 
 
-def test_writes_three_folders_of_equal_names_and_an_index(export, videos, tmp_path):
-    run(export, videos, tmp_path / "out", "metrics=[psnr,ssim]")
+def test_writes_three_folders_of_equal_names_and_an_index(export, videos, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run(export, videos, tmp_path / "out", "metrics=[psnr,ssim,flicker]")
     names = [f"{i + 1:06d}_clip{i}.mp4" for i in range(10)] + ["000011_image0.png", "000012_image1.png"]
     for kind in ("ori", "rec", "spatial"):
         assert stems(tmp_path / f"out_{kind}") == names
@@ -58,6 +60,8 @@ def test_writes_three_folders_of_equal_names_and_an_index(export, videos, tmp_pa
     metrics = json.loads((tmp_path / "out_rec/metrics.json").read_text())
     assert metrics["psnr"] == pytest.approx(index["psnr"].mean())
     assert metrics["videos"] == 12
+    assert re.search(r"psnr \S+  \(over 12 videos\)", caplog.text)
+    assert re.search(r"flicker_rec \S+  \(over 10 videos\)", caplog.text)  # images have none
 
 
 @pytest.mark.smoke

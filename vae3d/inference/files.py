@@ -179,7 +179,8 @@ def report(results: Results, done: Sequence[FileResult], cost: dict[str, Any] | 
     scores = mean_scores(results, done) if done else {}
     for name, mean in scores.items():
         shown = "undefined" if mean is None else f"{mean:.4f}"
-        log.info("%14s %s  (over %s)", name, shown, plural(len(done), "video"))
+        undefined = sum(name in item.result.scores and item.result.scores[name].value is None for item in done)
+        log.info("%14s %s  (over %s)", name, shown, plural(len(done) - undefined, "video"))
     if enlarged := [item for item in done if item.enlarged]:
         log.warning(
             f"{len(enlarged)} of {len(done)} files, such as {enlarged[0].source}, are smaller than height=, width= and "
