@@ -239,6 +239,7 @@ def test_all_missing_weights_are_named_at_once_or_skipped(folders, tmp_path, mon
     assert "alexnet-owt-7be5be79.pth (244,408,911 bytes, sha256 7be5be79" in message
     assert "network-default.pytorch" in message
     assert "vae3d fetch-weights" in message
+    assert "weights of lpips_alex are missing" in refused(capsys, ori, rec, "--metric", "lpips", "--on_missing", "skip")
     assert evaluate(ori, rec, "--metric", "psnr", "lpips", "--on_missing", "skip") == 0
     assert "warning: lpips_alex is skipped: alexnet-owt-7be5be79.pth" in capsys.readouterr().err
     told = report(rec)

@@ -110,14 +110,14 @@ def build_metrics(
     """Metrics by name, their weights loaded.
 
     preset: key of PRESETS. on_missing: without weights on this machine, `skip` leaves a metric out (see
-    MetricSet.skipped), `stop` raises. pwc_warp: see pretrained.pwcnet. settings: metric -> arguments beyond the
-    preset's, such as {"rfid": {"stride": 4}}. pixel_range: see MetricSet.
+    MetricSet.skipped) if another is left, `stop` raises. pwc_warp: see pretrained.pwcnet. settings: metric -> arguments
+    beyond the preset's, such as {"rfid": {"stride": 4}}. pixel_range: see MetricSet.
     Raises MetricError for an unknown name, WeightsMissing with the names of all missing files.
     """
     names = resolve(names, preset)
     files, missing = find_files(names)
     available = [name for name in names if name not in missing]
-    if missing and on_missing != "skip":
+    if missing and (on_missing != "skip" or not available):
         reasons = "\n".join(dict.fromkeys(reason for reasons in missing.values() for reason in reasons))
         hint = f"; without them: {' '.join(available)}" if available else ""
         raise weights.WeightsMissing(f"weights of {', '.join(missing)} are missing{hint}\n{reasons}")
