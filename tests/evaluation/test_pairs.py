@@ -28,6 +28,8 @@ def test_pairs_are_found_by_name_with_the_suffix_aside(tmp_path):
     write_video(tmp_path / "b/sub/one_rec.mp4", clip, 24)
     write_image(tmp_path / "a/two.png", clip[0])
     write_image(tmp_path / "b/two_rec.png", clip[1])
+    write_image(tmp_path / "b/.two.png", clip[1])
+    write_image(tmp_path / "b/.ipynb_checkpoints/two-checkpoint.png", clip[1])
     assert evaluate(tmp_path / "a", tmp_path / "b", *PSNR) == 0
     assert [video["name"] for video in report(tmp_path / "b")["per_video"]] == ["sub/one", "two"]
 

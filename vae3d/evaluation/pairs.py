@@ -133,7 +133,8 @@ def _media(folder: Path) -> list[Path]:
         hint = "; files are scored in local folders: vae3d infer source=URL writes originals and reconstructions"
         raise PairError(f"{folder}: no such folder{hint if is_url else ''}")
     media = VIDEO_SUFFIXES + IMAGE_SUFFIXES
-    files = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in media and not f.name.startswith(".")]
+    visible = (f for f in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in f.relative_to(folder).parts))
+    files = [f for f in visible if f.suffix.lower() in media]
     if not files:
         raise PairError(f"{folder} holds no video or image")
     return files
