@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 import sys
 
 import av
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from tests.diffusion import latent_runs
 from tests.diffusion.toy import shaken
 from tests.stream_stub import StreamStub
 from vae3d.checkpoints.formats import CheckpointError
+from vae3d.checkpoints.location import absolute_path
 from vae3d.commands import console
 from vae3d.config.issues import ConfigError
 from vae3d.diffusion import sampling
@@ -326,6 +329,19 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp
     assert "VAE3D_TRACEBACK=1" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # no error of a disk
         console.exit_on_user_error((tmp_path / "none").read_text)
+
+
+def test_an_autoencoder_of_the_hubs_cache_is_found(of_images, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(vae, repository / "snapshots/123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("123")
+    out = drawn(of_images, tmp_path / "out", "vae=owner/name", "count=1", "steps=1", "write=[files]")
+    assert results(out) == ["000000_cat.png"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.ckpt").touch()
+    assert [absolute_path(path) for path in ("owner/name", "two.ckpt::a")] == ["owner/name", f"{tmp_path}/two.ckpt::a"]
 
 
 def test_another_autoencoder_is_refused(of_images, pictures, vae, tmp_path):

@@ -79,6 +79,11 @@ def cached_repository(path: str | Path) -> Path | None:
         return None
 
 
+def absolute_path(path: str) -> str:
+    """`path` for a program in another working directory; owner/name of the Hugging Face hub stays as it is."""
+    return os.path.abspath(path) if exists(path) else path
+
+
 def find_weights(path: Path) -> Path:
     """The weight file at `path`: the file itself, or that of an export, a published folder, its `vae` folder, or a run.
 

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vae3d import distributed
+from vae3d.checkpoints.location import cached_repository, exists
 from vae3d.diffusion import sampling
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.export import Export, check_same_vae, read_export
@@ -194,7 +195,7 @@ def sample_labels(config: SampleConfig, metadata: Mapping[str, Any]) -> list[int
 def open_autoencoder(export: Export, config: SampleConfig, device: torch.device) -> LatentCodec:
     """The autoencoder that the model was trained with. Raises UserError if it is missing or another one."""
     path = config.vae or export.config["vae"]["path"]
-    if not Path(path).exists():
+    if not exists(path) and cached_repository(path) is None:
         raise UserError(f"{path}, the autoencoder of {export.folder}, does not exist; give its path as vae=PATH")
     codec = open_codec(path, pixel_range="uint8", precision=config.precision, device=device)
     check_same_vae(export.config["vae"], codec, str(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from vae3d.checkpoints.location import EXPORT_CONFIG, find_weights, split_part
+from vae3d.checkpoints.location import EXPORT_CONFIG, absolute_path, find_weights, split_part
 from vae3d.commands.closing import command, curves, longer, shown
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.commands.meta_check import built
@@ -65,7 +64,7 @@ def build_trainer(config: DiffusionConfig, folder: Path) -> DiffusionTrainer:
                 log.warning(
                     "%s is not in vae3d/diffusion/build.py: the exports of this run cannot be opened", node[TARGET]
                 )
-    vae = {"path": os.path.abspath(config.vae.path), **vae_metadata(codec, config.vae.path)}
+    vae = {"path": absolute_path(config.vae.path), **vae_metadata(codec, config.vae.path)}
     logger, hint = loggers_of(config), scale_hint(config, data)
     trainer = DiffusionTrainer(config, folder, accelerator, network, process, data, vae, logger, hint)
     trainer.setup(checkpoint)
