@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vae3d
 from tests import tiny
 from tests.device_stub import check_two_waits
 from tests.diffusion import latent_runs, rank_training
@@ -316,17 +318,22 @@ def test_samples_come_near_the_data(tmp_path):
 # ---- what is refused
 
 
-@pytest.mark.parametrize("from_cache", [True, False])
-def test_latents_of_another_scale_are_refused_until_they_are_mended(from_cache, pictures, tmp_path, capsys, caplog):
-    vae = latent_runs.vae("spatial", tmp_path / "vae", pictures, FOUR, scaled=False)
-    told = [f"vae.path={vae}", "data.flip=false"]
+@pytest.mark.parametrize(("from_cache", "sample"), [(True, True), (False, True), (False, False)])
+def test_latents_of_another_scale_are_refused_until_they_are_mended(
+    from_cache, sample, pictures, tmp_path, capsys, caplog
+):
+    vae = latent_runs.vae("spatial", tmp_path / "the vae", pictures, FOUR, scaled=False)
+    model = vae3d.load(vae)
+    model.module.quant_conv.bias.data[4:] = 0.0  # the deviations of samples are far from those of means
+    vae3d.save(model, vae)
+    told = [f"vae.path={vae}", "data.flip=false", f"vae.sample={sample}"]
     if from_cache:
-        told.append(f"cache={latent_runs.cache(pictures / 'images.csv', tmp_path / 'cache', vae)}")
+        told.append(f"cache={latent_runs.cache(pictures / 'images.csv', tmp_path / 'the cache', vae)}")
     else:
         told += [f"data.source.path={pictures}", "data.height=64", "data.width=64"]
     with pytest.raises(ScaleError, match=r"over 64 latents, per channel\n  mean .*\n  std ") as why:
         latent_runs.trainer(tmp_path / "run", *told)
-    assert tiny.status(*re.search(r"into the autoencoder: vae3d (.*)", str(why.value))[1].split()) == 0
+    assert tiny.status(*shlex.split(re.search(r"into the autoencoder: vae3d (.*)", str(why.value))[1])) == 0
     with caplog.at_level("INFO"):
         assert latent_runs.trainer(tmp_path / "run", *told).latents.scale["count"] == 64
     assert "64 latents, per channel" in caplog.text

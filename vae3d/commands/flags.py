@@ -236,11 +236,12 @@ def parse_measure_scale(argv: Sequence[str] | None = None) -> Namespace:
         vae3d measure-scale runs/wan_finetune videos.csv --frames 17 --height 480 --width 832 --count 200
         vae3d measure-scale sd_vae_folder photos --out sd_vae_measured
 
-    Encodes the centre clip of COUNT files, evenly spread over the source, in fp32, and samples from the posteriors. An
-    image VAE gets one scaling_factor, 1 / standard deviation of all values, as Stable Diffusion has it (--shift: also
-    shift_factor, the mean; --per_channel: both for each channel). Other models get latents_mean and
-    latents_std for each channel. `normalize` then returns latents of unit variance, also in files that
-    vae3d convert writes from the export. Without --out the export is rewritten; of a run, the newest.
+    Encodes the centre clip of COUNT files, evenly spread over the source, in fp32, and samples from the posteriors
+    (--of_means: takes their means, for diffusion models that train on them). An image VAE gets one scaling_factor,
+    1 / standard deviation of all values, as Stable Diffusion has it (--shift: also shift_factor, the mean;
+    --per_channel: both for each channel). Other models get latents_mean and latents_std for each channel. `normalize`
+    then returns latents of unit variance, also in files that vae3d convert writes from the export. Without --out the
+    export is rewritten; of a run, the newest.
 
     --by_pixels sets the deviation of each channel so that equal errors of normalised latents change the decoded pixels
     equally, for losses on latents (stages 1 and 2 of a temporal VAE on top). An image VAE also needs --per_channel.
@@ -263,6 +264,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--shift", action="store_true", help="image VAE: also write the mean")
     how.add_argument("--per_channel", action="store_true", help="image VAE: write mean and deviation per channel")
+    parser.add_argument("--of_means", action="store_true", help="without the variance of the posteriors")
     parser.add_argument("--out", type=Path, help="write another export instead")
 
 
@@ -287,7 +289,6 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--partial", action="store_true", help="of the shards that are encoded so far; writes nothing")
     parser.add_argument("--write", type=Path, metavar="EXPORT", help="run, export, or published weights (with --out)")
     _add_export_arguments(parser)
-    parser.add_argument("--of_means", action="store_true", help="without the variance of the posteriors")
     args = parser.parse_args(argv)
     if args.partial and (args.write or args.verify):
         parser.error("--partial: neither --write nor --verify; they need the whole cache")

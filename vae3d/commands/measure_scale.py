@@ -51,7 +51,9 @@ def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, errors)
-    measured = measure(model.to(as_device(args.device)), clips, args.seed, by_pixels=args.by_pixels)
+    measured = measure(
+        model.to(as_device(args.device)), clips, args.seed, by_pixels=args.by_pixels, of_means=args.of_means
+    )
     for path, reason in errors:
         print(f"skipped: {path}: {reason}", file=sys.stderr)
     return measured

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -214,16 +215,17 @@ def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
     if why := unscalable_reason(data.codec.model):
         return f"the scale of {path} cannot be changed: {why}"
     is_export = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
-    out, then = ("", "") if is_export else (" --out FOLDER", "; then set vae.path=FOLDER")
     if config.cache is not None:
-        means = "" if config.vae.sample else " --of_means"
-        command = f"vae3d latent-stats {config.cache} --write {path} --per_channel{means}{out}"
+        words = ["latent-stats", config.cache, "--write", path]
     else:
         node = next(iter(sources_of(config.data).values())).source
         source = node.get("path") or node.get("root") or "SOURCE"
         frames, height, width = max(data.sizes, key=math.prod)
-        command = (
-            f"vae3d measure-scale {path} {source} --per_channel --frames {frames} --height {height} "
-            f"--width {width}{out}"
-        )
-    return f"measure the scale and write it into the autoencoder: {command}{then}"
+        words = ["measure-scale", path, source, "--frames", frames, "--height", height, "--width", width]
+    words += [
+        "--per_channel",
+        *([] if config.vae.sample else ["--of_means"]),
+        *([] if is_export else ["--out", "FOLDER"]),
+    ]
+    then = "" if is_export else "; then set vae.path=FOLDER"
+    return f"measure the scale and write it into the autoencoder: vae3d {shlex.join(map(str, words))}{then}"

@@ -102,11 +102,19 @@ def unscalable_reason(model: nn.Module) -> str | None:
 
 @no_tf32()
 @torch.no_grad()
-def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_pixels: bool = False) -> LatentStats:
+def measure(
+    model: nn.Module,
+    clips: Iterable[ClipBatch],
+    seed: int = 0,
+    *,
+    by_pixels: bool = False,
+    of_means: bool = False,
+) -> LatentStats:
     """Encode clips one by one, in the model's precision, and measure samples of their posteriors.
 
     A diffusion model is trained on samples, and latent-diffusion measures them too (`scale_by_std`,
     ldm/models/diffusion/ddpm.py, on its first batch only). seed: for the samples, with each clip's index.
+    of_means: measure the posteriors' means instead, for a diffusion model that is trained on them.
     by_pixels: `std` is then inversely proportional to each channel's effect on the decoded pixels, so that equal errors
     of normalised latents change the pixels equally; their variance is 1 over all channels.
     Raises ScaleError without clips, and for latents that are not finite.
@@ -116,7 +124,8 @@ def measure(model: nn.Module, clips: Iterable[ClipBatch], seed: int = 0, *, by_p
     noise = torch.Generator(device).manual_seed(seed)
     for clip in clips:
         clip = clip.to(device)
-        z = model.encode(clip.video).sample(clip.generators(seed, device))
+        posterior = model.encode(clip.video)
+        z = posterior.mean if of_means else posterior.sample(clip.generators(seed, device))
         if not z.isfinite().all():
             raise ScaleError("the latents are not finite; do the weights hold NaN?")
         stats.update_channels(z.cpu())
