@@ -333,6 +333,9 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(
         told += [f"data.source.path={pictures}", "data.height=64", "data.width=64"]
     with pytest.raises(ScaleError, match=r"over 64 latents, per channel\n  mean .*\n  std ") as why:
         latent_runs.trainer(tmp_path / "run", *told)
+    as_they_are = latent_runs.trainer(tmp_path / "as they are", *told, "trainer.any_scale=true")
+    assert as_they_are.latents.scale["std"][0] != pytest.approx(1, abs=0.1)
+    assert str(why.value) in caplog.text
     assert tiny.status(*shlex.split(re.search(r"into the autoencoder: vae3d (.*)", str(why.value))[1])) == 0
     with caplog.at_level("INFO"):
         assert latent_runs.trainer(tmp_path / "run", *told).latents.scale["count"] == 64

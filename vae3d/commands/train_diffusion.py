@@ -213,7 +213,7 @@ def scale_hint(config: DiffusionConfig, data: LatentData) -> str:
     """How to fix an autoencoder whose latents do not have mean 0 and standard deviation 1."""
     path = config.vae.path
     if why := unscalable_reason(data.codec.model):
-        return f"the scale of {path} cannot be changed: {why}"
+        return f"the scale of {path} cannot be changed: {why}; trainer.any_scale=true trains on its latents as they are"
     is_export = find_weights(split_part(path)[0]).with_name(EXPORT_CONFIG).is_file()
     if config.cache is not None:
         words = ["latent-stats", config.cache, "--write", path]

@@ -58,6 +58,7 @@ class Training(Steps):
     ema: Averages = Field(default_factory=Averages)
     robust: Limits = Field(default_factory=Limits)
     scale_samples: Int = setting(1000, "Training latents measured before the first step: mean and deviation.", ge=64)
+    any_scale: bool = setting(False, "Only warn of latents whose mean is not 0 or whose deviation is not 1.")
 
 
 @dataclass(config=STRICT)

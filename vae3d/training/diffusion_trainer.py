@@ -24,7 +24,7 @@ from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
 from vae3d.inference.pictures import captioned_grid, displayable
-from vae3d.latents.scale import check_normalised
+from vae3d.latents.scale import ScaleError, check_normalised
 from vae3d.layout import place
 from vae3d.optim import adamw
 from vae3d.precision import DTYPES
@@ -94,11 +94,16 @@ class DiffusionTrainer(Trainer[Batch]):
     def prepare(self) -> None:
         """Measure the latents, unless a checkpoint has their statistics, and encode the held-out clips.
 
-        Raises ScaleError if the latents do not have mean 0 and standard deviation 1.
+        Raises ScaleError if the latents do not have mean 0 and standard deviation 1, unless trainer.any_scale is set.
         """
         if not self.latents.scale:
             stats = self.data.measure(self.config.trainer.scale_samples, self.device)
-            check_normalised(stats, self.hint)
+            try:
+                check_normalised(stats, self.hint)
+            except ScaleError as error:
+                if not self.config.trainer.any_scale:
+                    raise
+                self.log.warn(str(error))
             self.latents.scale = {"count": stats.clips, "mean": stats.mean.tolist(), "std": stats.std.tolist()}
             self.log.say(f"mean and standard deviation {stats}")
         self.held_out = [(self.data.latents(batch, self.device), batch) for batch in self.data.held_out]
