@@ -184,16 +184,18 @@ def test_files_of_videos_of_another_length(of_videos, tmp_path):
     assert np.stack(frames).shape == (9, 32, 32, 3)
 
 
-def test_names_of_classes_are_no_folders(vae, tmp_path):
+def test_any_name_of_a_class_is_part_of_a_file_name(vae, tmp_path):
     model = export(
         tmp_path / "model",
         vae,
         (1, 32, 32),
         {"_target_": "vae3d.diffusion.transformer.VideoTransformer", "width": 24, "heads": 2},
-        ["a/b", "c"],
+        ["a/b", "..", "c\nd e", 300 * "é"],
     )
-    out = drawn(model, tmp_path / "out", "count=2", "write=[files]")
-    assert sorted(results(out)) == ["000000_a_b.png", "000001_c.png"]
+    for seed in (0, 1):
+        out = drawn(model, tmp_path / "out", "write=[files]", f"seed={seed}", "overwrite=true")
+        expected = ["000000_a_b.png", "000001_...png", "000002_c_d e.png", "000003_" + 100 * "é" + ".png"]
+        assert sorted(results(out)) == expected
 
 
 def test_the_grid_is_of_the_first_samples(of_images, tmp_path, monkeypatch):

@@ -147,8 +147,8 @@ def draw_and_write(
             frames = np.concatenate([pictures[:0], *(part.numpy(codec.output_name) for part in parts)])
             if "files" in write:
                 for i, sample in zip(mine, frames, strict=True):
-                    label = f"_{names[i]}".replace("/", "_") if names else ""
-                    sampling.write_frames(folder / f"{i:06d}{label}", sample, config.fps)
+                    stem = folder / sampling.file_stem(i, names[i] if names else "")
+                    sampling.write_frames(stem, sample, config.fps)
             sent = [i < kept for i in mine]
             batch = (mine, frames[sent], z if reference else None)
             for indices, some, values in distributed.gather_to_main(batch):

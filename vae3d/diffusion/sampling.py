@@ -31,6 +31,7 @@ OUTPUTS = re.compile(
 LATENTS = ".latents"  # folder of the latents, until all files are written
 MAX_RMS_RATIO = 2.0  # samples whose latents are larger or smaller than the data's by this factor cause a warning
 MAX_IN_GRID = 100  # samples
+MAX_LABEL = 200  # bytes; a file name has at most 255, some of them for temporary ones
 
 
 @torch.no_grad()
@@ -184,6 +185,12 @@ def cached_latents(folder: Path, indices: Sequence[int], draw: Callable[[Sequenc
         with atomic_write(file) as stream:
             stream.write(save({"z": cpu}, {"crc32": str(checksum({"z": cpu}))}))
     return z
+
+
+def file_stem(index: int, label: str) -> str:
+    """Name of a sample's file, without suffix: its number and its class, of which at most MAX_LABEL bytes."""
+    clean = "".join(c if c.isprintable() and c != "/" else "_" for c in label).encode()[:MAX_LABEL]
+    return f"{index:06d}" + (f"_{clean.decode(errors='ignore')}" if label else "")
 
 
 def write_frames(stem: Path, frames: np.ndarray, fps: float = 8.0) -> Path:
