@@ -72,9 +72,13 @@ def parse_json(text: str, source: str) -> Any:
 
 def read_yaml(path: str | Path, max_bytes: int = MAX_YAML_BYTES) -> Any:
     """The value in a YAML file without tags, aliases and `${...}`. Raises FileError."""
+    return parse_yaml(read_text(path, max_bytes), str(path))
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text. source: its name in errors. Raises FileError."""
     import yaml  # here, because scripts/fetch_weights.py runs without packages
 
-    text, source = read_text(path, max_bytes), str(path)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     depth = 0
     try:

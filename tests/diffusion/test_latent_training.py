@@ -32,10 +32,12 @@ from vae3d.data.rows import file_hashes
 from vae3d.data.selection import is_held_out
 from vae3d.data.sources import DataError
 from vae3d.diffusion import data
+from vae3d.diffusion import export as diffusion_export
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import sample_latents
 from vae3d.errors import UserError
+from vae3d.io import FileError
 from vae3d.latents.cache import CacheError
 from vae3d.latents.clips import Transform, items_of
 from vae3d.latents.scale import ScaleError
@@ -341,6 +343,19 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(
         assert latent_runs.trainer(tmp_path / "run", *told).latents.scale["count"] == 64
     assert "64 latents, per channel" in caplog.text
     capsys.readouterr()
+
+
+def test_classes_that_no_export_can_hold_are_named_before_the_first_step(pictures, vae, tmp_path, monkeypatch):
+    table = pd.read_csv(pictures / "images.csv")
+    table["path"] = str(pictures) + "/" + table["path"]
+    table.replace({"label": {"cat": "a ${b}"}}).to_csv(tmp_path / "images.csv", index=False)
+    told = [f"vae.path={vae}", f"data.source.path={tmp_path}/images.csv", "labels=column"]
+    told += ["data.height=64", "data.width=64"]
+    with pytest.raises(FileError, match=r"classes\[0\]: 'a \$\{b\}'"):
+        latent_runs.trainer(tmp_path / "run", *told)
+    monkeypatch.setattr(diffusion_export, "MAX_CONFIG_BYTES", 1000)
+    with pytest.raises(FileError, match="2 classes; the maximum is 1000"):
+        latent_runs.trainer(tmp_path / "run", *told)
 
 
 def test_tensorboard_has_the_same_groups_and_captioned_samples(cached, tmp_path, monkeypatch):

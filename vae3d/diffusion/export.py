@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -19,12 +19,12 @@ from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, chec
 from vae3d.checkpoints.location import step_folders, warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
-from vae3d.io import FileError, atomic_dir, read_yaml, write_text, yaml_text
+from vae3d.io import FileError, atomic_dir, parse_yaml, read_yaml, write_text, yaml_text
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import VaeMetadata, vae_difference
 
 CONFIG = "diffusion.yaml"
-MAX_CONFIG_BYTES = 2**19  # enough for 20,000 classes
+MAX_CONFIG_BYTES = 2**22  # enough for 100,000 classes
 MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # per sample; larger sizes are not plausible
 ROUNDING = 1e-6  # relative tolerance of latent statistics
 
@@ -80,13 +80,28 @@ def weights_file(folder: Path, decay: float, first: bool) -> Path:
     return folder / ("model.safetensors" if first else f"ema_{decay}.safetensors")
 
 
+def check_config(config: Mapping[str, Any], rates: Sequence[float]) -> None:
+    """Raises FileError if read_export would not read the configuration, as for some names of classes."""
+    text = _config_text(config, rates)
+    if len(text.encode()) > MAX_CONFIG_BYTES:
+        raise FileError(
+            f"exports would have a {CONFIG} of {len(text.encode())} bytes, with its {len(config['classes'])} classes; "
+            f"the maximum is {MAX_CONFIG_BYTES}: use fewer classes, or shorter names"
+        )
+    parse_yaml(text, f"{CONFIG} of the exports")
+
+
+def _config_text(config: Mapping[str, Any], rates: Iterable[float]) -> str:
+    return yaml_text({"vae3d": __version__, **config, "ema": list(rates)})
+
+
 def write_export(folder: Path, config: Mapping[str, Any], weights: Mapping[float, Mapping[str, Tensor]]) -> None:
     """Replace `folder` atomically by an export. weights: EMA rate -> state dict, the default rate first."""
     with atomic_dir(folder) as unfinished:
         for number, (decay, state) in enumerate(weights.items()):
             kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
             save_file(kept, weights_file(unfinished, decay, first=number == 0))
-        write_text(unfinished / CONFIG, yaml_text({"vae3d": __version__, **config, "ema": list(weights)}))
+        write_text(unfinished / CONFIG, _config_text(config, weights))
 
 
 def read_export(path: str | Path, decay: float | None = None) -> Export:

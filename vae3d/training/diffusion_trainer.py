@@ -19,7 +19,7 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.batch_schedule import stream_counts
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.data import Batch, LatentData
-from vae3d.diffusion.export import write_export
+from vae3d.diffusion.export import check_config, write_export
 from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
@@ -94,8 +94,10 @@ class DiffusionTrainer(Trainer[Batch]):
     def prepare(self) -> None:
         """Measure the latents, unless a checkpoint has their statistics, and encode the held-out clips.
 
-        Raises ScaleError if the latents do not have mean 0 and standard deviation 1, unless trainer.any_scale is set.
+        Raises ScaleError if the latents do not have mean 0 and standard deviation 1, unless trainer.any_scale is set,
+        and FileError if exports could not be read.
         """
+        check_config(self._export_metadata(self.step), [*self.ema.rates])
         if not self.latents.scale:
             stats = self.data.measure(self.config.trainer.scale_samples, self.device)
             try:
