@@ -194,6 +194,7 @@ def test_any_name_of_a_class_is_part_of_a_file_name(vae, tmp_path):
     )
     for seed in (0, 1):
         out = drawn(model, tmp_path / "out", "write=[files]", f"seed={seed}", "overwrite=true")
+        assert (out / "command.json").stat().st_size < 1500  # however many classes and samples there are
         expected = ["000000_a_b.png", "000001_...png", "000002_c_d e.png", "000003_" + 100 * "é" + ".png"]
         assert sorted(results(out)) == expected
 

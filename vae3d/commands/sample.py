@@ -23,7 +23,7 @@ from vae3d.diffusion.export import Export, check_same_vae, read_export
 from vae3d.diffusion.quality import distances, draw_reference_sets
 from vae3d.distributed import init_inference
 from vae3d.errors import UserError
-from vae3d.hashing import weights_hash
+from vae3d.hashing import json_hash, weights_hash
 from vae3d.inference.pictures import grid
 from vae3d.io import naming, remove, write_json
 from vae3d.latents.cache import LatentCache
@@ -125,7 +125,7 @@ def draw_and_write(
     draw = make_sampler(export, config, settings, shape, labels, device)
     independent = ("checkpoint", "vae", "out", "overwrite", "device", "every_size")  # others change the samples
     chosen = {name: value for name, value in asdict(config).items() if name not in independent}
-    command = {**hashes, **chosen, "labels": names}
+    command = {**hashes, **chosen, "labels": json_hash(names)}  # of all samples: 50,000 names may be too large a file
 
     folder = Path(config.out)
     with locked(folder, f"out={folder}") if main else nullcontext():
