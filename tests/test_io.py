@@ -8,8 +8,11 @@ import os
 import time
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from tests import tiny
 from vae3d import io
 from vae3d.errors import UserError
 from vae3d.io import (
@@ -26,6 +29,7 @@ from vae3d.io import (
     read_yaml,
     remove,
     remove_unfinished,
+    save_tensors,
     yaml_text,
 )
 
@@ -146,8 +150,20 @@ def test_atomic_files_replace_their_names_only_the_target_last(tmp_path, monkeyp
     }  # fmt: skip
 
 
+def test_tensors_have_the_permissions_of_any_new_file(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", {"format": "pt"})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.ones(2))
+    users = [file.name for file in (tiny.ROOT / "vae3d").rglob("*.py") if "save_file" in file.read_text()]
+    assert users == ["io.py"]
+
+
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    for name in (".kept", "kept.tmp"):
+    for name in (".kept", "kept.tmp", ".tmpAyzEys"):  # the last as of safetensors
         (tmp_path / name).touch()
     io.tmp_path(tmp_path / "step-1").mkdir()
     with atomic_path(tmp_path / "file") as tmp:

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -182,7 +182,7 @@ def yaml_text(value: Any) -> str:
 
 # ---- atomic writing: under the temporary name `.NAME.tmp` or `.NAME.<8 hex digits>.tmp`, then renamed
 
-TMP_NAME = re.compile(r"\..*\.tmp")
+TMP_NAME = re.compile(r"\..*\.tmp|\.tmp[A-Za-z0-9]{6}")  # the latter: of safetensors
 
 
 def tmp_path(path: Path) -> Path:
@@ -206,6 +206,20 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary stream that replaces the file `path` when the block ends without an exception; else nothing changes."""
     with atomic_path(path) as tmp, tmp.open("xb") as stream:
         yield stream
+
+
+def save_tensors(tensors: Mapping[str, Any], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors.torch.save_file into a new file, with the permissions of any new file.
+
+    safetensors 0.8 lets only the owner read what it writes (safetensors/safetensors, issue 782).
+    """
+    from safetensors.torch import save_file
+
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata)
+    if file.stat().st_mode != mode:
+        file.chmod(mode)
 
 
 @contextmanager

@@ -359,7 +359,7 @@ def test_a_full_disk_is_told_with_the_file(photos, tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shards, "save_tensors", full)
     with pytest.raises(CacheError, match=r"shards/00000.safetensors: No space left on device; .* command"):
         caches.made(photos, tmp_path)
 

@@ -76,7 +76,7 @@ def stall(config: TrainConfig, folder: Path) -> None:
             (folder / "stalled").touch()
             time.sleep(600)
 
-    teacher_cache.save_file = save_half
+    teacher_cache.save_tensors = save_half
     run(config, folder, "killed", "cache_killed")
 
 

@@ -179,7 +179,7 @@ def test_the_ranks_share_the_size_of_the_cache(tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 8
 
 
-@pytest.mark.parametrize("step", ["save_file", "atomic_path"])
+@pytest.mark.parametrize("step", ["save_tensors", "atomic_path"])
 def test_a_disk_that_is_full_ends_the_cache_and_not_the_run(tmp_path, monkeypatch, caplog, step):
     given = Distillation(toy(0), toy(9), cache=str(tmp_path))
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
 from vae3d.checkpoints import ldm, opensora, taehv, taesd, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError
 from vae3d.checkpoints.published import State, rename_keys
-from vae3d.io import atomic_dir, atomic_path, atomic_write, write_json, write_text, yaml_text
+from vae3d.io import atomic_dir, atomic_path, atomic_write, save_tensors, write_json, write_text, yaml_text
 from vae3d.models.diffusers_vae import PREFIX, DiffusersVAE
 from vae3d.models.opensora import OpenSoraVAE
 from vae3d.models.registry import RUNNING, target_of
@@ -444,7 +443,7 @@ def _save(state: State, file: Path, metadata: Mapping[str, str] | None = None) -
     """Write .safetensors, or by torch.save for another suffix (.pth, .pt). The folder is created."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.suffix == ".safetensors":
-        save_file(_contiguous(state), file, metadata={"format": "pt", **(metadata or {})})
+        save_tensors(_contiguous(state), file, {"format": "pt", **(metadata or {})})
     else:
         torch.save(_contiguous(state), file)
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vae3d import __version__
@@ -19,7 +18,7 @@ from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, chec
 from vae3d.checkpoints.location import step_folders, warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
-from vae3d.io import FileError, atomic_dir, parse_yaml, read_yaml, write_text, yaml_text
+from vae3d.io import FileError, atomic_dir, parse_yaml, read_yaml, save_tensors, write_text, yaml_text
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import VaeMetadata, vae_difference
 
@@ -100,7 +99,7 @@ def write_export(folder: Path, config: Mapping[str, Any], weights: Mapping[float
     with atomic_dir(folder) as unfinished:
         for number, (decay, state) in enumerate(weights.items()):
             kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-            save_file(kept, weights_file(unfinished, decay, first=number == 0))
+            save_tensors(kept, weights_file(unfinished, decay, first=number == 0))
         write_text(unfinished / CONFIG, _config_text(config, weights))
 
 

@@ -24,13 +24,13 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vae3d.arguments import check_fields
 from vae3d.errors import UserError
 from vae3d.hashing import file_hash, json_hash
-from vae3d.io import atomic_dir, atomic_write, naming, read_text, write_json
+from vae3d.io import atomic_dir, atomic_path, atomic_write, naming, read_text, save_tensors, write_json
 from vae3d.latents.statistics import LatentStatistics
 
 META = "meta.json"
@@ -165,8 +165,8 @@ def write_shard(
         try:
             with naming(target):
                 target.parent.mkdir(exist_ok=True)
-                with atomic_write(target) as stream:
-                    save_file(tensors, stream.name)
+                with atomic_path(target) as tmp:
+                    save_tensors(tensors, tmp)
         except SafetensorError as error:
             raise CacheError(f"{target}: {error}; run the same command again to resume") from error
     for writer in writers:

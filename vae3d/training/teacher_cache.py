@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from vae3d import distributed
 from vae3d.hashing import json_hash
-from vae3d.io import TMP_NAME, atomic_path, naming
+from vae3d.io import TMP_NAME, atomic_path, naming, save_tensors
 from vae3d.transfer import to_device
 from vae3d.types import TeacherTargets
 
@@ -99,7 +99,7 @@ class TargetCache:
             try:
                 file.parent.mkdir(exist_ok=True)
                 with atomic_path(file) as tmp:  # another rank may write the same clip
-                    save_file(tensors, tmp)
+                    save_tensors(tensors, tmp)
             except (OSError, SafetensorError) as error:  # training goes on without it
                 self._warn(f"{file} cannot be written, so this rank adds no more targets: {error}")
                 self.room = 0
