@@ -305,6 +305,11 @@ def test_samples_of_two_models_are_not_mixed(of_images, tmp_path):
     (out / "mine.png").touch()
     with pytest.raises(UserError, match=r"out=.* holds files that sampling did not write"):
         drawn(of_images, out, "overwrite=true")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/000001.png").touch()
+    with pytest.raises(UserError, match=r"out=.*photos holds files that sampling did not write"):
+        drawn(of_images, tmp_path / "photos", "overwrite=true")
+    assert (tmp_path / "photos/000001.png").is_file()
 
 
 def test_guidance_needs_a_network_that_knows_no_label(of_images, tmp_path):

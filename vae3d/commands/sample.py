@@ -33,7 +33,7 @@ from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.pixels import Quantized
 from vae3d.progress import progress
-from vae3d.result_folder import has_results, locked, resumes, write_command
+from vae3d.result_folder import COMMAND, has_results, locked, resumes, write_command
 from vae3d.running_stats import RunningStats
 from vae3d.text import plural
 from vae3d.transfer import on_host
@@ -257,11 +257,10 @@ def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], ma
     if main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if overwrite:
+            if overwrite and (folder / COMMAND).is_file():  # else files of these names are someone else's
                 sampling.clear(folder)
             if has_results(folder) and not resumes(folder, command, f"out={folder}"):
-                hint = "files that sampling did not write" if overwrite else "files; choose another, or overwrite=true"
-                reason = f"out={folder} holds {hint}"
+                reason = f"out={folder} holds files that sampling did not write; choose another folder"
             else:
                 write_command(folder, command)
         except OSError as error:
