@@ -122,7 +122,8 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
         hint = f"use {max(frames for frames, *_ in data.sizes)}, for samples, too"
         issues.append(ConfigIssue("validation.frames", config.validation.frames, message, hint))
     elif network[TARGET] == target_of(LatentUNet) and trained > 1:
-        hint = "use denoiser=video_transformer, or data.frames.min=1 data.frames.max=1 validation.frames=1"
+        images = "data.frames.min=1 data.frames.max=1 validation.frames=1"
+        hint = f"use denoiser=video_transformer, or {images if config.cache is None else 'a cache of frames=1'}"
         message = f"the UNet is for images, and these latents have {plural(trained, 'frame')}"
         issues.append(ConfigIssue("denoiser", NO_VALUE, message, hint))
     try:
