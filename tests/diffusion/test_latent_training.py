@@ -469,9 +469,10 @@ def test_entries_of_split_test_are_neither_trained_on_nor_held_out(splits):
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
-def test_a_cache_holds_out_the_files_that_its_clips_would(count):
+@pytest.mark.parametrize("folder", ["", "./", "s3://bucket/a/"])
+def test_a_cache_holds_out_the_files_that_its_clips_would(count, folder):
     """Also where a file has several rows, and the cache windows and mirrored entries of each."""
-    names = [f"{i}.mp4" for i in range(count)]
+    names = [f"{folder}{i}.mp4" for i in range(count)]
     rows = pd.DataFrame(
         [(f"/videos/{name}", name, start, start + 1e-5) for name in names for start in (np.nan, 2.0)],
         columns=["path", "name", "start", "end"],

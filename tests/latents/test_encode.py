@@ -250,15 +250,15 @@ def test_parts_and_windows_of_a_file_are_entries_of_their_own(tmp_path):
         "a.mp4[5:10]",
         "a.mp4[10:15]",
         "a.mp4[15:20]",
-        "a.mp4@0.25-0.75[0:5]",
-        "a.mp4@0.25-0.75[5:10]",
+        "./a.mp4@0.25-0.75[0:5]",
+        "./a.mp4@0.25-0.75[5:10]",
     ]
     size = {"height": 32, "width": 40, "clips": "all"}
     job = caches.job(tmp_path / "table.csv", tmp_path / "cache", frames=5, **size)
     assert [numbers(job, n) for n in (0, 1)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     assert numbers(job, 4) == [6, 7, 8, 9, 10]
     thinned = caches.job(tmp_path / "table.csv", tmp_path / "cache", frames=3, stride=3, **size)
-    assert [item.key for item in thinned.items] == ["a.mp4[0:3]", "a.mp4[3:6]", "a.mp4@0.25-0.75[0:3]"]
+    assert [item.key for item in thinned.items] == ["a.mp4[0:3]", "a.mp4[3:6]", "./a.mp4@0.25-0.75[0:3]"]
     assert [numbers(thinned, n) for n in (0, 1)] == [[0, 3, 6], [9, 12, 15]]
 
 

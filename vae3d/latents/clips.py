@@ -196,7 +196,7 @@ def _distinct(tables: Sequence[FileTable], column: str, text: Callable[[Any], st
 
 def _key(name: str, bounds: Bounds) -> str:
     start, end = ("" if math.isnan(second) else repr(float(second)) for second in bounds)
-    return os.path.normpath(name) + (f"@{start}-{end}" if start or end else "")
+    return name + (f"@{start}-{end}" if start or end else "")
 
 
 def names_of(keys: pd.Series) -> pd.Series:
@@ -234,14 +234,15 @@ def _text(value: Any) -> str:
 
 
 def _check_no_duplicates(items: Sequence[Item]) -> None:
+    keys = [os.path.normpath(item.key) for item in items]
     seen: dict[str, int] = {}
-    for item in items:
-        other = seen.setdefault(item.key, item.row)
+    for key, item in zip(keys, items, strict=True):
+        other = seen.setdefault(key, item.row)
         if other != item.row:
-            raise DataError(f"rows {other} and {item.row} are the same clip, {item.key}; remove one of them")
-    for item in items:
-        if item.key.removesuffix(FLIP) != item.key and item.key.removesuffix(FLIP) in seen:
-            raise DataError(f"row {item.row}: {item.key} has the name of a mirrored clip; rename it")
+            raise DataError(f"rows {other} and {item.row} are the same clip, {key}; remove one of them")
+    for key, item in zip(keys, items, strict=True):
+        if key.removesuffix(FLIP) != key and key.removesuffix(FLIP) in seen:
+            raise DataError(f"row {item.row}: {key} has the name of a mirrored clip; rename it")
 
 
 def runs_of_files(items: Sequence[Item], numbers: Iterable[int], most: int) -> Iterator[list[int]]:
