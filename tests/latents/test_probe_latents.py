@@ -189,6 +189,13 @@ def test_a_model_that_normalises_wrongly_is_named():
     assert probe_run.warnings_of("sd", fine | {"collapsed": [2]}) == ["sd: 1 of 4 channels have collapsed: 2"]
 
 
+def test_paths_may_have_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    found = probe_latents.named(["lr=1", "sweep/lr=2", "a=sweep/lr=2"])
+    assert found == {"lr=1": Path("lr=1"), "lr=2": Path("sweep/lr=2"), "a": Path("sweep/lr=2")}
+
+
 @pytest.mark.parametrize(
     ("models", "changes", "said"),
     [

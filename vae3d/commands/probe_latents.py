@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import vae3d
+from vae3d.checkpoints.location import exists
 from vae3d.data.sources import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run
@@ -78,11 +79,11 @@ def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def named(models: list[str]) -> dict[str, Path]:
-    """{name: path} of `[NAME=]PATH` arguments. Raises ProbeError if two have the same name."""
+    """{name: path} of `[NAME=]PATH` arguments; PATH may have a `=`. Raises ProbeError if two have the same name."""
     paths: dict[str, Path] = {}
     for argument in models:
         name, equals, path = argument.partition("=")
-        if not equals:
+        if not equals or "/" in name or exists(argument):
             path = argument
             name = Path(path).name if Path(path).is_dir() else Path(path).stem
         if name in paths:
