@@ -9,6 +9,7 @@ import shutil
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -76,6 +77,12 @@ def test_samples_are_the_same_on_every_device(monkeypatch):
     batch = Batch(torch.zeros(2, 3, 1, 16, 16, dtype=torch.uint8), torch.zeros(2), [3, 4], [])
     assert LatentData.latents(data, batch, torch.device("meta")).device.type == "meta"
     assert devices == ["cpu", "cpu"]
+
+
+def test_noise_does_not_depend_on_the_type_of_the_index(cached):
+    cache = LatentCache(cached)
+    for one in (np.int64(1), torch.tensor(1), (torch.tensor(1), np.int32(1))):
+        assert torch.equal(cache[one].z, cache[1].z)
 
 
 def test_a_mirrored_entry_is_the_mirrored_image_encoded(photos, cached):

@@ -62,7 +62,7 @@ def sample_latents(
         batches = [torch.empty(0, *latent_shape, device=device)]
         for start in range(0, len(indices), batch_size):
             part = slice(start, start + batch_size)
-            generators = [generator_of(seed, index, "sample") for index in indices[part]]
+            generators = [generator_of(seed, int(index), "sample") for index in indices[part]]
             z = torch.stack([torch.randn(tuple(latent_shape), generator=g) for g in generators]).to(device)
             batch_labels = None if labels is None else torch.tensor(labels[part], device=device)
             evaluate = guided(network, batch_labels, sampling.guidance, sampling.interval)

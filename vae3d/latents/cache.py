@@ -116,7 +116,8 @@ class LatentCache(Dataset[Latent]):
         return len(self._keys)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Latent:
-        index, position = index if isinstance(index, tuple) else (index, index)
+        # The noise would depend on the type of a NumPy or torch integer.
+        index, position = map(int, index if isinstance(index, tuple) else (index, index))
         moments = self.moments(index)
         z = moments.mean
         if self.mode == "sample" and self.meta["store"] == "moments":
