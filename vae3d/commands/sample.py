@@ -16,7 +16,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from vae3d import distributed
-from vae3d.checkpoints.location import cached_repository, exists
+from vae3d.checkpoints.location import cached_repository, exists, list_some
 from vae3d.diffusion import sampling
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.export import Export, check_same_vae, read_export
@@ -187,7 +187,7 @@ def sample_labels(config: SampleConfig, metadata: Mapping[str, Any]) -> list[int
     given = config.classes if isinstance(config.classes, list) else [config.classes]
     unknown = [str(name) for name in given if str(name) not in index_of]
     if unknown:
-        raise UserError(f"classes={', '.join(unknown)}: the model's classes are {', '.join(index_of)}")
+        raise UserError(f"classes={list_some(unknown)}: the model's classes are {list_some(index_of, 20)}")
     chosen = [index_of[str(name)] for name in given] or list(index_of.values())
     return [chosen[index % len(chosen)] for index in range(config.count)]
 

@@ -15,6 +15,7 @@ from vae3d import distributed
 from vae3d.adversarial.base import UpdatePhase
 from vae3d.arguments import check_fields
 from vae3d.checkpoints import state
+from vae3d.checkpoints.location import list_some
 from vae3d.checkpoints.state import ResumeError
 from vae3d.data.batch_schedule import stream_counts
 from vae3d.diffusion.base import Sampling
@@ -324,10 +325,12 @@ class LatentsState:
         """Raises ResumeError for another autoencoder or other classes."""
         check_fields(state, _LatentsState, key="latents")
         if state["classes"] != self.classes:
-            there, here = (", ".join(names) or "none" for names in (state["classes"], self.classes))
+            ours, theirs = set(self.classes), set(state["classes"])
+            gone = list_some(name for name in state["classes"] if name not in ours) or "none"
+            new = list_some(name for name in self.classes if name not in theirs) or "none"
             raise ResumeError(
-                f"was trained on the classes {there}; the data have {here}. A class is its index in this list; give "
-                "the same data, or give this run another run.name"
+                f"was trained on other classes: not in the data now: {gone}; new: {new}. A class is its index in the "
+                "sorted list of all; give the same data, or give this run another run.name"
             )
         if changed := [name for name, value in self.vae.items() if state["vae"].get(name) != value]:
             raise ResumeError(
