@@ -31,7 +31,7 @@ from vae3d.data.paths import folder_of, is_stored, is_url, local_name, split_mem
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import Listing, absolute_paths, normalise_rows
 from vae3d.data.stores import find_objects, list_urls
-from vae3d.data.tables import JSON, kind_of, read_table
+from vae3d.data.tables import ERROR, JSON, kind_of, read_table
 from vae3d.data.webdataset import TAR, WebDataset, is_indexed_url, is_shards, is_tar
 
 ARCHIVES = (".zip", ".gz", ".7z", ".rar")
@@ -85,15 +85,14 @@ class Table:
 
     def table(self) -> pd.DataFrame:
         raw = read_table(self.path)
-        self.check_columns([name for name in raw.columns if name != "error"], len(raw))  # which read_table adds
+        self.check_columns(raw.columns, len(raw))
         return normalise_rows(raw, self.root)
 
     def check_columns(self, names: Sequence[str], rows: int) -> None:
         """Raises DataError if there is no column `path`, or no row."""
         if "path" not in names:
-            raise DataError(
-                f"{self.path} has no column `path`; its first line names the columns {', '.join(map(str, names))}"
-            )
+            named = ", ".join(str(name) for name in names if name != ERROR)
+            raise DataError(f"{self.path} has no column `path`; its first line names the columns {named}")
         if not rows:
             raise DataError(f"{self.path} has no rows")
 

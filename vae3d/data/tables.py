@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -30,6 +31,7 @@ SEPARATORS = {",": "commas", "\t": "tabs"}
 JSON = (".json", ".jsonl")
 NUMBER_COLUMNS = ("num_frames", "height", "width", "fps", "start", "end")
 TEXT_COLUMNS = ("path", "split", "text", "label")
+ERROR = "error"  # column that is added; one that a file has is ignored
 MAX_LINE = 2**24  # bytes of a line; a file with longer lines is no table
 BLOCK = 2**24  # bytes that are read at a time
 CHUNK = 100_000  # rows that are held at a time
@@ -49,8 +51,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
     """The rows of a CSV, TSV or parquet file, or of a stored one (see paths.py). Text columns stay text; an empty
     field is None.
 
-    The column `error` marks rows with more or fewer fields than the first line. No text means "missing": a label may be
-    None or NA. Raises DataError with the line if the file is no table.
+    The column `error` marks rows with more or fewer fields than the first line; one that the file has is left out. No
+    text means "missing": a label may be None or NA. Raises DataError with the line if the file is no table.
     """
     kind = kind_of(path)
     if kind in JSON:
@@ -78,6 +80,7 @@ def _parquet(path: Path) -> pd.DataFrame:
 
     with _reading_parquet(path):
         table = pd.read_parquet(path).reset_index(drop=True)  # the file may have an index
+    table = table.drop(columns=ERROR, errors="ignore")
     for column in TEXT_COLUMNS:
         if column in table.columns:
             table[column] = table[column].astype(object).where(table[column].notna(), None)
@@ -126,7 +129,7 @@ class _CsvReader:
         header, rows, errors, made = self.header, [], [], False
 
         def frame() -> pd.DataFrame:
-            return pd.DataFrame(rows, columns=header, dtype=object).assign(error=pd.Series(errors, dtype=object))
+            return pd.DataFrame(rows, columns=header, dtype=object).assign(**{ERROR: pd.Series(errors, dtype=object)})
 
         with self._naming_the_line(lines, before):
             for fields in lines:
@@ -186,7 +189,7 @@ def _parquet_pieces(path: Path) -> Iterator[pa.Table]:
     with _reading_parquet(path):
         file = pq.ParquetFile(path, memory_map=True)
         pandas_index = (file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
-        names = [name for name in file.schema_arrow.names if name not in pandas_index]
+        names = [name for name in file.schema_arrow.names if name not in (*pandas_index, ERROR)]
         made = False
         for batch in file.iter_batches(CHUNK, columns=names):
             made = True
@@ -234,12 +237,13 @@ def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
 
 def _plain_rows(block: bytes, header: list[str], delimiter: str) -> pa.Table | None:
     """The rows of a block of whole lines; None if it has a quotation mark other than around a field of one line, a
-    stray carriage return, an odd number of fields, bytes that are no text, or a very long line. Columns of numbers are
+    stray carriage return, an odd number of fields, bytes that are no text, a very long line, or a byte-order mark at
+    its begin, which Arrow would drop. Columns of numbers are
     numbers if all their values are."""
     import pyarrow as pa
     import pyarrow.csv
 
-    if not block or b"\0" in block or block.count(b"\r") != block.count(b"\r\n"):
+    if not block or b"\0" in block or block.startswith(codecs.BOM_UTF8) or block.count(b"\r") != block.count(b"\r\n"):
         return None
     if b'"' in block and b'"' in re.sub(QUOTED[delimiter], b"", block):
         return None
@@ -258,7 +262,9 @@ def _plain_rows(block: bytes, header: list[str], delimiter: str) -> pa.Table | N
             )
         except pa.ArrowInvalid:
             continue
-        return table.rename_columns(header).append_column("error", pa.nulls(len(table), pa.large_string()))
+        table = table.rename_columns(header)
+        table = table.drop_columns(ERROR) if ERROR in header else table
+        return table.append_column(ERROR, pa.nulls(len(table), pa.large_string()))
     return None
 
 
