@@ -121,7 +121,7 @@ FAULTS = [
     ({"path": "gone.mp4"}, "no such file"),
     ({"path": "gone.mp4", "frames": 24, "fps": 24}, "no such file"),  # though nothing else needs the file
     ({"path": "0.mp4", "frames": "24"}, '`frames` is "24", which is not a number'),
-    ({"path": "0.mp4", "frames": 0}, "`num_frames` is no positive number"),
+    ({"path": "0.mp4", "frames": 0}, "`num_frames` is no positive whole number"),
     ({"path": "0.mp4", "fps": True}, "`fps` is true, which is not a number"),
     ({"path": "0.mp4", "start": "0"}, SEGMENT_ERROR),
     ({"path": "0.mp4", "start": NAN}, SEGMENT_ERROR),

@@ -67,8 +67,8 @@ def test_invalid_rows_are_reported_and_removed(tmp_path, capsys):
     out = capsys.readouterr().out
     for row, reason in {
         2: "has no `path`",
-        3: "`num_frames` is no positive number",
-        4: "`num_frames` is no positive number",
+        3: "`num_frames` is no positive whole number",
+        4: "`num_frames` is no positive whole number",
         5: "`split` is none of train, val, test",
         6: "no such file",
     }.items():
@@ -76,7 +76,7 @@ def test_invalid_rows_are_reported_and_removed(tmp_path, capsys):
     assert "1 of 6 rows are good, 5 bad" in out
     tables = read_tables(Table(tmp_path / "t.csv"), SETTINGS, num_val_files=0, max_broken=0.9)
     assert tables.train["row"].tolist() == [1]
-    assert [reason for _, reason in tables.errors][:2] == ["has no `path`", "`num_frames` is no positive number"]
+    assert [reason for _, reason in tables.errors][:2] == ["has no `path`", "`num_frames` is no positive whole number"]
     assert len(tables.errors) == 5
 
 
