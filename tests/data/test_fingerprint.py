@@ -10,7 +10,8 @@ import pytest
 
 from vae3d.arguments import ArgumentError
 from vae3d.data import fingerprint as fingerprint_module
-from vae3d.data.fingerprint import fingerprint_of
+from vae3d.data.row_arrays import table_in_memory
+from vae3d.data.rows import rows_from_paths
 from vae3d.data.sources import Table
 
 
@@ -20,6 +21,10 @@ def folder(tmp_path):
         (tmp_path / f"{name}.mp4").write_bytes(b"1234")
         os.utime(tmp_path / f"{name}.mp4", (1000, 1000))
     return tmp_path
+
+
+def fingerprint_of(table, **options):
+    return fingerprint_module.fingerprint_of(table_in_memory(table), **options)
 
 
 def fingerprint(folder, names, **columns):
@@ -83,9 +88,7 @@ def many(monkeypatch):
 
 
 def table_of(names, **columns) -> pd.DataFrame:
-    table = pd.DataFrame({"path": [f"/x/{n}" for n in names], "name": names})
-    empty = dict.fromkeys(["start", "end", "num_frames", "height", "width", "fps", "label", "text", "split"])
-    return table.assign(**{**empty, **columns})
+    return rows_from_paths([f"/x/{name}" for name in names], list(names)).assign(**columns)
 
 
 NAMES = [f"{i}.mp4" for i in range(3000)]

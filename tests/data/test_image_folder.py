@@ -14,7 +14,7 @@ from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
-from vae3d.data import loader, probe
+from vae3d.data import probe, selection
 from vae3d.data.clips import ClipSettings
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.loader import read_tables
@@ -115,7 +115,7 @@ def test_images_are_listed_without_being_opened(tmp_path, monkeypatch):
     for i in range(20):
         save(tmp_path / f"{i}.png")
     (tmp_path / "bad.png").write_bytes(b"junk")
-    monkeypatch.setattr(loader, "PROBED_IMAGES", 5)
+    monkeypatch.setattr(selection, "PROBED_IMAGES", 5)
     probed = []
     found = {"num_frames": 1.0, "height": 12.0, "width": 24.0, "fps": 0.0}
     monkeypatch.setattr(probe, "read_metadata", lambda path: probed.append(path) or found)

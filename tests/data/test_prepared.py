@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from tests import tiny
-from vae3d.data import fingerprint, prepared, prepared_rows, prepared_selection, probe, tables
+from vae3d.data import fingerprint, prepared, prepared_rows, prepared_selection, probe, selection, tables
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError
@@ -34,7 +34,7 @@ def large(monkeypatch, tmp_path):
         monkeypatch.setattr(prepared_rows, "SMALL_FILE", 0 if on else 2**60)
         monkeypatch.setattr(prepared, "LARGE", 0 if on else 2**60)
         monkeypatch.setattr(prepared_rows, "CHUNK", 23)
-        monkeypatch.setattr(prepared_selection, "CHUNK", 23)
+        monkeypatch.setattr(selection, "CHUNK", 23)
         monkeypatch.setattr(prepared_rows, "WORKERS", 2 if processes else 1)
         monkeypatch.setattr(tables, "CHUNK", 19)
         monkeypatch.setattr(tables, "BLOCK", 900)
@@ -93,6 +93,8 @@ def test_a_large_table_gives_what_a_small_one_gives(tmp_path, large, kind):
         table = table.astype(object)
         table.loc[3, "path"], table.loc[9, "num_frames"], table.loc[50, "height"] = None, "many", -1
         table.loc[20, "path"], table.loc[21, "path"] = f"{tmp_path}/videos/0/000.mp4", "./videos/1/001.mp4"
+        table.loc[30, "num_frames"], table.loc[31, "width"], table["error"] = 3e22, 200.5, "a column of the user"
+        table.loc[22, ["path", "fps"]] = [table.loc[40, "path"], None]  # of a missing file; row 40 is complete
     if kind == "parquet":
         table.set_index("label", drop=False).to_parquet(tmp_path / "t.parquet", row_group_size=9)
         file = tmp_path / "t.parquet"
@@ -109,6 +111,7 @@ def test_a_large_table_gives_what_a_small_one_gives(tmp_path, large, kind):
     assert len(one.val)
     assert len(one.skipped_files)
     assert len(one.notes) == 2
+    assert len(one.errors) == (6 if kind == "odd" else 0)
     assert_same(one, other, settings)
 
 
@@ -131,13 +134,30 @@ def test_errors_of_a_large_table_name_the_line(tmp_path, large, line, text):
     assert f"line {line}" in str(messages[0]) or "end of data" in messages[0]
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_without_a_usable_row_is_one_error(tmp_path, large, kind):
+    table = rows().assign(num_frames=-1, error=0)  # a column `error` of the user says nothing
+    table.to_csv(tmp_path / "t.csv", index=False)
+    table.to_parquet(tmp_path / "t.parquet")
+    for on in (True, False):
+        large(on)
+        with pytest.raises(DataError, match="no rows are left to train on"):
+            read_tables(Table(tmp_path / f"t.{kind}"), SETTINGS, 3, max_broken=1.0)
+
+
+def test_sizes_of_clips_of_buckets_enlarge_nothing(tmp_path, large):
+    rows().to_csv(tmp_path / "t.csv", index=False)
+    one, other = both(Table(tmp_path / "t.csv"), large, replace(SETTINGS, short_side=900), sizes=True)
+    assert one.notes == other.notes == []
+
+
 def test_a_prepared_table_is_opened_and_not_read_again(tmp_path, large, monkeypatch):
     rows().to_csv(tmp_path / "t.csv", index=False)
     source = Table(tmp_path / "t.csv")
     first = read_tables(source, SETTINGS, 3, 0.0)
     for name in ("table_pieces", "count_rows"):
         monkeypatch.setattr(prepared_rows, name, None)
-    monkeypatch.setattr(prepared_selection, "_choose", None)
+    monkeypatch.setattr(prepared_selection, "_write", None)
     again = read_tables(source, SETTINGS, 3, 0.0)
     assert_same(again, first)
     copy = pickle.loads(pickle.dumps(again.train))

@@ -42,7 +42,7 @@ def both(make, large, settings=SETTINGS, **changes):  # noqa: F811
 
 
 def forbid_preparing(monkeypatch):
-    for module, name in ((prepared_rows, "_write"), (prepared_selection, "_choose")):
+    for module, name in ((prepared_rows, "_write"), (prepared_selection, "_write")):
         monkeypatch.setattr(module, name, None)
 
 

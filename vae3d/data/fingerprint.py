@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from vae3d.data.file_table import FileTable
 from vae3d.data.permutation import GOLDEN, mix
 from vae3d.data.segments import SEGMENT
 from vae3d.data.versions import file_stamps
@@ -196,16 +197,18 @@ def _mixed(*hashes: np.ndarray) -> np.ndarray:
     return z
 
 
-def fingerprint_of(table: pd.DataFrame, stat_files: bool = True) -> Fingerprint:
-    """Fingerprint of a source's table. stat_files: include size and modification time of the files; never of more than
-    PER_ROW rows."""
-    rows, facts = row_hashes(table), fact_hashes(table)
+def fingerprint_of(table: FileTable, facts: np.ndarray | None = None, stat_files: bool = True) -> Fingerprint:
+    """Fingerprint of rows with the columns of row_arrays.py. facts: [rows] their hashes with the numbers that were
+    filled in; None: none was. stat_files: include size and modification time of the files; never of more than PER_ROW
+    rows."""
+    everything, rows = np.arange(len(table)), np.array(table.numbers("identity"))  # copies, which torch can take
+    facts = np.array(table.numbers("facts") if facts is None else facts)
     if len(table) > PER_ROW:
         return grouped(rows, facts, None)
-    paths = table["path"].tolist()
+    paths = table.paths(everything)
     stamps = file_stamps(paths) if stat_files else {}
     files = np.array([(stamps.get(path) or [-1, -1])[:2] for path in paths], dtype=np.int64).reshape(-1, 2)
-    return DataFingerprint(rows, facts, files, table["name"].tolist())
+    return DataFingerprint(rows, facts, files, table.names(everything))
 
 
 def row_hashes(table: pd.DataFrame) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import pandas as pd
+import numpy as np
 import torch
 
 from vae3d.data.batch_schedule import Schedule
@@ -17,30 +17,17 @@ from vae3d.data.clips import (
     Unreadable,
     collate,
 )
-from vae3d.data.file_table import FileTable, as_file_table
+from vae3d.data.file_table import ArrowMemory, FileTable
 from vae3d.data.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
 from vae3d.data.held_out import HeldOutFiles
-from vae3d.data.json_clips import JsonClips
-from vae3d.data.media import DataError
 from vae3d.data.prepared import find_large, prepare
+from vae3d.data.prepared_rows import results_of
 from vae3d.data.prepared_selection import select
-from vae3d.data.probe import ProbeResults, Ranks, fill_metadata, probe, results_for_table
-from vae3d.data.readers import is_image
-from vae3d.data.rows import file_hashes, invalid_rows, mark_missing_files
-from vae3d.data.segments import count_frames
-from vae3d.data.selection import (
-    PROBED_IMAGES,
-    SHOWN,
-    SIZE,
-    check_broken_share,
-    evenly_spaced,
-    is_held_out,
-    skipped_note,
-    too_small,
-    upscaled_notes,
-    why_too_small,
-)
-from vae3d.data.sources import Source, Table
+from vae3d.data.probe import Ranks
+from vae3d.data.row_arrays import table_in_memory
+from vae3d.data.rows import invalid_rows, mark_missing_files
+from vae3d.data.selection import SHOWN, Pairs, Rules, check_broken_share, choose, skipped_files
+from vae3d.data.sources import Source
 from vae3d.data.workers import load
 from vae3d.distributed import is_distributed
 from vae3d.text import plural
@@ -84,69 +71,25 @@ def read_tables(
     fingerprint has size and time of the files; of a large table, always as they were when they were probed.
     Raises DataError if more than the share `max_broken` does not open, or nothing is left to train on.
     """
-    needed = ["num_frames"] + ["fps"] * (settings.fps is not None) + SIZE * (sizes or settings.min_side is not None)
+    rules = Rules(settings, num_val_files, max_broken, sizes)
     ranks = Ranks(rank, world_size) if is_distributed() else Ranks()
     large, listing = find_large(source, ranks)
     if large is not None:
-        table = prepare(large)
-        chosen = select(large, table, settings, needed, num_val_files, max_broken, ranks)
+        chosen = select(large, prepare(large), rules, ranks)
         notes = [*getattr(source, "notes", ()), *chosen.notes]
         return Tables(chosen.train, chosen.val, chosen.errors, chosen.skipped, notes, chosen.fingerprint)
-    rows = source.table() if listing is None else listing.table()
-    results = results_of(source)
-    table, errors = fill_metadata(rows, needed, results, ranks=ranks)
-    table, segment_errors = count_frames(table)
-    errors += segment_errors
-    check_broken_share(errors, len(errors), len(rows), max_broken)
-    table, skipped_files = skip_small(table, settings.min_side)
-    notes = [*getattr(source, "notes", ()), *([] if sizes else warn_upscaled(table, settings, results))]
-    if skipped_files:
-        notes.append(skipped_note(len(skipped_files), settings.min_side))
-    if table["split"].notna().any():
-        is_val = (table["split"] == "val").to_numpy()
-        is_train = (table["split"] == "train").to_numpy()
-    else:
-        is_val = is_held_out(file_hashes(table), num_val_files)
-        is_train = ~is_val
-    if not is_train.any():
-        raise DataError("no rows are left to train on; is the `split` column `val` or `test` throughout?")
-    train, val = (table[rows].reset_index(drop=True) for rows in (is_train, is_val))
-    fingerprint = fingerprint_of(pd.concat([train, val], ignore_index=True), stat_files)
-    return Tables(as_file_table(train), as_file_table(val), errors, skipped_files, notes, fingerprint)
-
-
-def results_of(source: Source) -> ProbeResults | None:
-    """Where the probe's results of a source are kept: beside its file; None: in the cache folder."""
-    file = getattr(source, "path", None)
-    return results_for_table(file) if isinstance(source, Table | JsonClips) else None
-
-
-def skip_small(table: pd.DataFrame, min_side: int | None) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
-    """The table without files whose shorter side is below `min_side`, and (path, reason) of these.
-
-    The table needs all heights and widths, unless `min_side` is None, which keeps every file.
-    Raises DataError if no file is left.
-    """
-    small = too_small(*table[SIZE].to_numpy(dtype=float).T, min_side)
-    reasons = [
-        (path, why_too_small(height, width, min_side))
-        for path, height, width in table.loc[small, ["path", *SIZE]].values
-    ]
-    return table[~small].reset_index(drop=True), reasons
-
-
-def warn_upscaled(table: pd.DataFrame, settings: ClipSettings, results: ProbeResults | None = None) -> list[str]:
-    """A line with the number of files that must be enlarged to fill a clip; none if there are none.
-
-    Sizes come from the table. Videos without one are not opened for this; of images without, the headers of
-    PROBED_IMAGES are read.
-    """
-    known = table[SIZE].notna().all(axis=1)
-    images = table.loc[~known & table["path"].map(is_image).astype(bool), "path"]  # without rows, map returns objects
-    chosen = images.iloc[evenly_spaced(len(images), PROBED_IMAGES)].tolist()
-    metadata = probe(chosen, results) if chosen else {}
-    probed = [[m["height"], m["width"]] for m in metadata.values() if "error" not in m]
-    return upscaled_notes(*table[SIZE].to_numpy(dtype=float).T, probed, settings)
+    table = table_in_memory(source.table() if listing is None else listing.table())
+    errors: Pairs = []
+    choice = choose(table, rules, results_of(source), lambda found, _: errors.extend(found), ranks=ranks)
+    skipped = [pair for part in skipped_files(table, choice, settings.min_side) for pair in part]
+    notes = [*getattr(source, "notes", ()), *choice.notes]
+    train, val = (
+        FileTable(table.base, ArrowMemory(choice.view(rows, settings))) for rows in (choice.train, choice.val)
+    )
+    chosen = np.concatenate([choice.train, choice.val])
+    table = table.select(choice.columns["row"][chosen])
+    fingerprint = fingerprint_of(table, choice.columns["facts"][chosen], stat_files)
+    return Tables(train, val, errors, skipped, notes, fingerprint)
 
 
 def check_files_exist(source: Source, max_broken: float) -> list[str]:

@@ -42,7 +42,7 @@ from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, write_json
 LARGE = 100_000  # rows; every process reads a smaller table itself
 KEPT_DAYS = 30
 KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
-VERSION = 3
+VERSION = 4
 
 
 class Large(NamedTuple):

@@ -26,14 +26,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from vae3d.data.file_table import CHUNK, NAMES, TEXT, ArrowFile, FileTable, take, text_array
-from vae3d.data.fingerprint import fact_hashes, row_hashes
+from vae3d.data.file_table import CHUNK, ArrowFile, FileTable
 from vae3d.data.hugging_face import HuggingFace
 from vae3d.data.image_folder import ImageFolder
 from vae3d.data.json_clips import JsonClips, read_list
-from vae3d.data.parts import path_hash
 from vae3d.data.paths import is_stored, is_url
 from vae3d.data.probe import ProbeResults, results_for_paths, results_for_table
+from vae3d.data.row_arrays import equal_in_a_file, path_hashes, row_arrays, schema_of, with_labels
 from vae3d.data.rows import NUMBERS, SPLITS, TEXTS, Listing, mark_missing_files, normalise_rows
 from vae3d.data.segments import SEGMENT
 from vae3d.data.sources import Folder, Source, Table
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 
 SMALL_FILE = 2**20  # bytes; a smaller file is not worth counting its rows
 WORKERS = 8
-LABEL_IS_NUMBER = "label_is_number"  # labels are stored as texts, and hashed as what they were
 
 
 class Rows(Protocol):
@@ -68,9 +66,6 @@ class Rows(Protocol):
         """Write table.arrow into a folder, and missing.npy if files were looked for. Returns what about.json says:
         one_name_per_file (whether all rows of a file name it alike), notes of the source, and files: other files that
         the rows lie in, with their stamps."""
-
-    def results(self, folder: Path) -> ProbeResults:
-        """What was probed before of their files. folder: where the table is kept."""
 
 
 def rows_of(source: Source) -> Rows | None:
@@ -96,6 +91,23 @@ def _file(source: Table | JsonClips) -> Path:
     return of_copy(Path, source.path) if is_stored(source.path) else Path(source.path)
 
 
+def results_of(source: Source, prepared: Path | None = None) -> ProbeResults | None:
+    """What was probed before of the files of a source: beside its table, list or index, if it has one; else in the
+    cache folder. prepared: of its prepared table; None: it is small. None: by the paths of the files, see probe."""
+    if isinstance(source, Table | JsonClips):
+        return results_for_table(source.path)
+    if isinstance(source, WebDataset):
+        return results_for_table(source.indices()[0].file)
+    if is_folder(source):
+        return results_for_paths([_name_of_folder(source)])
+    # Of each version of a dataset apart: Arrow files may be written again with other rows at the same places.
+    return None if prepared is None else results_for_paths([str(prepared)])
+
+
+def _name_of_folder(source: Folder | ImageFolder) -> str:
+    return str(source.path) if is_stored(source.path) else os.path.abspath(source.path)
+
+
 class TableRows:
     def __init__(self, source: Table | JsonClips) -> None:
         self.source, self.name, self.file = source, str(source.path), _file(source)
@@ -114,13 +126,10 @@ class TableRows:
         pieces = table_pieces(self.file)
         first = next(pieces)
         self.source.check_columns(first.column_names, len(first))
-        schema = _schema(first.column_names, self.root)
+        schema = schema_of(first.column_names, self.root)
         batches = _in_processes(chain([first], pieces), self.root, schema)
         _, styles = _write(folder / "table.arrow", schema, batches, self.count(), Path(self.name).name)
         return {"one_name_per_file": len(styles) <= 1}
-
-    def results(self, folder: Path) -> ProbeResults:
-        return results_for_table(self.source.path)
 
 
 class ListRows(TableRows):
@@ -132,7 +141,7 @@ class ListRows(TableRows):
         source, root, listed = self.source, self.root, read_list(self.source.path, by_line=True)
         names = ["num_frames" if name == "frames" else name for name in listed.given]
         by_hash = source.splits_by_hash(listed)
-        schema = _schema([*names, *["split"] * by_hash], root)
+        schema = schema_of([*names, *["split"] * by_hash], root)
         files, named, missing = [], [], []
 
         def looked_for() -> Iterator[pd.DataFrame]:
@@ -191,9 +200,6 @@ class IndexRows:
         _write_rows(folder, given, self.source.pieces(CHUNK), self.count(), "the index")
         return {"one_name_per_file": True}
 
-    def results(self, folder: Path) -> ProbeResults:
-        return results_for_table(self.indices[0].file)
-
 
 class DatasetRows:
     def __init__(self, source: HuggingFace) -> None:
@@ -211,17 +217,13 @@ class DatasetRows:
         _write_rows(folder, opened.given(), self.source.pieces(CHUNK), self.count(), "the dataset")
         return {"one_name_per_file": False, "notes": opened.notes(), "files": files}
 
-    def results(self, folder: Path) -> ProbeResults:
-        """Apart for each version: Arrow files may be written again with other rows at the same places."""
-        return results_for_paths([str(folder)])
-
 
 class FolderRows:
     """Lists the folder when it is first asked for its files."""
 
     def __init__(self, source: Folder | ImageFolder) -> None:
         self.source = source
-        self.name = str(source.path) if is_stored(source.path) else os.path.abspath(source.path)
+        self.name = _name_of_folder(source)
 
     @cached_property
     def listing(self) -> Listing:
@@ -243,13 +245,10 @@ class FolderRows:
         _write_rows(folder, given, pieces, rows, "the files of the folder")
         return {"one_name_per_file": True, "notes": getattr(self.source, "notes", [])}
 
-    def results(self, folder: Path) -> ProbeResults:
-        return results_for_paths([self.name])
-
 
 def _write_rows(folder: Path, given: Sequence[str], pieces: Iterable[pd.DataFrame], count: int, name: str) -> None:
     """Write table.arrow of rows whose paths do not follow from their names."""
-    schema = _schema(given, "").insert(0, pa.field("path", NAMES))
+    schema = schema_of(given, "", with_path=True)
     _write(folder / "table.arrow", schema, (_arrays(piece, "", schema) for piece in pieces), count, name)
 
 
@@ -270,16 +269,6 @@ def _write(
             rows += batch.num_rows
             bar.update(batch.num_rows)
     return rows, styles
-
-
-def _schema(given: Sequence[str], root: str) -> pa.Schema:
-    texts = [name for name in TEXTS if name in given or name == "error"]
-    fields = [("name", NAMES), *((name, TEXT) for name in texts)]
-    fields += [(LABEL_IS_NUMBER, pa.bool_())] if "label" in given else []
-    fields += [(name, pa.float64()) for name in (*NUMBERS, *SEGMENT) if name in given]
-    fields += [("identity", pa.int64()), ("facts", pa.int64())]  # hashes
-    fields += [] if "split" in given else [("file", pa.int64())]
-    return pa.schema(fields, {b"root": os.fsencode(root)})
 
 
 def _in_processes(
@@ -312,61 +301,9 @@ def _converted(raw: pa.Table, root: str, schema: pa.Schema) -> tuple[pa.RecordBa
 
 def _arrays(table: pd.DataFrame, root: str, schema: pa.Schema) -> tuple[pa.RecordBatch, set[str]]:
     """_converted of rows as normalise_rows gives them."""
-    arrays: dict[str, pa.Array] = {"name": pa.array([os.fsencode(name) for name in table["name"]], NAMES)}
-    for name in schema.names:
-        if name == "path":
-            arrays[name] = pa.array(list(map(os.fsencode, table["path"])), NAMES)
-        elif name == LABEL_IS_NUMBER:
-            arrays[name] = pa.array([_is_number(label) for label in table["label"].tolist()], pa.bool_())
-        elif name in TEXTS:
-            given = table[name].where(table[name].isin(SPLITS), None) if name == "split" else table[name]
-            arrays[name] = text_array(given)
-        elif name in (*NUMBERS, *SEGMENT):
-            arrays[name] = pa.array(table[name].to_numpy(dtype=float))
-    if "facts" in schema.names:
-        arrays["identity"], arrays["facts"] = pa.array(row_hashes(table)), pa.array(fact_hashes(table))
-    if "file" in schema.names:
-        arrays["file"] = pa.array([seed_of(name) for name in table["name"]], pa.int64())
     sound = table[table["error"].isna()]
     names, paths = sound["name"].to_numpy(), sound["path"].to_numpy()
     prefix = os.path.join(root, "")
     relative, absolute = paths == np.array([prefix + name for name in names], object), paths == names
     style = {"relative"} if relative.all() else {"absolute"} if absolute.all() else {"relative", "other"}
-    return pa.record_batch([arrays[name] for name in schema.names], schema=schema), style if len(sound) else set()
-
-
-def _is_number(label: Any) -> bool:
-    return isinstance(label, int | float | np.number) and not isinstance(label, bool) and label == label
-
-
-def _number(text: str) -> int | float:
-    return int(text) if text.removeprefix("-").isdigit() else float(text)
-
-
-def with_labels(table: FileTable, rows: np.ndarray) -> pd.DataFrame:
-    """table.to_pandas(rows), with those labels as numbers that were numbers, for their hashes."""
-    found = table.to_pandas(rows)
-    if LABEL_IS_NUMBER in table.base.table.column_names:
-        numbers = take(table.base.table[LABEL_IS_NUMBER], rows).to_numpy()
-        found.loc[numbers, "label"] = found.loc[numbers, "label"].map(_number)
-    return found
-
-
-def path_hashes(paths: Iterable[str]) -> np.ndarray:
-    return np.array([path_hash(os.fsencode(path)) for path in paths], np.int64)
-
-
-def equal_in_a_file(table: FileTable, rows: np.ndarray, hashes: np.ndarray, files: np.ndarray) -> np.ndarray:
-    """Hashes of names such that rows of one file have the same, though they name it differently: as file_hashes.
-    files: [rows] hashes of the paths."""
-    _, file = np.unique(files, return_inverse=True)
-    lowest, highest = np.full(len(rows), np.iinfo(np.int64).max), np.full(len(rows), -1)
-    np.minimum.at(lowest, file, hashes)
-    np.maximum.at(highest, file, hashes)
-    several = np.flatnonzero((lowest != highest)[file])
-    names: dict[int, str] = {}
-    for name, number in zip(table.names(rows[several]), file[several].tolist(), strict=True):
-        names[number] = min(name, names.get(number, name))
-    hashes = hashes.copy()
-    hashes[several] = [seed_of(names[number]) for number in file[several].tolist()]
-    return hashes
+    return row_arrays(table, schema), style if len(sound) else set()

@@ -60,14 +60,14 @@ def fill_metadata(
     unknown = (table[list(needed)].isna().any(axis=1) | is_segment(table)).to_numpy()
     if not unknown.any():
         return table, errors
-    paths = table.loc[unknown, "path"].tolist()
-    metadata = probe(paths, results, trusted, ranks)
+    paths = table["path"][unknown]
+    metadata = probe(paths.tolist(), results, trusted, ranks)
     read = pd.DataFrame.from_dict(metadata, orient="index", columns=NUMBERS, dtype=float)
     for name in NUMBERS:
-        table[name] = table[name].fillna(table["path"].map(read[name]))
-    unread = {path: str(m["error"]) for path, m in metadata.items() if "error" in m}
-    errors += [(path, unread[path]) for path in table["path"] if path in unread]  # a file may have many rows
-    return table[~table["path"].isin(unread)].reset_index(drop=True), errors
+        table[name] = table[name].fillna(paths.map(read[name]))
+    unread = paths.map({path: str(m["error"]) for path, m in metadata.items() if "error" in m}).dropna()
+    errors += zip(paths[unread.index], unread, strict=True)  # a file may have many rows
+    return table.drop(unread.index).reset_index(drop=True), errors
 
 
 class Ranks:
