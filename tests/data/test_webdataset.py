@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import tarfile
+import threading
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -384,7 +385,6 @@ def test_an_index_is_resumed_and_only_what_changed_is_read_again(tmp_path, monke
         f"{10 * n + 1 + i:04d}" for n, count in enumerate((3, 5, 3, 3)) for i in range(count)
     ]
     assert read == ["1.tar"]
-    shutil.rmtree(tmp_path / f"{INDEX}.parts", ignore_errors=True)
     ours = build()
     out.unlink()
     assert build().equals(ours)
@@ -440,6 +440,29 @@ def test_two_machines_that_index_the_same_shards_at_once_do_not_disturb_each_oth
     assert found[0].equals(found[1])
     assert (copy / INDEX).is_file()
     assert not list(tmp_path.rglob("*.parts"))
+
+
+def test_two_processes_that_write_an_index_at_once_both_have_it(tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", samples(10 * number + 1))
+    shards = [find_shard(str(tar)) for tar in sorted(tmp_path.glob("*.tar"))]
+    others: list[threading.Thread] = []
+    found: list[pa.Table] = []
+
+    def build(scan=media_rows) -> None:
+        found.append(build_index(shards, tmp_path / INDEX, Settings(), scan=scan))
+
+    def scan(shard: tar_index.Shard) -> pa.Table:
+        if Path(shard.path).name == "1.tar":  # the other begins meanwhile
+            others.append(threading.Thread(target=build))
+            others[0].start()
+            others[0].join(0.2)
+        return media_rows(shard)
+
+    build(scan)
+    others[0].join()
+    assert found[0].equals(found[1])
+    assert len(read_index(tmp_path / INDEX)[0]) == 9
 
 
 def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):
@@ -514,9 +537,14 @@ def test_a_tar_is_looked_up_once_for_all_its_rows(shards, monkeypatch):
     assert sorted(path for path in seen if path.endswith(".tar")) == [str(shards / f"{n:06d}.tar") for n in range(3)]
 
 
-def test_shards_for_validation_can_be_named(shards):
+def test_shards_for_validation_can_be_named(shards, monkeypatch):
+    listed, list_shards = [], webdataset.list_shards
+    monkeypatch.setattr(webdataset, "list_shards", lambda path: listed.append(path) or list_shards(path))
     source = WebDataset(f"{shards}/{{000000..000001}}.tar", val_path=str(shards / "000002.tar"))
     table = source.table()
+    assert len(source.stream("train").paths) == 2
+    assert source.stream("val").paths == [str(shards / "000002.tar")]
+    assert listed.count(str(shards / "000002.tar")) == 1
     assert table["split"].tolist() == ["train"] * 10 + ["val"] * 2
     assert table["row"].tolist() == list(range(1, 13))
     assert len(source.notes) == 2

@@ -28,17 +28,19 @@ from typing import Annotated, Any, BinaryIO, NamedTuple, TypedDict
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from filelock import FileLock
 
 from vae3d.arguments import Range, check_fields
 from vae3d.data.images import IMAGE_SUFFIXES
 from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.paths import is_url, local_name, member_path
+from vae3d.data.paths import cache_folder, is_url, local_name, member_path
 from vae3d.data.probe import read_metadata
 from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import SPLITS
 from vae3d.data.segments import SEGMENT_ERROR
 from vae3d.data.storage import local_copy, open_range, size_and_version
 from vae3d.data.stores import StorageError
+from vae3d.hashing import json_hash
 from vae3d.io import atomic_write, naming
 from vae3d.progress import progress
 from vae3d.text import plural
@@ -422,19 +424,30 @@ def build_index(
     scan: Scan | None = None,
     probe: bool = False,
     workers: int = 1,
-    parts: Path | None = None,
 ) -> pa.Table:
-    """Read the headers of all shards and write their index, atomically.
+    """Read the headers of all shards and write their index, atomically. One process of a machine at a time writes an
+    index; others of the same wait.
 
     scan: gives the rows of a shard; None: media_rows, with `probe`.
-    parts: folder that keeps the rows of each shard until the index is written, so a run that was killed goes on; None:
-    `out`.parts. One process at a time may use it. An index that is there already gives the rows of the shards that have
-    not changed.
+    The rows of each shard are kept in the cache folder until the index is written, so what was killed goes on. An index
+    that is there already gives the rows of the shards that have not changed.
     Raises DataError that names every shard that cannot be indexed, and for a key that occurs twice.
     """
-    parts = parts or out.with_name(f"{out.name}.parts")
+    # Of this machine, not beside the index: another machine may write the same one now.
+    parts = cache_folder() / "shards" / f"{json_hash(os.path.abspath(out))[:24]}.parts"
     with naming(parts):
-        parts.mkdir(parents=True, exist_ok=True)
+        parts.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(parts.with_suffix(".lock")).acquire()
+    with lock:
+        return _build(shards, out, settings, scan, probe, workers, parts)
+
+
+def _build(
+    shards: Sequence[Shard], out: Path, settings: Settings, scan: Scan | None, probe: bool, workers: int, parts: Path
+) -> pa.Table:
+    """build_index with a folder for the rows of each shard, which no other process uses meanwhile."""
+    with naming(parts):
+        parts.mkdir(exist_ok=True)
     tables = {} if probe else _kept(out, shards, settings)
     todo = [shard for shard in shards if shard.path not in tables]
     scan = scan or partial(media_rows, media=settings.media, probe=probe)

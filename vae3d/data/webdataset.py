@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cached_property
 from glob import escape, glob
 from pathlib import Path
 from typing import NamedTuple
@@ -101,10 +102,10 @@ class WebDataset:
         """The indices of the shards: one, or with val_path two. Opened, or made, once. Raises DataError."""
         if self._indices is None:
             settings, val_paths = Settings("media", self.media), self.val_paths
-            opened = open_index(self.paths, settings, self.index, without=self._val_shards())
+            opened = open_index(self.paths, settings, self.index, without=self.val_shards)
             self._indices = [OpenIndex(*opened, None if val_paths is None else "train")]
             if val_paths is not None:
-                self._indices.append(OpenIndex(*open_index(val_paths, settings), "val"))
+                self._indices.append(OpenIndex(*open_index(val_paths, settings, listed=self.val_shards), "val"))
             self.notes = [note for opened in self._indices for note in opened.notes()]
         return self._indices
 
@@ -118,11 +119,12 @@ class WebDataset:
     def stream(self, role: str) -> TarStream | None:
         """The shards for training (`train`) or validation (`val`); None if there are none. Raises DataError."""
         if role == "train":
-            return TarStream(self.paths, self.media, role, self._val_shards())
-        return None if self.val_paths is None else TarStream(self.val_paths, self.media, role)
+            return TarStream(self.paths, _others(list_all(self.paths), self.val_shards), self.media, role)
+        return None if self.val_paths is None else TarStream(self.val_paths, self.val_shards, self.media, role)
 
-    def _val_shards(self) -> list[str]:
-        """The shards of val_path, which are not trained on, whatever `path` says."""
+    @cached_property
+    def val_shards(self) -> list[str]:
+        """The shards of val_path, which are not trained on, whatever `path` says. Listed once. Raises DataError."""
         return [] if self.val_paths is None else list_all(self.val_paths)
 
 
@@ -161,12 +163,11 @@ def _patterns(path: str | Path | Sequence[str]) -> list[str]:
 
 
 class TarStream:
-    """The samples of tars in their order; see streaming.ShardedStream. role: train or val. without: shards to leave
-    out."""
+    """The samples of tars in their order; see streaming.ShardedStream. patterns: that gave the paths. role: train or
+    val."""
 
-    def __init__(self, patterns: Sequence[str], media: str | None, role: str, without: Sequence[str] = ()) -> None:
-        self.paths = _others(list_all(patterns), without)
-        self.media, self.role = media, role
+    def __init__(self, patterns: Sequence[str], paths: Sequence[str], media: str | None, role: str) -> None:
+        self.paths, self.media, self.role = paths, media, role
         self.name = f"{', '.join(patterns)} ({role})"
 
     @property
@@ -292,16 +293,18 @@ def open_index(
     index: str | None = None,
     scan: Scan | None = None,
     without: Sequence[str] = (),
+    listed: Sequence[str] | None = None,
 ) -> tuple[pa.Table, list[str], str]:
     """The index of tar shards, made now if there is none; absolute paths of its shards; and where it is.
 
-    scan: see build_index. without: shards whose rows are left out. Raises DataError.
+    scan: see build_index. without: shards whose rows are left out. listed: list_all(patterns), if it is known. Raises
+    DataError.
     """
     if len(patterns) == 1 and patterns[0].endswith(".arrow"):
         return _checked_index(patterns[0], settings, None, without)
     if len(patterns) == 1 and is_url(patterns[0]) and not is_tar(patterns[0]) and is_indexed_url(patterns[0]):
         return _checked_index(_index_at(patterns[0]), settings, None, without)
-    paths = list_all(patterns)
+    paths = list_all(patterns) if listed is None else listed
     beside = index or index_of(patterns, paths)
     if _indexes(beside, paths, settings):
         return _checked_index(beside, settings, paths, without)
@@ -317,8 +320,7 @@ def open_index(
         out = Path(beside) if own else cached
         if not cached.is_file() and (own or not _indexes(beside, paths, settings)):
             log.info("indexing %s once -> %s", plural(len(shards), "shard"), out)
-            parts = cached.with_suffix(".parts")  # of this machine: others may index the same shards now
-            build_index(shards, out, settings, scan=scan, workers=processor_count(), parts=parts)
+            build_index(shards, out, settings, scan=scan, workers=processor_count())
     return _checked_index(str(cached if cached.is_file() else beside), settings, paths, without)
 
 
