@@ -16,7 +16,7 @@ from av.stream import Disposition
 from tests import tiny
 from vae3d.data.clips import ClipSettings, read_clip
 from vae3d.data.media import MediaError
-from vae3d.data.probe import probe
+from vae3d.data.probe import probe, read_metadata
 from vae3d.data.readers import open_media
 from vae3d.data.segments import Segment, count_frames
 from vae3d.data.sources import Table
@@ -191,6 +191,7 @@ def test_pixels_that_are_not_square_become_so_when_a_clip_is_scaled(tmp_path):
     np.testing.assert_array_equal(clip, stored)
     clip = read_clip(reader, str(path), ClipSettings(16, 16), 1, 0.5)
     np.testing.assert_array_equal(clip, reader.read([1], (16, 40))[:, :, 12:28])
+    assert read_metadata(str(path)) == {"num_frames": 3, "height": 32, "width": 80, "fps": 24}
     with pytest.raises(MediaError, match="20 times as wide as high"):
         open_media(write_wide(tmp_path / "a.mp4", Fraction(20)))
 

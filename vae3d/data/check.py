@@ -82,12 +82,15 @@ def _examine_alone(work: Callable[[str, Bounds], MediaInfo | str], path: str, bo
 
 
 def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
-    """The numbers of a row that differ from its file's; None if there are none."""
-    from vae3d.data.rows import NUMBERS
+    """The numbers of a row that differ from its file's; None if there are none. Sizes may be those of square pixels, or
+    those stored."""
+    from vae3d.data.probe import numbers_of
 
     wrong = []
-    for name in NUMBERS:
-        given, actual = row[name], getattr(info, name)
+    for name, actual in numbers_of(info).items():
+        given = row[name]
+        if given == getattr(info, name):
+            continue
         if abs(given - actual) > (0.01 * given if name == "fps" else 0):  # never for NaN, which means not given
             wrong.append(f"{name} is {given:g} in the table, {actual:g} in the file")
     return "; ".join(wrong) or None
@@ -113,6 +116,7 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
     """Print the bad rows, and write the good ones to `clean`. Returns the exit status. Raises UserError."""
     import pandas as pd
 
+    from vae3d.data.probe import numbers_of
     from vae3d.data.rows import NUMBERS
     from vae3d.data.segments import SEGMENT, bounds_of
     from vae3d.data.sources import open_source
@@ -133,7 +137,7 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
         else:
             reason = result if isinstance(result, str) else disagreement(row, result)
         if reason is None:
-            good.append({**row, **{name: getattr(result, name) for name in NUMBERS}})
+            good.append({**row, **numbers_of(result)})
         else:
             print(printable(f"row {row['row']}: {row['path']}: {reason}"))
     for note in getattr(source, "notes", ()):

@@ -54,14 +54,19 @@ class MediaInfo:
     bits: int = 8
     aspect: float = 1.0
 
-    def size_to_scale(self, target: Size) -> Size:
-        """Height and width to scale from, so that circles stay circles: the size with square pixels, or the stored size
-        if that is the target."""
-        if target == (self.height, self.width) or abs(self.aspect - 1) <= ASPECT_TOLERANCE:
+    @property
+    def square_size(self) -> Size:
+        """Height and width with square pixels: one side is that of the file, the other larger."""
+        if abs(self.aspect - 1) <= ASPECT_TOLERANCE:
             return self.height, self.width
         if self.aspect > 1:
             return self.height, round(self.width * self.aspect)
         return round(self.height / self.aspect), self.width
+
+    def size_to_scale(self, target: Size) -> Size:
+        """Height and width to scale from, so that circles stay circles: the size with square pixels, or the stored size
+        if that is the target."""
+        return target if target == (self.height, self.width) else self.square_size
 
 
 class StreamItem(NamedTuple):

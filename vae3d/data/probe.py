@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from vae3d.data.file_table import NAMES, take
-from vae3d.data.media import MediaError
+from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.parts import PartFolders, path_hash, read_part, replace_parts
 from vae3d.data.paths import cache_folder, is_stored, is_url
 from vae3d.data.readers import media_info
@@ -147,10 +147,15 @@ def read_files(paths: Sequence[str], results: ProbeResults, hidden: bool = False
 def read_metadata(path: str) -> Metadata:
     """Metadata of one file; of an image from its header."""
     try:
-        info = media_info(path)
+        return numbers_of(media_info(path))
     except MediaError as error:
         return {"error": error.reason_for(path)}
-    return {"num_frames": info.num_frames, "height": info.height, "width": info.width, "fps": info.fps}
+
+
+def numbers_of(info: MediaInfo) -> dict[str, float]:
+    """The columns of NUMBERS. The size is that with square pixels, from which clips are scaled."""
+    height, width = info.square_size
+    return {"num_frames": info.num_frames, "height": height, "width": width, "fps": info.fps}
 
 
 def results_for_table(file: str | Path) -> ProbeResults:

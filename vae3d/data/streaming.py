@@ -281,9 +281,7 @@ def opened(item: StreamItem, settings: ClipSettings) -> Iterator[Reader]:
 def has_clip(reader: Reader, settings: ClipSettings, frames: int) -> bool:
     """Whether a file has enough frames, and enough pixels for settings.min_side."""
     info = reader.info
-    return settings.length(info.num_frames, info.fps) >= frames and min(info.height, info.width) >= (
-        settings.min_side or 0
-    )
+    return settings.length(info.num_frames, info.fps) >= frames and min(info.square_size) >= (settings.min_side or 0)
 
 
 # --- a run's data
