@@ -219,9 +219,9 @@ def build_training_data(config: TrainConfig, rank: int, world_size: int) -> Trai
         timeout=data.timeout,
         fingerprint=fingerprint,
         val_groups=[clip.groups for clip in chosen],
-        held_out_files=held_out_files(
-            [(source.name, source.tables.val, source.settings) for source in sources], validation.frames
-        ),
+        held_out_files=held_out_files([(s.name, s.tables.val, s.settings) for s in sources], validation.frames)
+        if rank == 0
+        else (),
         warnings=warnings,
     )
 

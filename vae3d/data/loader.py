@@ -126,7 +126,7 @@ class TrainingData(StepShapes):
     """The data of a training run: clips of any range of steps, and this rank's held-out clips.
 
     streams: by their number in the schedule. val_groups: groups of each held-out clip of all ranks, by its position.
-    held_out_files: those from which the held-out clips are taken, and all others.
+    held_out_files: those from which the held-out clips are taken, and all others; on the first rank alone.
     """
 
     streams: Sequence[Stream]
