@@ -201,7 +201,7 @@ NAMES = [
     "n" * 150 + "/k.mp4",
     "d/../up.mp4",
 ]
-SKIPPED = ["README", "a/.hidden.mp4", "__meta__/x.mp4", "._z.mp4"]
+SKIPPED = ["README", "a/.hidden.mp4", "__meta__/x.mp4", "a/._z.mp4"]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
@@ -211,6 +211,7 @@ def test_samples_are_those_of_webdataset(tmp_path, format):
     with tar.open("rb") as stream:
         files = [{"__url__": "", **file} for file in tariterators.tar_file_iterator(stream)]
     expected = [dict(sample) for sample in tariterators.group_by_keys(files)]
+    expected = [sample for sample in expected if not sample["__key__"].endswith("/")]  # of hidden files in folders
     found = list(samples_of(find_shard(str(tar))))
     assert [sample.key for sample in found] == [sample["__key__"] for sample in expected]
     content = tar.read_bytes()

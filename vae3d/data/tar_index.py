@@ -171,7 +171,7 @@ def samples_of(shard: Shard, with_content: Callable[[int, str], bool] = lambda *
     """The samples of a tar in their order: consecutive members whose names are equal up to the first dot.
 
     with_content: (number of the sample, extension) -> whether to read the member, as .json, .txt and .cls always are.
-    Skips folders, and names that webdataset skips: without an extension, hidden, and __NAME__.
+    Skips folders, hidden files, and names that webdataset skips: without an extension, and __NAME__.
     Raises DataError, naming the member, for a tar that is truncated, damaged or compressed, and for links, sparse
     members, and names that are not UTF-8 or occur twice.
     """
@@ -243,7 +243,7 @@ def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], boo
 def _name_parts(path: str, info: tarfile.TarInfo) -> tuple[str, str] | None:
     """Key and extension of a member; None for one that is skipped. Raises DataError."""
     found = None if info.isdir() or METADATA_NAME.match(info.name) else MEMBER_NAME.fullmatch(info.name)
-    if found is None:
+    if found is None or os.path.basename(info.name).startswith("."):  # such as d/._a.jpg, which macOS adds to d/a.jpg
         return None
     try:
         info.name.encode()
