@@ -14,6 +14,7 @@ import pytest
 from av.stream import Disposition
 
 from tests import tiny
+from vae3d.data import segments
 from vae3d.data.clips import ClipSettings, read_clip
 from vae3d.data.media import MediaError
 from vae3d.data.probe import probe, read_metadata
@@ -134,6 +135,22 @@ def test_a_segment_holds_the_frames_of_its_time(tmp_path, suffix):
     row = {"path": str(path), "start": 2, "end": 3, "num_frames": 70, "fps": 18.0}  # of which 2 to 3 s is 36 to 54
     pd.DataFrame([row]).to_csv(tmp_path / "t.csv", index=False)
     assert count_frames(Table(tmp_path / "t.csv").table())[0]["num_frames"].tolist() == [5]
+
+
+def test_files_of_segments_are_opened_once_in_whatever_order_the_rows_are(tmp_path, monkeypatch):
+    tiny.write_video(tmp_path / "a.mp4", tiny.frames(24), fps=24)
+    tiny.write_video(tmp_path / "b.mp4", tiny.frames(12), fps=24)
+    lines = ["path,start,end", "a.mp4,0,0.5", "gone.mp4,0,1", "b.mp4,0,0.25", "a.mp4,0.5,1", "b.mp4,0.5,1"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    opened = []
+    monkeypatch.setattr(segments, "open_media", lambda path, **_: opened.append(Path(path).name) or open_media(path))
+    table, errors = count_frames(Table(tmp_path / "t.csv").table())
+    assert opened == ["a.mp4", "gone.mp4", "b.mp4"]
+    assert table[["row", "num_frames"]].values.tolist() == [[1, 12], [3, 6], [4, 12]]
+    assert [(name.split()[1], reason.split(";")[0]) for name, reason in errors] == [
+        ("2", "no such file"),
+        ("5", "is 0.5 s long"),
+    ]
 
 
 def test_mp4_and_matroska_have_the_same_rate(tmp_path):

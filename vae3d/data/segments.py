@@ -90,21 +90,22 @@ def count_frames(table: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple[str, str
     """The table with num_frames of each segment instead of its file, and (row and path, reason) of removed rows, whose
     files have no such segment. Files with segments are opened for the times of their frames."""
     counts = table["num_frames"].to_numpy(dtype=float, copy=True)
-    kept = np.ones(len(table), dtype=bool)
-    errors, bounds, opened = [], bounds_of(table), {}
-    for row in np.flatnonzero(is_segment(table)):
-        path = table["path"].iloc[row]
+    bounds, rows_of_file = bounds_of(table), {}
+    for row in np.flatnonzero(is_segment(table)).tolist():
+        rows_of_file.setdefault(table["path"].iloc[row], []).append(row)
+    reasons: dict[int, str] = {}  # of rows
+    for path, rows in rows_of_file.items():
         try:
-            if path not in opened:
-                with closing(open_media(path, alpha=None)) as reader:
-                    opened = {path: (frame_times(reader), reader.info.fps)}  # only the last file: a table may be long
-            counts[row] = len(frame_range(bounds[row], *opened[path]))
+            with closing(open_media(path, alpha=None)) as reader:
+                times, fps = frame_times(reader), reader.info.fps
         except MediaError as error:
-            reason = error.reason_for(path)
-        except ValueError as error:
-            reason = str(error)
-        else:
+            reasons |= dict.fromkeys(rows, error.reason_for(path))
             continue
-        kept[row] = False
-        errors.append((f"row {table['row'].iloc[row]} ({path})", reason))
-    return table.assign(num_frames=counts)[kept].reset_index(drop=True), errors
+        for row in rows:
+            try:
+                counts[row] = len(frame_range(bounds[row], times, fps))
+            except ValueError as error:
+                reasons[row] = str(error)
+    bad = sorted(reasons)
+    errors = [(f"row {table['row'].iloc[row]} ({table['path'].iloc[row]})", reasons[row]) for row in bad]
+    return table.assign(num_frames=counts).drop(table.index[bad]).reset_index(drop=True), errors
