@@ -172,7 +172,7 @@ def peers(path: str) -> dict[str, Callable[[str, float], np.ndarray]]:
 
 def compare(path: str, repeats: int) -> dict[str, list[float]]:
     """name -> milliseconds of each reading. Raises SystemExit if a peer reads other frames."""
-    from vae3d.data.video_index import close_kept_sources
+    from vae3d.data.kept_sources import close_kept_sources
 
     def ours(path: str, start: float) -> np.ndarray:
         return only_the_clip(path, start, "auto")
@@ -344,8 +344,8 @@ def measure_shards(paths: list[Path], shard: Path, repeats: int) -> dict[str, Co
     import torch
 
     from vae3d.data.clips import resize_crop_params
+    from vae3d.data.kept_sources import close_kept_sources
     from vae3d.data.readers import media_info, resize
-    from vae3d.data.video_index import close_kept_sources
 
     torch.set_num_threads(1)
     info = media_info(paths[0])

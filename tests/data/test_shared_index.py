@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from tests import tiny
-from vae3d.data import parts, probe, shared_index, video_index
+from vae3d.data import index_cache, parts, probe, shared_index, video_index
 from vae3d.data.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.parts import parts_of
@@ -24,8 +24,8 @@ from vae3d.data.sources import Table
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A table of five videos, probed on a machine whose cache is gone."""
-    monkeypatch.setattr(video_index, "look_in", {})
-    monkeypatch.setattr(probe, "look_in", video_index.look_in)
+    monkeypatch.setattr(index_cache, "look_in", {})
+    monkeypatch.setattr(probe, "look_in", index_cache.look_in)
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     for i in range(5):
@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
     pd.DataFrame({"path": [f"{i}.mp4" for i in range(5)]}).to_csv(tmp_path / "set/t.csv", index=False)
     read(tmp_path / "set")
     shutil.rmtree(tmp_path / "cache")
-    video_index.look_in.clear()
+    index_cache.look_in.clear()
     return tmp_path / "set"
 
 
@@ -42,8 +42,8 @@ def read(folder):
 
 
 def built(monkeypatch) -> list[str]:
-    names, original = [], video_index.build
-    monkeypatch.setattr(video_index, "build", lambda file: names.append(os.path.basename(file.name)) or original(file))
+    names, original = [], index_cache.build
+    monkeypatch.setattr(index_cache, "build", lambda file: names.append(os.path.basename(file.name)) or original(file))
     return names
 
 
@@ -151,6 +151,6 @@ def test_merged_parts_are_found(folder, monkeypatch):
     names.clear()
     results = probe.results_for_table(folder / "t.csv")
     for name in [*(f"{i}.mp4" for i in range(5)), *(f"new{i}.mp4" for i in range(3))]:
-        assert results.indices.find(video_index._key(video_index.as_range(str(folder / name)))) is not None
+        assert results.indices.find(index_cache.key_of(index_cache.as_range(str(folder / name)))) is not None
         assert open_media(str(folder / name)).info.num_frames
     assert names == []

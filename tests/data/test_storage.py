@@ -25,6 +25,8 @@ from tests import tiny
 from tests.http_server import NO_RANGE, RESET, SHORT, SLOW, Store, serve
 from vae3d.config.check import path_issues
 from vae3d.data import object_cache, paths, storage, stores
+from vae3d.data.index_cache import open_index
+from vae3d.data.kept_sources import _kept, close_kept_sources
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.paths import member_path
 from vae3d.data.probe import fill_metadata
@@ -34,7 +36,6 @@ from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.storage import open_range
 from vae3d.data.stores import StorageError
 from vae3d.data.versions import file_stamp, source_version
-from vae3d.data.video_index import _kept, close_kept_sources, open_index
 from vae3d.data.webdataset import list_shards
 from vae3d.data.workers import load
 from vae3d.inference.reconstruct import identifier

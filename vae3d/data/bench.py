@@ -140,8 +140,8 @@ def read_openings(work: Work, barrier: Barrier) -> Measured:
     import torch
 
     from vae3d.data.clips import open_frames, read_clips
+    from vae3d.data.kept_sources import close_kept_sources
     from vae3d.data.storage import local_range
-    from vae3d.data.video_index import close_kept_sources
 
     torch.set_num_threads(1)  # as in workers of a DataLoader
     ready = False

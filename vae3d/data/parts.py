@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from vae3d.data.file_table import ArrowFile
-from vae3d.data.video_index import warn_cache_unwritable
+from vae3d.data.paths import warn_cache_unwritable
 from vae3d.hashing import file_hash
 from vae3d.io import atomic_path
 

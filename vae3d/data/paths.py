@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,6 +28,14 @@ def cache_folder() -> Path:
     """$VAE3D_CACHE, or vae3d in the user's cache folder."""
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
+
+
+def warn_cache_unwritable(error: OSError, consequence: str) -> None:
+    warnings.warn(
+        f"cannot write to the cache folder {cache_folder()} ({error.strerror}): {consequence}; set VAE3D_CACHE to a "
+        "writable folder",
+        stacklevel=3,
+    )
 
 
 def is_url(path: str | Path) -> bool:

@@ -21,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from vae3d.data.file_table import NAMES, take
+from vae3d.data.index_cache import look_in
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.parts import PartFolders, path_hash, read_part, replace_parts
 from vae3d.data.paths import cache_folder, is_stored, is_url
@@ -29,7 +30,6 @@ from vae3d.data.rows import NUMBERS, THREADS, invalid_rows
 from vae3d.data.segments import is_segment
 from vae3d.data.shared_index import SharedIndices
 from vae3d.data.versions import file_stamps
-from vae3d.data.video_index import look_in
 from vae3d.distributed import all_gather_object
 from vae3d.progress import progress
 

@@ -26,29 +26,22 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 from torch import Tensor
 
+from vae3d.data.frame_source import KEYS_BACK, FrameSource, Wanted
+from vae3d.data.frames import check_frame, has_alpha, to_rgb
 from vae3d.data.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.images import resize as resize_image
+from vae3d.data.kept_sources import keep_source, open_source
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
 from vae3d.data.paths import HF_IMAGE, HF_VIDEO, is_stored, suffix_of
 from vae3d.data.storage import FileRange, RangeFile, local_range, size_and_version
-from vae3d.data.video_index import (
-    KEYS_BACK,
-    MAX_REORDER,
-    FrameSource,
-    VideoIndex,
-    Wanted,
-    check_frame,
-    has_alpha,
-    keep_source,
-    open_source,
-    to_rgb,
-)
+from vae3d.data.video_index import VideoIndex
 from vae3d.text import plural
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),
     *(".wmv", ".asf", ".flv", ".ogv", ".gif"),
 )
+MAX_REORDER = 16  # frames that are shown later and decoded earlier than a frame, of any codec
 AT_ONCE = 32  # frames that torchcodec decodes at full size before they are resized
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from vae3d.data import video_index
+from vae3d.data import index_cache
 from vae3d.data.file_table import NAMES, TEXT, ArrowFile, take
 from vae3d.data.parts import PartFolders, path_hash, replace_parts
 
@@ -60,7 +60,7 @@ class SharedIndices:
         """Write a part with those of some files that are in the index cache."""
         rows = []
         for path in paths:
-            if (found := video_index.cached(path)) is not None:
+            if (found := index_cache.cached(path)) is not None:
                 key, content = found
                 name = self.folders.key(str(key[0]))
                 index = zlib.compress(content)
