@@ -16,7 +16,9 @@ from tests.data.test_webdataset import samples, write_tar
 from vae3d.data import stores
 from vae3d.data.media import DataError
 from vae3d.data.stores import StorageError
-from vae3d.data.tar_index import INDEX, KEY, find_shard, media_rows, read_index, samples_of
+from vae3d.data.tar_index import INDEX, read_index
+from vae3d.data.tar_rows import KEY, media_rows
+from vae3d.data.tar_samples import find_shard, samples_of
 from vae3d.data.webdataset import WebDataset
 
 END = bytes(1024)

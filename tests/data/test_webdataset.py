@@ -24,7 +24,7 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import prepared, prepared_rows, storage, stores, tar_index, webdataset
+from vae3d.data import prepared, prepared_rows, storage, stores, tar_rows, webdataset
 from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.clips import ClipDataset, ClipSettings
 from vae3d.data.fingerprint import fingerprint_of
@@ -38,7 +38,9 @@ from vae3d.data.row_arrays import table_in_memory
 from vae3d.data.selection import clip_lengths
 from vae3d.data.sources import Folder, Table, open_source
 from vae3d.data.streaming import StreamingData, StreamingSchedule, opened
-from vae3d.data.tar_index import INDEX, Settings, build_index, find_shard, media_rows, read_index, samples_of
+from vae3d.data.tar_index import INDEX, Settings, build_index, read_index
+from vae3d.data.tar_rows import SCHEMA, media_rows
+from vae3d.data.tar_samples import Shard, find_shard, samples_of
 from vae3d.data.webdataset import WebDataset, is_shards
 
 DRAWS, BATCH = 1000, 20
@@ -323,7 +325,7 @@ def test_an_index_without_shards_is_an_error_that_names_it(tmp_path):
     write_tar(tmp_path / "0.tar", samples(1))
     WebDataset(tmp_path).table()
     table, header = read_index(tmp_path / INDEX)
-    table = table.slice(0, 0).replace_schema_metadata({tar_index.KEY: json.dumps({**header, "shards": []})})
+    table = table.slice(0, 0).replace_schema_metadata({tar_rows.KEY: json.dumps({**header, "shards": []})})
     with pa.ipc.new_file(str(tmp_path / "none.arrow"), table.schema) as writer:
         writer.write_table(table)
     with pytest.raises(DataError, match=rf"{tmp_path}/none\.arrow has no samples"):
@@ -356,8 +358,8 @@ def test_the_member_to_read_can_be_chosen(tmp_path):
 
 def counting(monkeypatch) -> list[str]:
     read = []
-    scan = tar_index.samples_of
-    monkeypatch.setattr(tar_index, "samples_of", lambda shard: read.append(Path(shard.path).name) or scan(shard))
+    scan = tar_rows.samples_of
+    monkeypatch.setattr(tar_rows, "samples_of", lambda shard: read.append(Path(shard.path).name) or scan(shard))
     return read
 
 
@@ -431,7 +433,7 @@ def test_two_machines_that_index_the_same_shards_at_once_do_not_disturb_each_oth
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "one"))
     found = []
 
-    def scan(shard: tar_index.Shard) -> pa.Table:
+    def scan(shard: Shard) -> pa.Table:
         if Path(shard.path).name == "000002.tar":  # the other machine begins and ends meanwhile
             monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "other"))
             found.append(webdataset.open_index([str(copy)], Settings())[0])
@@ -453,7 +455,7 @@ def test_two_processes_that_write_an_index_at_once_both_have_it(tmp_path):
     def build(scan=media_rows) -> None:
         found.append(build_index(shards, tmp_path / INDEX, Settings(), scan=scan))
 
-    def scan(shard: tar_index.Shard) -> pa.Table:
+    def scan(shard: Shard) -> pa.Table:
         if Path(shard.path).name == "1.tar":  # the other begins meanwhile
             others.append(threading.Thread(target=build))
             others[0].start()
@@ -482,10 +484,10 @@ def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):
 
 def test_an_index_of_a_million_samples_has_less_than_64_mib(tmp_path, monkeypatch):
     """Per sample, with numbers, labels and splits."""
-    shards = [tar_index.Shard(f"{tmp_path}/{number:06d}.tar", 10**11, "mtime:1") for number in range(20)]
-    columns = dict.fromkeys(tar_index.SCHEMA.names)
+    shards = [Shard(f"{tmp_path}/{number:06d}.tar", 10**11, "mtime:1") for number in range(20)]
+    columns = dict.fromkeys(SCHEMA.names)
 
-    def rows(shard: tar_index.Shard) -> pa.Table:
+    def rows(shard: Shard) -> pa.Table:
         first, count = 1000 * shards.index(shard), 1000
         numbers = np.arange(first, first + count)
         values = {"offset": numbers * 1_000_000, "size": numbers + 10**6, "key": [f"{n:09d}" for n in numbers]}
@@ -497,8 +499,8 @@ def test_an_index_of_a_million_samples_has_less_than_64_mib(tmp_path, monkeypatc
         }
         values |= {"fps": [29.97] * count, "label": [str(n % 400) for n in numbers], "split": ["train"] * count}
         filled = [values.get(name, [None] * count) for name in columns]
-        table = pa.table([pa.array(v, f.type) for v, f in zip(filled, tar_index.SCHEMA, strict=True)], tar_index.SCHEMA)
-        return table.replace_schema_metadata({tar_index.KEY: '{"integer_labels": true}'})
+        table = pa.table([pa.array(v, f.type) for v, f in zip(filled, SCHEMA, strict=True)], SCHEMA)
+        return table.replace_schema_metadata({tar_rows.KEY: '{"integer_labels": true}'})
 
     build_index(shards, tmp_path / INDEX, Settings(), scan=rows)
     assert (tmp_path / INDEX).stat().st_size * 50 < 64 * 2**20

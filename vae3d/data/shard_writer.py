@@ -23,7 +23,9 @@ from vae3d.data.readers import VIDEO_SUFFIXES
 from vae3d.data.rows import NUMBERS
 from vae3d.data.segments import SEGMENT
 from vae3d.data.storage import local_range
-from vae3d.data.tar_index import INDEX, NAME, Settings, build_index, find_shard
+from vae3d.data.tar_index import INDEX, Settings, build_index
+from vae3d.data.tar_rows import NAME
+from vae3d.data.tar_samples import find_shard
 from vae3d.data.versions import file_stamps
 from vae3d.hashing import json_hash
 from vae3d.io import atomic_write, naming

@@ -1,29 +1,23 @@
-"""Index of tar shards in the layout of webdataset: where each sample's bytes are, and what its other members say.
+"""Index of tar shards (see tar_samples.py), so that every sample is one range read.
 
-An index is an Arrow file, memory-mapped, with one row per sample: shard (dictionary), offset and size of its video or
-image, key and extension (together the member's name), and the columns of a table (num_frames, height, width, fps, text,
-label, split, start, end) that its .json, .txt and .cls members give; columns without a value are left out. Its metadata
-holds the list of shards with sizes and stamps (modification time, or ETag), so a changed shard is noticed.
+An index is an Arrow file, memory-mapped, with one row per sample: shard (dictionary) and the columns of tar_rows.py;
+columns without a value are left out. Its metadata holds the list of shards with sizes and stamps (modification time, or
+ETag), so a changed shard is noticed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
 import os
-import re
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from stat import S_ISREG
-from typing import Annotated, Any, BinaryIO, NamedTuple, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -31,15 +25,12 @@ import pyarrow.compute as pc
 from filelock import FileLock
 
 from vae3d.arguments import Range, check_fields
-from vae3d.data.images import IMAGE_SUFFIXES
-from vae3d.data.media import DataError, MediaError, one_line
-from vae3d.data.paths import cache_folder, is_url, local_name, member_path
-from vae3d.data.probe import read_metadata
-from vae3d.data.readers import VIDEO_SUFFIXES
-from vae3d.data.rows import SPLITS
-from vae3d.data.segments import SEGMENT_ERROR
-from vae3d.data.storage import local_copy, open_range, size_and_version
+from vae3d.data.media import DataError, one_line
+from vae3d.data.paths import cache_folder, is_url, local_name
+from vae3d.data.storage import local_copy
 from vae3d.data.stores import StorageError
+from vae3d.data.tar_rows import FLOATS, INTEGERS, KEY, SCHEMA, media_rows
+from vae3d.data.tar_samples import Shard, find_shard
 from vae3d.hashing import json_hash
 from vae3d.io import atomic_write, naming
 from vae3d.progress import progress
@@ -47,365 +38,12 @@ from vae3d.text import plural
 
 INDEX = "index.arrow"
 VERSION = 1  # of the index
-KEY = b"vae3d"  # of the schema's metadata
-NAME = "__name__"  # key of a .json member: the sample's name in the source that it was written from
 SHOWN = 10  # errors in a message
-REMOTE_BLOCK = 2**19  # bytes of a range read of headers
-MAX_PADDING = 2**20  # zero bytes after the end of a tar
-MAX_HEADER = 2**20  # bytes of a member's name, and of others that a header declares
-MAX_SIDECAR = 2**24  # bytes of a .json, .txt or .cls member
 ROWS_PER_BATCH = 2**20
 THREADS = 16  # of remote shards, which wait for the network
-SIDECARS = ("json", "txt", "cls")
-INTEGERS = ("num_frames", "height", "width")
-FLOATS = ("fps", "start", "end")
 INTEGER_TYPES = ((pa.int8(), 7), (pa.int16(), 15), (pa.int32(), 31), (pa.int64(), 63))
 LATENTS = ("mean", "std", "sample")  # columns of an index of latents
-TEXTS = ("text", "label", "split", "name", "error")
-COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# As webdataset splits a name: up to the first dot of its last component.
-MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-METADATA_NAME = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
-SCHEMA = pa.schema(
-    [("offset", pa.int64()), ("size", pa.int64()), ("key", pa.string()), ("extension", pa.string())]
-    + [(name, pa.int32()) for name in INTEGERS]
-    + [(name, pa.float64()) for name in FLOATS]
-    + [(name, pa.string()) for name in TEXTS]
-)
-Scan = Callable[["Shard"], pa.Table]  # the rows of a shard
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file. path: absolute, or a URL. stamp: its modification time or ETag; "" if the server gives neither."""
-
-    path: str
-    bytes: int
-    stamp: str
-
-
-class Member(NamedTuple):
-    """offset, size: bytes of its content within the tar. content: of small text members, else None."""
-
-    name: str
-    offset: int
-    size: int
-    content: bytes | None
-
-
-class Sample(NamedTuple):
-    """key, and members by extension in lower case."""
-
-    key: str
-    members: dict[str, Member]
-
-
-# ---- one shard
-
-
-def find_shard(path: str) -> Shard:
-    """A tar file as it is now. Raises DataError if it does not exist."""
-    if path.lower().endswith(COMPRESSED_TAR):
-        raise DataError(f"{path} is compressed; single samples can be read of plain tars only: decompress it")
-    member_path(path, 0, 0, "x")  # raises for a name that paths of members cannot have
-    if is_url(path):
-        try:
-            size, stamp = size_and_version(path)
-        except MediaError as error:
-            raise DataError(str(error)) from error
-        return Shard(path, size, f"version:{stamp}")
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise DataError(
-            f"{path}: {'no such file' if isinstance(error, FileNotFoundError) else error.strerror}"
-        ) from error
-    if not S_ISREG(stat.st_mode):  # to open a pipe would wait for ever
-        raise DataError(f"{path} is no file, but a folder, a pipe or a device")
-    return Shard(os.path.abspath(path), stat.st_size, f"mtime:{stat.st_mtime_ns}")
-
-
-class RangeReader(io.RawIOBase):
-    """A remote file for tarfile, read in ranges of at least REMOTE_BLOCK bytes."""
-
-    def __init__(self, url: str, size: int) -> None:
-        self.url, self.length = url, size
-        self._position, self._start, self._block = 0, 0, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.length}[whence]
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.length - self._position)
-        size = left if size is None or size < 0 else min(size, left)
-        first = self._position - self._start
-        if not 0 <= first <= first + size <= len(self._block):
-            wanted = min(left, max(size, REMOTE_BLOCK))
-            self._start, first = self._position, 0
-            self._block = open_range(self.url, self._start, wanted) if wanted else b""
-        self._position += size
-        return self._block[first : first + size]
-
-
-@contextmanager
-def open_shard(shard: Shard) -> Iterator[BinaryIO]:
-    if is_url(shard.path):
-        yield RangeReader(shard.path, shard.bytes)
-    else:
-        with open(shard.path, "rb") as stream:
-            yield stream
-
-
-def samples_of(shard: Shard, with_content: Callable[[int, str], bool] = lambda *_: False) -> Iterator[Sample]:
-    """The samples of a tar in their order: consecutive members whose names are equal up to the first dot.
-
-    with_content: (number of the sample, extension) -> whether to read the member, as .json, .txt and .cls always are.
-    Skips folders, hidden files, and names that webdataset skips: without an extension, and __NAME__.
-    Raises DataError, naming the member, for a tar that is truncated, damaged or compressed, and for links, sparse
-    members, and names that are not UTF-8 or occur twice.
-    """
-    try:
-        with open_shard(shard) as stream:
-            yield from _samples(shard.path, stream, with_content)
-    except DataError:  # a ValueError, too
-        raise
-    except MediaError as error:
-        raise DataError(str(error)) from error
-    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
-        raise DataError(f"{shard.path} is damaged or truncated: {one_line(error)}") from error
-    except OSError as error:
-        raise DataError(f"{shard.path} cannot be read: {error.strerror or one_line(error)}") from error
-
-
-class _HeaderReader:
-    """A tar for tarfile, which reads no more than headers: they may declare names of any length."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
-
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._read(size)
-
-
-def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], bool]) -> Iterator[Sample]:
-    start = stream.read(max(map(len, COMPRESSED)))
-    if kind := next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None):
-        raise DataError(f"{path} is compressed ({kind}); single samples can be read of plain tars only: decompress it")
-    if not start:
-        raise DataError(f"{path} is empty (0 bytes)")
-    stream.seek(0)
-    sample: Sample | None = None
-    number = -1  # of the sample
-    # Strict UTF-8: else a name that is none would become one that no other program can read.
-    headers = _HeaderReader(stream)
-    with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        while (info := tar.next()) is not None:
-            tar.members.clear()  # tarfile keeps them all
-            if info.size < 0 or tar.offset < info.offset_data:  # it would go in circles
-                raise DataError(f"{path} is damaged: {info.name} has {info.size} bytes")
-            parts = _name_parts(path, info)
-            if parts is None:
-                continue
-            key, extension = parts
-            if sample is None or sample.key != key:
-                if sample is not None:
-                    yield sample
-                sample, number = Sample(key, {}), number + 1
-            if extension in sample.members:
-                raise DataError(f"{path}: has the member {info.name} twice")
-            content = None
-            if extension in SIDECARS and info.size > MAX_SIDECAR:
-                raise DataError(f"{path}: {info.name} has {info.size} bytes, more than {MAX_SIDECAR}")
-            if extension in SIDECARS or with_content(number, extension):
-                stream.seek(info.offset_data)  # not by extractfile, which reads many small pieces
-                content = stream.read(info.size)
-                if len(content) != info.size:
-                    raise DataError(f"{path} is truncated: it ends within {info.name}")
-            sample.members[extension] = Member(info.name, info.offset_data, info.size, content)
-        _check_end(path, stream, tar.offset)
-    if sample is not None:
-        yield sample
-
-
-def _name_parts(path: str, info: tarfile.TarInfo) -> tuple[str, str] | None:
-    """Key and extension of a member; None for one that is skipped. Raises DataError."""
-    found = None if info.isdir() or METADATA_NAME.match(info.name) else MEMBER_NAME.fullmatch(info.name)
-    if found is None or os.path.basename(info.name).startswith("."):  # such as d/._a.jpg, which macOS adds to d/a.jpg
-        return None
-    try:
-        info.name.encode()
-    except UnicodeEncodeError as error:
-        name = info.name.encode("utf-8", "surrogateescape")
-        raise DataError(f"{path}: the name of the member {name!r} is not UTF-8; rename it") from error
-    if info.issparse():
-        raise DataError(f"{path}: {info.name} is a sparse member; make the tar without --sparse")
-    if not info.isreg():
-        kind = "a link" if info.islnk() or info.issym() else "no file"
-        hint = "; make the tar with --dereference --hard-dereference" if kind == "a link" else ""
-        raise DataError(f"{path}: {info.name} is {kind}{hint}")
-    return found[1], found[2].lower()
-
-
-def _check_end(path: str, stream: BinaryIO, end: int) -> None:
-    """tarfile ends without an error at a header that is damaged or missing."""
-    stream.seek(end)
-    block = stream.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise DataError(f"{path} is truncated: it ends at byte {end} without the mark of a tar's end")
-    if block.strip(b"\0"):
-        raise DataError(f"{path} is damaged: it has no header of a member at byte {end}")
-    rest = stream.seek(0, os.SEEK_END) - end
-    if rest > MAX_PADDING:
-        raise DataError(f"{path} ends at byte {end}, and {rest} bytes follow; are several tars joined in one file?")
-
-
-# ---- the rows of a shard
-
-
-def media_rows(shard: Shard, media: str | None = None, probe: bool = False) -> pa.Table:
-    """One row per sample, with one video or image each.
-
-    media: extension of the member to take where a sample has several, such as mp4. probe: open the samples whose size,
-    frames or rate are not given. Raises DataError.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    kinds = set()
-    for sample in samples_of(shard):
-        member = media_member(shard.path, sample, media)
-        extension = member.name[len(sample.key) + 1 :]
-        values, error = values_of(sample)
-        kinds |= {type(values["label"])} if "label" in values else set()
-        row = {"offset": member.offset, "size": member.size, "key": sample.key, "extension": extension}
-        row |= values | {"error": error}
-        if member.size == 0:
-            row["error"] = row["error"] or "is empty (0 bytes)"
-        for name, column in columns.items():
-            column.append(row.get(name))
-    columns["label"] = [label if label is None else str(label) for label in columns["label"]]
-    table = pa.table(columns, SCHEMA)
-    if probe:
-        table = _probed(shard, table)
-    return table.replace_schema_metadata({KEY: json.dumps({"integer_labels": kinds <= {int}})})
-
-
-def media_member(path: str, sample: Sample, media: str | None) -> Member:
-    """The video or image of a sample, or its member with the extension `media`. Raises DataError."""
-    found = [name for name in sample.members if is_media(name)]
-    if media is not None:
-        found = [name for name in found if name == media.lower().lstrip(".")]
-    if len(found) == 1:
-        return sample.members[found[0]]
-    has = ", ".join(member.name for member in sample.members.values())
-    if found:
-        extension = found[0]
-        raise DataError(
-            f"{path}: the sample {sample.key} has {len(found)} videos or images ({', '.join(found)}); choose one with "
-            f"--media {extension}, in a configuration data.source.media={extension}"
-        )
-    what = "video or image" if media is None else f"member .{media.lstrip('.')}"
-    hint = "; the members of a sample must follow each other (tar --sort=name)" if len(sample.members) == 1 else ""
-    raise DataError(f"{path}: the sample {sample.key} has no {what}, only {has}{hint}")
-
-
-def is_media(extension: str) -> bool:
-    """Whether a member with this extension is a video or an image."""
-    return os.path.splitext(f"x.{extension}")[1] in VIDEO_SUFFIXES + IMAGE_SUFFIXES
-
-
-def values_of(sample: Sample) -> tuple[dict[str, Any], str | None]:
-    """Columns of the .json, .txt and .cls members, and what is wrong with them, if anything."""
-    texts = {}
-    for extension in SIDECARS:
-        if (member := sample.members.get(extension)) is not None:
-            try:
-                texts[extension] = member.content.decode()
-            except UnicodeDecodeError:
-                return {}, f"{member.name} is not UTF-8 text"
-    values: dict[str, Any] = {}
-    if "json" in texts:
-        name = sample.members["json"].name
-        try:
-            content = json.loads(texts["json"])
-        except (ValueError, RecursionError) as error:
-            return {}, f"{name} is not JSON: {one_line(error, 100)}"
-        if not isinstance(content, dict):
-            return {}, f"{name} is {texts['json']:.40}, not an object"
-        values = {key: value for key, value in content.items() if value is not None and key in SCHEMA.names[4:]}
-        values.pop("name", None)
-        values.pop("error", None)
-        for other, column in (("caption", "text"), ("frames", "num_frames"), (NAME, "name")):
-            if content.get(other) is not None:
-                values.setdefault(column, content[other])
-        for column, value in values.items():
-            if why := _wrong(column, value):
-                return {}, f"`{column}` of {name} is {json.dumps(value):.40}, {why}"
-        if values.get("end", math.inf) <= values.get("start", 0.0):
-            return {}, SEGMENT_ERROR
-    if "txt" in texts:
-        values.setdefault("text", texts["txt"])
-    if "cls" in texts:
-        label = texts["cls"].strip()
-        values.setdefault("label", int(label) if re.fullmatch(r"-?[0-9]{1,18}", label) else label)
-    return values, None
-
-
-def _wrong(column: str, value: Any) -> str | None:
-    """Why a value of a .json member cannot be in this column; None if it can."""
-    if column in INTEGERS + FLOATS:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return "which is not a number"
-        if not abs(value) <= 2**53:  # NaN and infinity too; larger integers are no floats
-            return "which is not a number of seconds, frames or pixels"
-        if column in INTEGERS and not (1 <= value < 2**31 and value == int(value)):
-            return "which is not a positive whole number"
-        return "which is below 0" if value < 0 else None
-    if column == "label" and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
-        return None
-    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
-        return "which is not a text"
-    return f"which is none of {', '.join(SPLITS)}" if column == "split" and value not in SPLITS else None
-
-
-def _probed(shard: Shard, table: pa.Table) -> pa.Table:
-    """The table with all sizes, counts and rates; what does not open gets an error."""
-    names = (*INTEGERS, "fps")
-    columns = {name: table[name].to_pylist() for name in (*names, "error")}
-    for row, path in enumerate(member_paths(table, pa.array([shard.path] * len(table), pa.large_string()))):
-        if columns["error"][row] is None and any(columns[name][row] is None for name in names):
-            found = read_metadata(path)
-            for name in found:  # "error" alone, or the others
-                columns[name][row] = found[name] if columns[name][row] is None else columns[name][row]
-    for name, values in columns.items():
-        position = SCHEMA.get_field_index(name)
-        table = table.set_column(position, SCHEMA.field(name), pa.array(values, SCHEMA.field(name).type))
-    return table
-
-
-def member_paths(table: pa.Table, shards: pa.Array) -> list[str]:
-    """The path of each row's video or image, as storage.member_path writes it: TAR@OFFSET+SIZE/MEMBER."""
-    # Through string, since Arrow casts no dictionary to large_string.
-    names = ("offset", "size", "key", "extension")
-    offset, size, key, extension = (table[name].cast(pa.string()).cast(pa.large_string()) for name in names)
-    # One expression for all rows: storage.member_path of a million rows takes a second.
-    at, plus, slash, dot, nothing = (pa.scalar(text, pa.large_string()) for text in ("@", "+", "/", ".", ""))
-    found = pc.binary_join_element_wise(shards, at, offset, plus, size, slash, key, dot, extension, nothing)
-    return found.to_pylist()
-
-
-# ---- the index of many shards
+Scan = Callable[[Shard], pa.Table]  # the rows of a shard
 
 
 @dataclass(frozen=True)

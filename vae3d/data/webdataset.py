@@ -30,23 +30,17 @@ from vae3d.data.rows import NUMBERS, exists, joined, rows_from_paths
 from vae3d.data.segments import SEGMENT
 from vae3d.data.stores import find_objects, list_urls
 from vae3d.data.tar_index import (
-    COMPRESSED_TAR,
     INDEX,
     THREADS,
     Scan,
     Settings,
-    Shard,
     build_index,
     check_shards,
-    find_shard,
-    is_media,
-    media_member,
-    member_paths,
     read_index,
-    samples_of,
     shard_paths,
-    values_of,
 )
+from vae3d.data.tar_rows import is_media, media_member, member_paths, values_of
+from vae3d.data.tar_samples import COMPRESSED_TAR, Shard, find_shard, samples_of
 from vae3d.data.workers import processor_count
 from vae3d.hashing import json_hash
 from vae3d.io import naming

@@ -24,7 +24,9 @@ from vae3d.data.media import DataError, MediaError, one_line
 from vae3d.data.paths import member_path
 from vae3d.data.rows import exists
 from vae3d.data.storage import local_range
-from vae3d.data.tar_index import KEY, Sample, Settings, Shard, samples_of
+from vae3d.data.tar_index import Settings
+from vae3d.data.tar_rows import KEY
+from vae3d.data.tar_samples import Sample, Shard, samples_of
 from vae3d.data.webdataset import is_tar, open_index
 from vae3d.latents.metadata import TEXTS, read_meta_file, rows_error
 from vae3d.latents.shards import KINDS, META, CacheError, IndexRow, name_of, shards_in
