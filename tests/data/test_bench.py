@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.data.bench import File, Measured, Row, drop_from_memory, needs_of, plan, row_of
+from vae3d.data.bench import Row, needs_of, row_of
 from vae3d.data.clips import ClipSettings
+from vae3d.data.read_speed import File, Measured, drop_from_memory, plan
 from vae3d.data.segments import WHOLE
 
 

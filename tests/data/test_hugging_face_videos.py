@@ -27,7 +27,8 @@ from vae3d.data.media import DataError, MediaError
 from vae3d.data.paths import name_of, split_member
 from vae3d.data.readers import is_image, media_info, open_media
 from vae3d.data.sources import open_source
-from vae3d.data.streaming import Position, ShuffledItems, StreamingData, StreamingSchedule, opened, stream_notes
+from vae3d.data.stream_order import Position, ShuffledItems
+from vae3d.data.streaming import StreamingData, StreamingSchedule, opened, stream_notes
 from vae3d.latents.scale import longest_clips
 
 hf = pytest.importorskip("datasets")
