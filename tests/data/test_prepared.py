@@ -134,6 +134,20 @@ def test_errors_of_a_large_table_name_the_line(tmp_path, large, line, text):
     assert f"line {line}" in str(messages[0]) or "end of data" in messages[0]
 
 
+def test_labels_and_columns_of_parquet_are_those_of_the_file(tmp_path, large):
+    table = rows()
+    table["label"] = pd.array([None, *range(1, len(table))], dtype="Int64")  # 3 does not become 3.0
+    table.to_parquet(tmp_path / "t.parquet")
+    one, other = both(Table(tmp_path / "t.parquet"), large)
+    assert_same(one, other)
+    assert set(filter(None, one.train["label"])) <= set(map(str, range(1, len(table))))
+    table.assign(text=[["a", "b"]] * len(table)).to_parquet(tmp_path / "t.parquet")
+    for on in (True, False):
+        large(on)
+        with pytest.raises(DataError, match=r"t\.parquet: its column `text` is of list"):
+            read_tables(Table(tmp_path / "t.parquet"), SETTINGS, 3, 0.5)
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_table_without_a_usable_row_is_one_error(tmp_path, large, kind):
     table = rows().assign(num_frames=-1, error=0)  # a column `error` of the user says nothing
