@@ -42,6 +42,7 @@ from vae3d.data.tar_index import INDEX, Settings, build_index, read_index
 from vae3d.data.tar_rows import SCHEMA, media_rows
 from vae3d.data.tar_samples import Shard, find_shard, samples_of
 from vae3d.data.webdataset import WebDataset, is_shards
+from vae3d.io import FileError
 
 DRAWS, BATCH = 1000, 20
 SETTINGS = ClipSettings(16, 16, crop="random", flip=True)
@@ -466,6 +467,16 @@ def test_two_processes_that_write_an_index_at_once_both_have_it(tmp_path):
     others[0].join()
     assert found[0].equals(found[1])
     assert len(read_index(tmp_path / INDEX)[0]) == 9
+
+
+def test_a_folder_that_is_not_there_and_a_cache_that_cannot_be_written_are_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="typo: no such file"):
+        WebDataset(tmp_path / "typo").table()
+    tar = write_tar(tmp_path / "0.tar", samples(1))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "file"))
+    with pytest.raises(FileError, match=r"file/shards cannot be written .* set VAE3D_CACHE"):
+        build_index([find_shard(str(tar))], tmp_path / INDEX, Settings())
 
 
 def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):

@@ -20,14 +20,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
 
+from vae3d.data.cache_lock import alone
 from vae3d.data.file_table import ArrowFile, FileTable
 from vae3d.data.media import DataError
 from vae3d.data.paths import cache_folder
@@ -37,9 +36,10 @@ from vae3d.data.rows import Listing, exists, in_threads
 from vae3d.data.sources import Source
 from vae3d.data.versions import file_stamp
 from vae3d.hashing import json_hash
-from vae3d.io import TMP_NAME, FileError, atomic_dir, naming, write_json
+from vae3d.io import TMP_NAME, atomic_dir, naming, write_json
 
 LARGE = 100_000  # rows; every process reads a smaller table itself
+KEPT = f"prepared tables of more than {LARGE:,} rows"
 KEPT_DAYS = 30
 KEPT_BYTES = 50 * 2**30  # on disk, of all tables, before another one is prepared
 VERSION = 4
@@ -92,7 +92,7 @@ def prepare(large: Large) -> FileTable:
     DataError as `table` of the source does, and FileError if the cache folder cannot be written."""
     rows, folder = large
     if not _is_current(folder):
-        with alone(folder):
+        with alone(folder, KEPT):
             if not _is_current(folder):
                 delete_unused(folder.parent)
                 if folder_of(rows) != folder:  # asked again here, since each machine may have a cache of its own
@@ -147,21 +147,3 @@ def _size_of(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 total += os.stat(os.path.join(here, name)).st_size
     return total
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Only one process of all is inside; the others wait. Raises FileError if the cache folder cannot be written."""
-    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise FileError(
-            f"{folder.parent} cannot be written ({error.strerror}); tables of more than {LARGE:,} rows are prepared "
-            "there; set VAE3D_CACHE to a writable folder"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

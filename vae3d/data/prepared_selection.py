@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from vae3d.data.cache_lock import alone
 from vae3d.data.file_table import CHUNK, NAMES, TEXT, ArrowFile, FileTable, write_arrow
 from vae3d.data.fingerprint import GroupedFingerprint, grouped
-from vae3d.data.prepared import Large, alone
+from vae3d.data.prepared import KEPT, Large
 from vae3d.data.prepared_rows import results_of
 from vae3d.data.probe import PART, ProbeResults, Ranks, read_files, read_metadata
 from vae3d.data.rows import in_threads
@@ -52,7 +53,7 @@ def select(large: Large, table: FileTable, rules: Rules, ranks: Ranks) -> Select
     if not ranks.all(made is not None and not _opens_now(folder, ranks)):
         results = results_of(large.rows.source, large.folder)
         probe_unknown(table, rules, results, ranks)
-        with alone(folder.parent):
+        with alone(folder.parent, KEPT):
             if _time_of(folder) == made:  # else another process has just made it again
                 with naming(folder), atomic_dir(folder) as tmp:
                     _write(tmp, table, rules, results, _one_name_per_file(folder.parent))

@@ -22,9 +22,9 @@ from typing import Annotated, Any, TypedDict
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
 
 from vae3d.arguments import Range, check_fields
+from vae3d.data.cache_lock import alone
 from vae3d.data.media import DataError, one_line
 from vae3d.data.paths import cache_folder, is_url, local_name
 from vae3d.data.storage import local_copy
@@ -73,10 +73,7 @@ def build_index(
     """
     # Of this machine, not beside the index: another machine may write the same one now.
     parts = cache_folder() / "shards" / f"{json_hash(os.path.abspath(out))[:24]}.parts"
-    with naming(parts):
-        parts.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(parts.with_suffix(".lock")).acquire()
-    with lock:
+    with alone(parts, "rows of shards that are being indexed"):
         return _build(shards, out, settings, scan, probe, workers, parts)
 
 

@@ -57,8 +57,8 @@ def find_shard(path: str) -> Shard:
     """A tar file as it is now. Raises DataError if it does not exist."""
     if path.lower().endswith(COMPRESSED_TAR):
         raise DataError(f"{path} is compressed; single samples can be read of plain tars only: decompress it")
-    member_path(path, 0, 0, "x")  # raises for a name that paths of members cannot have
     if is_url(path):
+        member_path(path, 0, 0, "x")  # raises for a name that paths of members cannot have
         try:
             size, stamp = size_and_version(path)
         except MediaError as error:
@@ -72,6 +72,7 @@ def find_shard(path: str) -> Shard:
         ) from error
     if not S_ISREG(stat.st_mode):  # to open a pipe would wait for ever
         raise DataError(f"{path} is no file, but a folder, a pipe or a device")
+    member_path(path, 0, 0, "x")
     return Shard(os.path.abspath(path), stat.st_size, f"mtime:{stat.st_mtime_ns}")
 
 

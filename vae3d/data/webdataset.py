@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
 
+from vae3d.data.cache_lock import alone
 from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.paths import cache_folder, is_http, is_url, local_name, member_path
 from vae3d.data.readers import is_image
@@ -43,7 +43,6 @@ from vae3d.data.tar_rows import is_media, media_member, member_paths, values_of
 from vae3d.data.tar_samples import COMPRESSED_TAR, Shard, find_shard, samples_of
 from vae3d.data.workers import processor_count
 from vae3d.hashing import json_hash
-from vae3d.io import naming
 from vae3d.text import plural
 
 TAR = (".tar", *COMPRESSED_TAR)  # the compressed ones raise a clear error
@@ -306,9 +305,7 @@ def open_index(
         log.info("%s lacks some of the shards, or has other settings; another index is made", beside)
     shards = find_shards(paths)
     cached = cached_index(shards, settings)
-    with naming(cached.parent):
-        cached.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cached.with_suffix(".lock")):  # other processes of this machine wait
+    with alone(cached, "indices of shards"):
         is_free = not is_url(beside) and not os.path.exists(beside)
         own = is_free and os.access(os.path.dirname(os.path.abspath(beside)), os.W_OK)
         out = Path(beside) if own else cached
