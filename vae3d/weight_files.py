@@ -46,6 +46,7 @@ MAX_TENSORS = 2**16  # of a safetensors file
 MAX_SHARED = 8  # elements of all tensors per byte of the file, since tensors may share bytes
 MAX_EXPANDED = 2**16  # elements of a tensor that repeats those of a smaller storage
 MAX_NAME = 4096  # characters of a tensor's name; nested keys in a pickle of some MB can join to names of TB
+MAX_NAMES = 2**24  # characters of the names of all tensors
 MAX_IDENTIFIER = 256  # characters of the name of a class, module or storage
 MAX_DIMS = 64  # of a tensor
 DOWNLOAD = "download it again"
@@ -196,9 +197,12 @@ def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTens
 
     def read(name: str) -> Tensor:
         try:
-            return file.get_tensor(name)
+            tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise FileError(f"{path}: {name} cannot be read ({error})") from error
+        if tensor.shape != shapes[name]:
+            raise FileError(f"{path}: {name} is {tensor.dtype}, which packs numbers; save it in another type")
+        return tensor
 
     try:
         file = safe_open(path, "pt")
@@ -209,6 +213,9 @@ def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTens
         raise FileError(f"{path}: has {size:,} bytes, more than the free memory") from error
     except SafetensorError as error:
         raise FileError(f"{path}: is a damaged or incomplete safetensors file ({error}); {DOWNLOAD}") from error
+    for name, shape in shapes.items():
+        if len(shape) > MAX_DIMS or any(n >= 2**63 for n in shape):
+            raise FileError(f"{path}: {name[:MAX_NAME]} has a shape that no tensor has; {DOWNLOAD}")
     return {name: LazyTensor(shape, partial(read, name)) for name, shape in shapes.items()}
 
 
@@ -269,6 +276,7 @@ def named_tensors(tree: Any, path: str | Path) -> dict[str, LazyTensor | SavedTe
     A container that occurs several times, also inside itself, counts once. path: for errors.
     """
     found: dict[str, LazyTensor | SavedTensor] = {}
+    length = 0
     seen: set[int] = set()
     pending: list[tuple[_KeyPath, Any]] = [(None, tree)]
     while pending:
@@ -276,6 +284,8 @@ def named_tensors(tree: Any, path: str | Path) -> dict[str, LazyTensor | SavedTe
         if isinstance(node, LazyTensor | SavedTensor):
             if (name := _join_keys(keys, path)) in found:
                 raise FileError(f"{path}: two tensors are called {name}")
+            if (length := length + len(name)) > MAX_NAMES:
+                raise FileError(f"{path}: the names of its tensors have more than {MAX_NAMES:,} characters")
             found[name] = node
         elif isinstance(node, (dict, list, tuple)) and id(node) not in seen:
             seen.add(id(node))  # unique, because the tree keeps all containers alive

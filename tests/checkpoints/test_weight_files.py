@@ -286,6 +286,10 @@ DAMAGED = {
         archive(b"\x80\x02}X\x10\x27\0\0" + b"k" * 10_000 + b"q\x00" + b"}h\x00" * 20_000
                 + tensor_of((4,), (1,))[2:-1] + b"s" * 20_001 + b".", STORAGE), "characters",
     ),
+    "many long names": (
+        archive(b"\x80\x02}X\xa0\x0f\0\0" + b"k" * 4000 + b"](" + tensor_of((4,), (1,))[13:-2] + b"q\xff"
+                + b"h\xff" * 5000 + b"es.", STORAGE), "names",
+    ),
     "no storage": (archive(tensor_of((4,), (1,))), "storage '0' is missing"),
     "short storage": (archive(tensor_of((4,), (1,), 0, 5), STORAGE), "too short"),
     "large tensor": (archive(tensor_of((5,), (1,)), STORAGE), "does not fit its storage"),
@@ -304,6 +308,11 @@ DAMAGED = {
     "safetensors overlap": (
         safetensors({n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in "ab"}, b"\0" * 4), "damaged",
     ),
+    "safetensors of half bytes": (
+        safetensors({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"\0" * 2), "w is torch.float4",
+    ),
+    "safetensors size": (safetensors({"w": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}), "w has a shape"),
+    "safetensors dimensions": (safetensors({"w": {"dtype": "F32", "shape": [0] * 65, "data_offsets": [0, 0]}}), "w has a shape"),
     "safetensors nested": (safetensors(b'{"a":' + b"[" * 100_000), "damaged"),
 }  # fmt: skip
 
