@@ -41,12 +41,14 @@ if TYPE_CHECKING:
 MAX_INDEX_BYTES = 2**26
 MAX_INDEX_FILES = 4096  # that an index names
 MAX_PICKLE_BYTES = 2**26  # tensors are outside the pickle
-MAX_OPERATIONS = 1_000_000  # of a pickle: about a second; a tensor takes about 40 operations
+MAX_OPERATIONS = 1_000_000  # of a pickle, about a second, and one more per BYTES_PER_OPERATION of its file:
+BYTES_PER_OPERATION = 4  # a tensor takes about 40 operations, and at least 200 bytes of the file
 MAX_TENSORS = 2**16  # of a safetensors file
 MAX_SHARED = 8  # elements of all tensors per byte of the file, since tensors may share bytes
 MAX_EXPANDED = 2**16  # elements of a tensor that repeats those of a smaller storage
 MAX_NAME = 4096  # characters of a tensor's name; nested keys in a pickle of some MB can join to names of TB
 MAX_NAMES = 2**24  # characters of the names of all tensors
+MAX_NESTED = 64  # containers in each other, where a tree is read whole
 MAX_IDENTIFIER = 256  # characters of the name of a class, module or storage
 MAX_DIMS = 64  # of a tensor
 DOWNLOAD = "download it again"
@@ -151,6 +153,39 @@ def open_tree(path: str | Path) -> Any:
         return _open(Path(path), _open_index)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_tree(path: str | Path, *, lazy: bool = False) -> Any:
+    """The nested dicts, lists, tuples and plain values of a weight file, with its tensors on the CPU.
+
+    A container that occurs several times is copied as often, so that whoever walks through the result meets no more
+    than was counted here. lazy: leave the tensors in the file, as LazyTensors or SavedTensors.
+    Raises FileError, also for a file that holds any other object.
+    """
+    tree = open_tree(path)
+    remaining = _max_operations(os.path.getsize(path))
+    tensors: dict[int, Tensor] = {}  # each is read once
+
+    def read(node: Any, keys: _KeyPath, depth: int) -> Any:
+        nonlocal remaining
+        remaining -= 1
+        if depth > MAX_NESTED or remaining < 0:
+            raise FileError(f"{path}: is nested more than {MAX_NESTED} levels deep, or without end")
+        if isinstance(node, LazyTensor | SavedTensor):
+            if lazy:
+                return node
+            if id(node) not in tensors:
+                tensors[id(node)] = node.read()
+            return tensors[id(node)]
+        if isinstance(node, dict):
+            return {key: read(inner, (keys, key), depth + 1) for key, inner in node.items()}
+        if isinstance(node, list | tuple):
+            return type(node)(read(inner, (keys, key), depth + 1) for key, inner in enumerate(node))
+        if node is OPAQUE or isinstance(node, _Global | _Storage):
+            raise FileError(f"{path}: {_join_keys(keys, path)} is neither a tensor nor a plain value")
+        return node
+
+    return read(tree, None, 0)
 
 
 def _open(path: Path, open_json: Callable[[Path], Any]) -> Any:
@@ -367,7 +402,7 @@ def _open_zip(path: Path, size: int) -> Any:
 
     if (count := entries[pickles[0]].file_size) > MAX_PICKLE_BYTES:
         raise FileError(f"{path}: its pickle has {count:,} bytes; save the state dict alone")
-    return _unpickle(path, io.BytesIO(read(pickles[0])), locate)
+    return _unpickle(path, size, io.BytesIO(read(pickles[0])), locate)
 
 
 def _map_file(path: Path) -> memoryview | None:
@@ -439,7 +474,7 @@ def _open_legacy(path: Path, size: int) -> Any:
         return partial(read, storage.key)
 
     # The magic number, the version, information about the machine, the object, the keys of its storages.
-    _, _, _, tree, keys = (_unpickle(path, content, locate) for _ in range(5))
+    _, _, _, tree, keys = (_unpickle(path, size, content, locate) for _ in range(5))
     if not isinstance(keys, list) or not used.keys() <= {key for key in keys if isinstance(key, str)}:
         raise FileError(f"{path}: is damaged: its list of storages is not complete; {DOWNLOAD}")
     position = content.tell()
@@ -456,16 +491,21 @@ def _open_legacy(path: Path, size: int) -> Any:
     return tree
 
 
-def _unpickle(path: Path, stream: io.BytesIO, locate: Locate) -> Any:
-    """See _interpret. Raises FileError."""
+def _unpickle(path: Path, size: int, stream: io.BytesIO, locate: Locate) -> Any:
+    """See _interpret. size: of the file. Raises FileError."""
     try:
-        return _interpret(stream, locate)
+        return _interpret(stream, locate, _max_operations(size))
     except (LookupError, ValueError, OverflowError, TypeError) as error:
         # LookupError: empty stack or memo; ValueError: from pickletools; TypeError: operand of another type.
         raise FileError(f"{path}: is damaged, or not written by torch.save ({error}); {DOWNLOAD}") from error
 
 
-def _interpret(stream: io.BytesIO, locate: Locate) -> Any:
+def _max_operations(size: int) -> int:
+    """Of a pickle in a file of so many bytes."""
+    return MAX_OPERATIONS + size // BYTES_PER_OPERATION
+
+
+def _interpret(stream: io.BytesIO, locate: Locate, max_operations: int) -> Any:
     """The value of a pickle: plain containers and values, LazyTensors, and OPAQUE in place of other objects.
 
     https://github.com/python/cpython/blob/main/Lib/pickletools.py explains the operations.
@@ -482,8 +522,8 @@ def _interpret(stream: io.BytesIO, locate: Locate) -> Any:
         return items
 
     for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
-        if count > MAX_OPERATIONS:
-            raise ValueError(f"its pickle has more than {MAX_OPERATIONS} operations")
+        if count > max_operations:
+            raise ValueError(f"its pickle has more than {max_operations} operations")
         match operation.name:
             case "PROTO" | "FRAME":
                 pass

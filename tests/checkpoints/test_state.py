@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import struct
+import zipfile
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from vae3d import weight_files
 from vae3d.checkpoints import state
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.location import find_weights
@@ -36,7 +41,6 @@ def test_steps_are_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_a_flipped_bit_of_a_training_state_is_found_when_it_is_loaded(tmp_path):
-    """torch.load does not compare the CRCs that torch.save writes."""
     folder = state.unfinished(tmp_path, 3)
     state.begin(folder)
     content = {"step": 3, "model": {"w": torch.zeros(5000)}, "optimizer": {}}
@@ -104,8 +108,8 @@ def test_a_damaged_run_json_stops_a_resume_and_names_the_folder_to_delete(tmp_pa
         check_same_run(state.starting_state(tmp_path, resume_from), new())
 
 
-@pytest.mark.parametrize("check", [False, True])
-def test_a_damaged_training_state_is_named(tmp_path, check):
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_damaged_training_state_is_named(tmp_path, lazy):
     folder = state.unfinished(tmp_path, 3)
     state.begin(folder)
     state.write(folder, {"step": 3, "model": {"a": torch.zeros(9)}, "optimizer": {}}, OLD)
@@ -126,7 +130,7 @@ def test_a_damaged_training_state_is_named(tmp_path, check):
         (folder / "state.pt").write_bytes(content)
         (folder / "rank-0.pt").write_bytes(content)
         with pytest.raises(CheckpointError, match=r"state\.pt"):
-            state.load_state(folder, check)
+            state.load_state(folder, lazy=lazy)
         with pytest.raises(CheckpointError, match=r"rank-0\.pt"):
             state.load_rank(folder, 0)
     for content in (
@@ -137,7 +141,43 @@ def test_a_damaged_training_state_is_named(tmp_path, check):
     ):
         torch.save(content, folder / "state.pt")
         with pytest.raises(CheckpointError, match=r"state\.pt"):
-            state.load_state(folder, check)
+            state.load_state(folder, lazy=lazy)
+
+
+class _Call:
+    """Pickles as a call of a function that torch.load(weights_only=True) permits."""
+
+    def __init__(self, function: Callable, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def test_a_small_state_of_a_stranger_fills_neither_memory_nor_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "MAX_OPERATIONS", 10_000)
+    nested: list = []
+    for _ in range(40):
+        nested = [nested, nested]
+    loop: list = []
+    loop.append(loop)
+    for value in (_Call(bytearray, 2**40), _Call(torch.device, "cpu"), nested, loop):
+        for key in ("model", "config"):
+            torch.save({"step": 3, "model": {}, "optimizer": {}, key: {"a": value}}, tmp_path / "state.pt")
+            with pytest.raises(CheckpointError, match=r"state\.pt"):
+                state.load_state(tmp_path)
+    with zipfile.ZipFile(tmp_path / "state.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x04\x8d" + struct.pack("<Q", 2**24) + b"a" * 2**24 + b".")
+    with pytest.raises(CheckpointError, match="compressed"):
+        state.load_state(tmp_path)
+
+
+def test_a_tensor_in_several_places_is_read_once(tmp_path):
+    part = torch.arange(2**15).view(2, -1)[:, ::2]
+    torch.save({"step": 3, "model": {"a": part, "b": part}, "optimizer": {}}, tmp_path / "state.pt")
+    model = state.load_state(tmp_path)["model"]
+    assert torch.equal(model["a"], part)
+    assert model["a"] is model["b"]
 
 
 def test_a_lone_state_file_without_its_configuration_is_refused(tmp_path):

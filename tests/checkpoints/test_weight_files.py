@@ -272,7 +272,7 @@ DAMAGED = {
     "unknown operation": (archive(b"\xff."), "damaged"),
     "huge text": (archive(b"\x8d" + b"\xff" * 7 + b"\x7f."), "damaged"),
     "huge memo": (archive(b"}r\xff\xff\xff\x7f."), None),
-    "many operations": (archive(b"N" * 1_000_002 + b"."), "operations"),
+    "many operations": (archive(b"N" * 1_400_000 + b"."), "operations"),
     "lists in a class name": (archive(b"\x80\x04}" + NESTED + b"X\1\0\0\0x\x930."), None),
     "lists for a storage": (archive(b"\x80\x02(U\7storagectorch\nFloatStorage\n" + NESTED + b"U\3cpuK\1tQ."), "storage"),
     "lists for an offset": (archive(tensor_of((4,), (1,), [])[:-1].replace(b"]", NESTED) + b"."), "offset"),

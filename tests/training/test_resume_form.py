@@ -84,7 +84,7 @@ WRONG = {
     "data has no 'facts'": drop("data", "facts"),
     "adversary": put({"discriminator": {}}, "adversary"),
     "is nested more than": lambda state: state.update(config=deep(100)),
-    "config: model.x: a Tensor": put(torch.zeros(1), "config", "model", "x"),
+    "config: model.x: a ": put(torch.zeros(1), "config", "model", "x"),
 }
 WHOLE = ("model", "optimizer", "ema", "spikes", "adversary", "projections", "scaler", "meter", "reads", "step")
 WHOLE += ("objective", "proximal", "best", "data", "failed_steps", "zero_gradient")

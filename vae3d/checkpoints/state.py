@@ -9,11 +9,7 @@ All ranks write into .step-0001000.tmp: `begin` creates it, `write` and `write_r
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +21,9 @@ from vae3d.arguments import ArgumentError, Range, check_fields, flatten, without
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error
 from vae3d.checkpoints.location import step_folders, step_of
 from vae3d.errors import UserError
-from vae3d.io import atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
+from vae3d.io import FileError, atomic_write, check_plain, read_json, remove, replace_durably, tmp_path, write_json
 from vae3d.models.registry import RUNNING
+from vae3d.weight_files import DOWNLOAD, read_tree
 
 META = "run.json"  # a folder without it is incomplete
 STATE = "state.pt"
@@ -43,12 +40,6 @@ MAY_CHANGE = (
     *(f"adversary.{key}" for key in ("lr", "schedule", "warmup_steps", "max_steps", "min_lr", "cycles", "power")),
     "denoiser.dropout",
 )
-
-# What reading damaged files raises, in addition to the documented errors: found by changing random bytes.
-DAMAGED = (
-    OSError, EOFError, RuntimeError, pickle.UnpicklingError, struct.error, LookupError, ValueError, TypeError,
-    AttributeError, AssertionError, ArithmeticError, MemoryError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
 
 
 class _RunInfo(TypedDict):
@@ -181,7 +172,7 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
         return found
     if flatten(saved_config(newest)).get("run.resume_from") == resume_from:
         return newest
-    given = load_state(found, check=False)["step"]
+    given = load_state(found, lazy=True)["step"]
     if step_of(newest) > given:
         raise ResumeError(
             f"{newest} is newer than run.resume_from={resume_from} (step {given}); give this run another run.name, "
@@ -190,15 +181,14 @@ def starting_state(root: Path, resume_from: str | None) -> Path | None:
     return found
 
 
-def load_state(path: Path, check: bool = True) -> dict[str, Any]:
+def load_state(path: Path, *, lazy: bool = False) -> dict[str, Any]:
     """The training state in a step folder or a state file. Its tensors are pages of the file: copy them, see
     weight_files.
 
-    check: compare the CRCs, which reads all of the file. Raises CheckpointError if it is damaged or holds something
-    else.
+    lazy: leave them in the file, as LazyTensors. Raises CheckpointError if it is damaged or holds something else.
     """
     file = path / STATE if path.is_dir() else path
-    state = _read(file, path, check=check, mmap=True)
+    state = _read(file, path, lazy=lazy)
     if not isinstance(state, dict) or not {"step", "model", "optimizer"} <= state.keys():
         raise CheckpointError(f"{file} holds no training state; to start from weights alone set stage.init_from={file}")
     with as_checkpoint_error():
@@ -224,7 +214,7 @@ def from_weights(checkpoint: Path) -> str:
 
 
 def load_rank(path: Path, rank: int) -> dict[str, Any]:
-    """The state of one rank; {} if there is none, such as beside a state file. Raises CheckpointError if damaged."""
+    """The state of one rank, as load_state; {} if there is none, such as beside a state file."""
     file = path / RANK_STATE.format(rank=rank)
     if not path.is_dir() or not file.is_file():
         return {}
@@ -234,24 +224,12 @@ def load_rank(path: Path, rank: int) -> dict[str, Any]:
     return own
 
 
-def _read(file: Path, checkpoint: Path, *, check: bool = True, mmap: bool = False) -> Any:
+def _read(file: Path, checkpoint: Path, *, lazy: bool = False) -> Any:
     try:
-        if check:
-            _check_crcs(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except DAMAGED as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{file} cannot be read ({reason[:200]}); {_hint(checkpoint)}") from error
-
-
-def _check_crcs(file: Path) -> None:
-    """Compare the CRC-32 of every record in a torch.save file, at about 2 GB/s. torch.load does not.
-
-    Raises an exception of DAMAGED. torch.load then reads the file from the page cache.
-    """
-    with zipfile.ZipFile(file) as archive:
-        if (record := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"Bad CRC-32 for file {record!r}")
+        return read_tree(file, lazy=lazy)
+    except FileError as error:
+        reason = str(error).removeprefix(f"{file}: ").removesuffix(f"; {DOWNLOAD}")
+        raise CheckpointError(f"{file} cannot be read ({reason}); {_hint(checkpoint)}") from error
 
 
 def _hint(checkpoint: Path) -> str:
@@ -266,7 +244,7 @@ def saved_config(path: Path) -> dict[str, Any]:
     Raises CheckpointError if run.json is damaged. Such a checkpoint is never skipped silently, since that loses steps.
     """
     if not path.is_dir():
-        state = load_state(path, check=False)
+        state = load_state(path, lazy=True)
         if "config" not in state:
             raise CheckpointError(f"{path} does not hold the configuration of its run; {_hint(path)}")
         return state["config"]

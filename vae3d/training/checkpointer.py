@@ -141,7 +141,7 @@ class Checkpointer:
                     continue
                 if name in own or name not in self.optional_rank_state:
                     check_value(own.get(name, {}), Mapping[str, Any], name)
-                    _load_item(checkpoint, name, item.load_rank_state_dict, own.get(name, {}))
+                    _load_item(checkpoint, name, item.load_rank_state_dict, _copied(own.get(name, {})))
                 elif item.rank_state_dict():
                     log.warning("%s has no %s of rank %d, which starts empty", checkpoint, name, self.rank)
         return saved["step"]
