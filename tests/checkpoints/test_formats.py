@@ -152,6 +152,16 @@ def test_scalar_scale_and_shift_of_training_files_are_spread_over_the_channels(t
     assert torch.equal(model.latents_mean, torch.full((1, 4, 1, 1, 1), 0.5))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("scale", torch.ones(5)), ("shift", torch.ones(0)), ("scales", torch.ones(4))]
+)
+def test_a_scale_or_shift_that_does_not_fit_is_named(tmp_path, key, value):
+    saved = checkpoint("temporal_vae", PIPELINE, tmp_path)
+    torch.save({**to_published(saved.state), key: value}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=rf"model\.pt.*\s.*{key}|model\.pt: {key}"):
+        vae3d.load(tmp_path / "model.pt")
+
+
 def test_written_opensora_folder_computes_the_same_under_the_published_factor(tmp_path, monkeypatch):
     """The original code always multiplies by 0.18215; another factor is folded into the weights."""
     monkeypatch.setattr(export, "_require_published_size", lambda config: None)  # a tiny one serves here

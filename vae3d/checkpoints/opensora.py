@@ -30,6 +30,8 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     buffers = {}
     for name, key in PUBLISHED_STATS.items():
         if key in state:  # 0-dimensional in files that the original training script wrote
+            if state[key].numel() not in (1, channels):
+                raise ValueError(f"{key} has the shape {list(state[key].shape)}; its latents have {channels} channels")
             buffers[name] = state[key].reshape(-1).expand(channels).clone()
         else:
             buffers[name] = torch.full((channels,), 1.0 if key == "scale" else 0.0)
@@ -47,7 +49,8 @@ def read(weights: PublishedWeights) -> tuple[dict[str, Any], State]:
     own = {f"{SPATIAL}{key}": tensor for key, tensor in spatial.items()}
     own |= {f"{TEMPORAL}{key}": tensor for key, tensor in temporal.items()}
     own |= {name: buffer.reshape(1, -1, 1, 1, 1) for name, buffer in buffers.items()}
-    unknown = {k: v for k, v in state.items() if not k.startswith((SPATIAL, TEMPORAL, *PUBLISHED_STATS.values()))}
+    stats = PUBLISHED_STATS.values()
+    unknown = {k: v for k, v in state.items() if not k.startswith((SPATIAL, TEMPORAL)) and k not in stats}
     return config, own | unknown  # the strict loader then names the unknown
 
 
