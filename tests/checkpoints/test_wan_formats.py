@@ -282,9 +282,9 @@ def test_a_tensor_that_is_missing_is_named(tmp_path, layout, key):
     del saved.state[key]
     path = tmp_path / LAYOUTS[layout]
     WRITERS[layout](saved, path)
-    blocks = "num_res_blocks is 2, and must be 1"  # said by a config.json
-    with pytest.raises(CheckpointError, match=rf"{re.escape(key)}|{blocks}"):
-        vae3d.load(path, wan.model())
+    for model in (None, wan.model()):
+        with pytest.raises(CheckpointError, match=re.escape(key)):
+            vae3d.load(path, model)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):

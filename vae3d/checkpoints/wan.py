@@ -178,9 +178,8 @@ def _layers(state: State) -> int:
     """Residual blocks per level of the encoder."""
     if _has_shortcuts(state):
         return count_layers(state, r"encoder\.downsamples\.0\.downsamples\.(\d+)\.residual\.")
-    flat = [key for key in state if re.match(r"encoder\.downsamples\.\d+\.residual\.2\.weight", key)]
-    levels = 1 + len([key for key in state if re.match(r"encoder\.downsamples\.\d+\.resample\.1\.weight", key)])
-    return len(flat) // levels
+    numbers = [int(match[1]) for key in state if (match := re.match(r"encoder\.downsamples\.(\d+)\.resample\.", key))]
+    return min(numbers, default=count_layers(state, r"encoder\.downsamples\.(\d+)\."))
 
 
 def _levels(state: State, shortcuts: bool) -> tuple[list[int], list[bool]]:
