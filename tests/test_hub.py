@@ -17,9 +17,11 @@ import vae3d
 from tests import tiny
 from tests.hub_client import digest
 from tests.hub_server import OWNER, READER, Hub
-from vae3d.checkpoints.export import write_diffusers
-from vae3d.checkpoints.formats import read_checkpoint
+from vae3d.checkpoints.export import write_diffusers, write_final_model
+from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
 from vae3d.errors import UserError
+from vae3d.hub import choose
+from vae3d.models.registry import config_of
 from vae3d.models.taesd import TAESD
 
 
@@ -172,6 +174,20 @@ def test_one_of_several_files_is_named(hub, client, saved, weights):
     for filename in ("b", "b/model.safetensors"):
         assert client("pull", path="me/many", filename=filename)["weights"] == weights
     assert "nothing" in client("pull", path="me/many", filename="nothing")["error"]
+    for outside in ("/etc/passwd", "../../../b/model.safetensors"):
+        assert outside in client("pull", path="me/many", filename=outside)["error"]
+
+
+def test_names_that_no_file_here_can_have_are_passed_over():
+    names = ["x" * 300, "a\0b", "../model.safetensors", "/model.safetensors", "model.pth", "model.pth/README.md"]
+    assert choose(names, "me/names") == "model.pth"
+
+
+def test_the_metadata_of_a_final_taehv_comes_along(hub, client, tmp_path):
+    model = tiny.model("taehv")
+    write_final_model(Checkpoint(config_of(model), model.state_dict(), tmp_path, "export"), tmp_path)
+    hub.commit("me/final", {name: (tmp_path / name).read_bytes() for name in ("final_model.pth", "model.json")})
+    assert client("pull", path="me/final") == {"weights": digest(model.state_dict()), "class": "TAEHV"}
 
 
 def test_shards_and_halves_come_with_the_first_file(hub, client, saved, weights, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
 from vae3d import __version__
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.location import EXPORT_CONFIG, exists, find_weights, halves
+from vae3d.checkpoints.taehv import INFO_FILE
 from vae3d.errors import UserError
 from vae3d.io import write_text
 from vae3d.loading import load, save
@@ -166,7 +168,8 @@ def download(
         return folder / choose(names, repository, filename)
     weights = choose(names, repository, filename)
     beside = PurePosixPath(weights)
-    wanted = {"config.json", EXPORT_CONFIG, f"{beside.stem}.json", *(half.name for half in halves(Path(weights)))}
+    wanted = {"config.json", EXPORT_CONFIG, INFO_FILE, f"{beside.stem}.json"}
+    wanted |= {half.name for half in halves(Path(weights))}
     try:
         # The weights last, so that a cache with weights has the rest, too.
         for name in sorted(wanted - {beside.name}):
@@ -187,18 +190,26 @@ def choose(names: Iterable[str], repository: str, filename: str | None = None) -
 
     filename: of a file or a folder among them. Raises UserError if there is none, or several.
     """
+    if filename is not None and not _is_inside(filename):
+        raise UserError(f"filename is {filename!r}; give the name of a file or a folder in {repository}")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, repository)
         for name in names:
-            path = PurePosixPath(name)
-            if not path.is_absolute() and ".." not in path.parts:
-                (root / path).parent.mkdir(parents=True, exist_ok=True)
-                (root / path).touch()
+            if _is_inside(name):
+                with suppress(OSError, ValueError):  # names that no file has here, such as too long ones
+                    (root / name).parent.mkdir(parents=True, exist_ok=True)
+                    (root / name).touch()
         try:
             return find_weights(root / (filename or "")).relative_to(root).as_posix()
         except CheckpointError as error:
             hint = "" if filename else "; filename= names a file or a folder of the repository"
             raise UserError(f"{str(error).replace(f'{folder}/', '')}{hint}") from None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the path `name` stays in its folder."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def cached_snapshot(repository: str, revision: str | None = None) -> Path | None:
