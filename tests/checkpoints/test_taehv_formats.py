@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -155,6 +156,15 @@ def test_a_broken_or_foreign_json_beside_a_file(tmp_path):
     (tmp_path / "taehv.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"taehv.json: is not JSON"):
         vae3d.load(tmp_path / "taehv.pth")
+
+
+def test_converting_replaces_no_file_beside_the_target(tmp_path, capsys):
+    vae3d.save(tiny.model("taehv"), tmp_path / "a")
+    (tmp_path / "mine.json").write_text("{}")
+    assert tiny.status("convert", tmp_path / "a", tmp_path / "mine.pth", "--to", "taehv") == 2
+    assert "mine.json" in capsys.readouterr().err
+    assert (tmp_path / "mine.json").read_text() == "{}"
+    assert sorted(os.listdir(tmp_path)) == ["a", "mine.json"]
 
 
 def test_networks_that_only_look_alike_are_refused(tmp_path):

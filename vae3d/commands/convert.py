@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -12,7 +13,7 @@ from vae3d.io import atomic_files, naming
 
 
 def main(args: Namespace) -> None:
-    if args.target.exists():
+    if os.path.lexists(args.target):
         raise CheckpointError(f"{args.target} already exists")
     checkpoint = read_checkpoint(args.source, args.variant)
     if args.part:
@@ -22,6 +23,9 @@ def main(args: Namespace) -> None:
         checkpoint = with_factors(checkpoint, given)
     with naming(args.target), atomic_files(args.target) as tmp:
         WRITERS[args.to](checkpoint, tmp / args.target.name)
+        for file in tmp.iterdir():  # the target, and what a layout puts beside it
+            if os.path.lexists(args.target.with_name(file.name)):
+                raise CheckpointError(f"{args.target.with_name(file.name)} already exists")
     for note in checkpoint.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{checkpoint.path} ({checkpoint.layout}) -> {args.target} ({args.to})")
