@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from tests import tiny
 from tests.training.quick import trainer
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import latest_state, load_state
+from vae3d.commands import closing as end
 from vae3d.commands import train
+from vae3d.commands.closing import closing, longer
 from vae3d.commands.summary import never_reached
 from vae3d.config.issues import ConfigError
 from vae3d.training.runlog import Countdown, duration, fields
@@ -146,3 +149,22 @@ def test_what_begins_after_the_last_step_is_warned_of(videos, tmp_path, caplog):
     ]  # fmt: skip
     train.build_trainer(config, tmp_path).log.close()
     assert "adversary.start=3: the run ends before, at trainer.max_steps=3" in caplog.text
+
+
+def test_a_run_beyond_max_steps_is_complete_and_offers_steps_that_it_does_not_have(
+    videos, tmp_path, caplog, monkeypatch
+):
+    caplog.set_level(logging.INFO, "vae3d")
+    trainer(videos, tmp_path, **VALIDATED).fit()
+    t = trainer(videos, tmp_path, **VALIDATED | {"trainer.max_steps": 2})
+    t.fit()
+    assert any("complete: step 4/2;" in message for message in caplog.messages)
+    assert closing(t, 4, 0.1, []).startswith("score ")
+    started = ["trainer.max_steps=2", "optim.lr=1e-3"]
+    hydra = SimpleNamespace(
+        initialized=lambda: True, get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=started))
+    )
+    monkeypatch.setattr(end, "HydraConfig", hydra)
+    purpose, command = longer("train", t)
+    assert purpose.endswith("step 8")
+    assert command.endswith("train optim.lr=1e-3 trainer.max_steps=8")

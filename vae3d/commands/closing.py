@@ -27,24 +27,24 @@ Row = Mapping[str, float]
 
 
 def closing(trainer: Trainer, first_step: int, seconds: float, commands: Sequence[tuple[str, str]]) -> str:
-    """The block of lines that ends a run.
+    """The paragraphs that end a run.
 
     first_step: where this start began. seconds: since then. commands: (purpose, command) that work with this run.
     """
     steps, schedule = trainer.step - first_step, trainer.data.schedule
-    lines = []
+    paragraphs = []
     if steps:
         clips = schedule.clips_before(trainer.step) - schedule.clips_before(first_step)
         each = sorted({leaf.batch_size for leaf in schedule.leaves})
         size = plural(each[0], "clip") if len(each) == 1 else f"{each[0]} to {plural(each[-1], 'clip')}"
-        lines.append(f"{plural(steps, 'step')} of {size} in {duration(seconds)}: {plural(clips, 'clip')}")
+        paragraphs.append(f"{plural(steps, 'step')} of {size} in {duration(seconds)}: {plural(clips, 'clip')}")
     rows = validation_rows(trainer.folder)
     if scores := score_rows(rows, trainer.better):
         head = ["score", f"at step {rows[0]['step']}", "best", "at step", f"at step {rows[-1]['step']}"]
-        lines += ["", text_table(head, scores), ""]
-    lines += [f"{name:12}{where}" for name, where in places(trainer.folder)]
-    lines += [line for purpose, command in commands for line in ("", f"# {purpose}", command)]
-    return "\n".join(lines)
+        paragraphs.append(text_table(head, scores))
+    paragraphs.append("\n".join(f"{name:12}{where}" for name, where in places(trainer.folder)))
+    paragraphs += [f"# {purpose}\n{command}" for purpose, command in commands]
+    return "\n\n".join(paragraphs)
 
 
 def validation_rows(folder: Path) -> list[Row]:
@@ -103,17 +103,17 @@ def start_of(name: str) -> str:
 
 def longer(name: str, trainer: Trainer) -> tuple[str, str] | None:
     """(purpose, command) to train on for as many steps again; None if the run was not started from a command line."""
-    last = trainer.config.trainer.max_steps
-    more = trainer.step < last
-    purpose = f"resume at step {trainer.step}" if more else f"train on, to step {2 * last}"
+    last = 2 * trainer.step  # trainer.max_steps may be below the steps that the run has
+    more = trainer.step < trainer.config.trainer.max_steps
+    purpose = f"resume at step {trainer.step}" if more else f"train on, to step {last}"
     if not HydraConfig.initialized() or latest_state(trainer.folder / "checkpoints") is None:
         return None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return purpose, f"# the same command{'' if more else f' with trainer.max_steps={2 * last}'}"
+        return purpose, f"# the same command{'' if more else f' with trainer.max_steps={last}'}"
     words = [word.removeprefix("++") for word in (*HydraConfig.get().overrides.task, *search_path())]
     if not more:
         words = [word for word in words if not word.startswith("trainer.max_steps=")]
-        words.append(f"trainer.max_steps={2 * last}")
+        words.append(f"trainer.max_steps={last}")
     return purpose, " ".join([start_of(name), *map(shlex.quote, words)])
 
 

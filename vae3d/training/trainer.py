@@ -30,7 +30,6 @@ from vae3d.metrics.base import Better
 from vae3d.pixels import PixelError, no_value_checks
 from vae3d.schedules import learning_rate
 from vae3d.seeding import seed_of
-from vae3d.text import plural
 from vae3d.training.best import BestExport
 from vae3d.training.checkpointer import Checkpointer, Outputs, step_folder
 from vae3d.training.ema import Ema, MultiEma
@@ -250,7 +249,7 @@ class Trainer(ABC, Generic[Batch]):
             self.checkpointer.complete_newest(self.step)
             if self.preflight_enabled and self.step < last:
                 self.preflight()
-            done = f"the run is complete: {plural(last, 'step')}; a larger trainer.max_steps continues it"
+            done = f"the run is complete: step {self.step}/{last}; a larger trainer.max_steps continues it"
             self.log.say(done if self.step >= last else f"training from step {self.step} to {last} in {self.folder}")
             if self.step == 0 and self.config.validation.every and self.config.validation.on_start:
                 self.validate()  # counts for no best checkpoint: these weights are not trained
