@@ -200,6 +200,7 @@ def initialize(model: nn.Module, init_from: str | Mapping[str, str], any_scale: 
         try:
             load_weights(target, state, f"{checkpoint.path} ({checkpoint.layout})")
         except CheckpointError as error:
+            _check_class(target, checkpoint, name)
             raise CheckpointError(f"{error}{_wan_hint(target, checkpoint)}") from None
         lines += [
             f"{what} starts from {checkpoint.path} ({checkpoint.layout})",
@@ -221,6 +222,25 @@ def changed_variant(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
         for name in ("variant", "latent")
         if getattr(before, name) != getattr(model, name)
     ]
+
+
+def _check_class(target: nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    """Raises CheckpointError if the checkpoint holds another model, of whose weights `target` has none: a list of all
+    tensors would not help. name: the submodule of stage.init_from; "" for the whole model."""
+    ours, theirs = target_of(type(target)), checkpoint.config.get(TARGET)
+    if theirs in (None, ours) or checkpoint.state.keys() & target.state_dict().keys():
+        return
+    parts = [] if name else [part for part, module in target.named_children() if target_of(type(module)) == theirs]
+    key = f"stage.init_from.{name}" if name else "stage.init_from"
+    raise CheckpointError(
+        f"{checkpoint.path} ({checkpoint.layout}) does not fit the model: it holds {_a(theirs)}, and {key} needs "
+        f"{_a(ours)}{f'; set stage.init_from.{parts[0]} to start this part from it' if parts else ''}"
+    )
+
+
+def _a(target: str) -> str:
+    name = target.rpartition(".")[2]
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _wan_hint(model: nn.Module, checkpoint: Checkpoint) -> str:
@@ -245,7 +265,7 @@ def check_scale(model: nn.Module, checkpoint: Checkpoint, any_scale: bool = Fals
     )
     # A SpatialVAE reads its factors in `normalize` only, so other factors do not change its reconstructions.
     if any_scale or isinstance(model, SpatialVAE):
-        return [line]
+        return [f"{line}, which is used"]
     settings = " ".join(f"model.{name}={str(theirs).replace(' ', '')}" for name, (theirs, _) in differing.items())
     raise CheckpointError(f"{checkpoint.path} does not fit the model: {line}; set {settings}")
 

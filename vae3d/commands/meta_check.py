@@ -369,12 +369,14 @@ def _settings_without(config: TrainConfig, found: Sequence[ConfigIssue]) -> list
 
 
 def _parts_with(model: nn.Module, holds: Callable[[nn.Parameter], bool]) -> list[str]:
-    """Parts of the model that have a parameter of which `holds` is true."""
-    return [
-        part
-        for part, modules in model.trainable_parts().items()
-        if any(holds(parameter) for module in modules for parameter in module.parameters())
-    ]
+    """Parts of the model that have a parameter of which `holds` is true and that no part before them has."""
+    found, seen = [], set()
+    for part, modules in model.trainable_parts().items():
+        parameters = {parameter for module in modules for parameter in module.parameters()} - seen
+        if any(map(holds, parameters)):
+            found.append(part)
+        seen |= parameters
+    return found
 
 
 def _step_issues(
