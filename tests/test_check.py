@@ -64,8 +64,8 @@ FAULTS = {
     "batch": (["data.batch_size=3", "trainer.accumulate=2"], "data.batch_size=3", "a multiple of 2, such as 4"),
     "ranks": (["launcher=torchrun", "launcher.nproc=4", "data.batch_size=2"], "data.batch_size=2", "a multiple of 4, such as 4"),
     "unknown part": (["stage.train={temporal_encodr: 1.0}"], "stage.train", "temporal_encodr; it has spatial_encoder, spatial_decoder, temporal_encoder"),
-    "params_without_grad part": (["loss=latent"], "stage.train", "spatial_decoder, decoder on clips of 1 frame"),
-    "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "stage.init_from=random", "spatial_encoder, spatial_decoder, temporal_encoder, encoder, decoder"),
+    "params_without_grad part": (["loss=latent"], "stage.train", "spatial_decoder on clips of 1 frame"),
+    "frozen and random": (["stage.train={temporal_decoder: 1.0}", "~stage.train.spatial_encoder", "~stage.train.spatial_decoder", "~stage.train.temporal_encoder"], "stage.init_from=random", "spatial_encoder, spatial_decoder, temporal_encoder with"),
     "no starting point": (["stage.init_from=null"], "stage.init_from=null", "random, or a checkpoint"),
     "a list of starting points": (["stage.init_from=[a]"], "stage.init_from=[a]", "random, or a checkpoint"),
     "no starting point of a part": (["stage.init_from={spatial_vae: null}"], "stage.init_from={'spatial_vae': None}", "random, or a checkpoint"),
@@ -344,19 +344,25 @@ def test_no_argument_is_any_number(folder):
     [("model=wna", "model=wna: ", "did you mean wan?"), ("+experiment=wan_tinny", "experiment=wan_tinny: ", "wan_tiny?"),
      ("trainer/strategy=ddp", "trainer/strategy=ddp: ", "replicated"), ("loss=ldm,erpp", "loss=erpp: ", "erp?"),
      ("optim.betas=[0.9,,1]", "optim.betas=[0.9,,1]: ", "quotes"), ("logger=null", "logger=null: ", "none"),
-     ("=5", "=5: ", "KEY=VALUE")],
+     ("=5", "=5: ", "KEY=VALUE"), ("optim.lr", "optim.lr: ", "KEY=VALUE"), ("--lr", "--lr: ", "KEY=VALUE")],
 )  # fmt: skip
 def test_what_hydra_would_reject_is_an_error_with_the_nearest_name(argument, start, hint, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["train", "data=folder", argument, "hydra/launcher=joblib", "optim.lr=1e-3,1e-4"])
     assert end.value.code == 2
-    (message,) = capsys.readouterr().err.splitlines()[2:]
+    _, error, message = ["", *capsys.readouterr().err.splitlines()][-3:]
+    assert error.endswith("has 1 error:")
     assert message.strip().startswith(start)
     assert hint in message
 
 
+def test_an_empty_path_is_not_the_working_directory():
+    (issue,) = path_issues({"stage.init_from": "", "teacher.path": None})
+    assert (issue.key, issue.value) == ("stage.init_from", "")
+
+
 def test_files_of_ones_own_are_not_checked():
-    arguments = ["hydra.searchpath=[file:///mine]", "loss=mine"]
+    arguments = ["hydra.searchpath=[file:///mine]", "loss=mine", "--multi", "~debug", "--cfg", "job"]
     assert allow_unknown_keys(arguments) == arguments
     assert override_issues(arguments) == []
 

@@ -276,6 +276,9 @@ def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
 def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:
     """Files and folders, by their keys, that do not exist. Values that are not paths are ignored."""
     for key, path in paths.items():
+        if path == "":  # as from an unset variable of the shell; pathlib would take the working directory
+            yield ConfigIssue(key, path, "is empty", "give a path")
+            continue
         cached = any(is_within(key, checkpoint) for checkpoint in CHECKPOINT_KEYS) and cached_repository(path)
         missing = isinstance(path, str) and path != MISSING and not _exists(path) and not cached
         if missing and not _is_stored(key, path):

@@ -19,6 +19,11 @@ from vae3d.config.fields import allowed, fields_of
 from vae3d.config.issues import NO_VALUE, ConfigIssue, nearest
 from vae3d.config.schema import CONF, TrainConfig
 
+FLAGS = (  # Hydra's
+    *("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r"),
+    *("--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--config-dir", "-cd", "--experimental-rerun", "--info", "-i"),
+)
 SWEPT = "VAE3D_SWEPT"  # environment variable: the keys that differ between the jobs of this sweep, for the jobs too
 
 
@@ -74,9 +79,16 @@ def override_issues(overrides: Sequence[str]) -> list[ConfigIssue]:
     """
     own_folders = any("hydra.searchpath" in o or o.startswith(("--config-dir", "-cd")) for o in overrides)
     issues = []
-    for override in overrides:
+    for before, override in zip(("", *overrides), overrides, strict=False):
         name, equals, value = override.lstrip("+").partition("=")
-        if override.startswith("-") or not equals:
+        if override.startswith("-"):
+            if not any(flag.startswith(name) for flag in FLAGS):
+                issues.append(ConfigIssue(override, NO_VALUE, "is no flag", "settings are KEY=VALUE"))
+            continue
+        if not equals:
+            follows_flag = before.startswith("-") and before not in ("-m", "--multirun")  # as job follows --cfg
+            if not override.startswith("~") and not follows_flag:
+                issues.append(ConfigIssue(override, NO_VALUE, "is not KEY=VALUE", "write no spaces around ="))
             continue
         if not name:
             issues.append(ConfigIssue(override, NO_VALUE, "has no key", "write KEY=VALUE without spaces"))
