@@ -167,7 +167,8 @@ def _encode(jobs: Mapping[str, ScoringJob]) -> Clip:
 def page_metrics(columns: Mapping[str, Better]) -> dict[str, Metric]:
     """Label, direction and meaning of columns of scores."""
     return {
-        column: Metric(column, _direction(better), MEANINGS[column], unit(column)) for column, better in columns.items()
+        column: Metric(column, _direction(better), MEANINGS.get(column, ""), unit(column))
+        for column, better in columns.items()
     }
 
 
