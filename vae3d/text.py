@@ -12,6 +12,11 @@ def plural(count: int | str, noun: str) -> str:
     return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'sh', 'tch')) else 's'}"
 
 
+def epoch_text(epochs: float) -> str:
+    """0.364 epochs, 1 epoch, 138182 epochs."""
+    return plural(f"{epochs:.3g}" if epochs < 1000 else f"{epochs:.0f}", "epoch")
+
+
 def byte_text(count: int) -> str:
     """Bytes in the largest unit of 1000 that they fill: 512 B, 20.5 kB, 1.02 GB."""
     power = min(4, (len(str(count)) - 1) // 3)

@@ -17,8 +17,9 @@ from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import closing as end
 from vae3d.commands import train
 from vae3d.commands.closing import closing, longer
-from vae3d.commands.summary import never_reached
+from vae3d.commands.summary import data_summary, never_reached
 from vae3d.config.issues import ConfigError
+from vae3d.text import epoch_text
 from vae3d.training.runlog import Countdown, duration, fields
 
 STEP = {
@@ -168,3 +169,17 @@ def test_a_run_beyond_max_steps_is_complete_and_offers_steps_that_it_does_not_ha
     purpose, command = longer("train", t)
     assert purpose.endswith("step 8")
     assert command.endswith("train optim.lr=1e-3 trainer.max_steps=8")
+
+
+def test_files_that_are_too_short_are_no_training_files(videos, tmp_path):
+    t = trainer(videos, tmp_path, **{"data.frames.min": 17, "data.frames.max": 17, "trainer.max_steps": 3})
+    lines = data_summary(t.config, t.data)
+    used = int(re.match(r"(\d+) training files?, ", lines[0])[1])
+    skipped = int(re.search(r"skipped: (\d+) files? with fewer than 17", lines[-1])[1])
+    assert used <= 5  # of ten videos of 12 to 21 frames and two images
+    assert used + skipped == len(t.data.streams[0].schedule.lengths)
+
+
+@pytest.mark.parametrize(("epochs", "text"), [(0.3636, "0.364 epochs"), (1.0, "1 epoch"), (138181.8, "138182 epochs")])
+def test_epochs(epochs, text):
+    assert epoch_text(epochs) == text

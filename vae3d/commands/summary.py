@@ -18,7 +18,7 @@ from vae3d.data.media import DataError
 from vae3d.data.streaming import StreamingData
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.report import text_table
-from vae3d.text import plural
+from vae3d.text import epoch_text, plural
 from vae3d.training.freeze import ALL
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _files_and_buckets(config: TrainConfig, streams: Sequence[tuple[Stream, floa
     files = len(first.schedule.lengths) if first.bucket is None else len(np.unique(np.concatenate(rows)))
     used = files if first.bucket is not None else len(first.schedule.with_at_least(first.schedule.frames.all()[0]))
     epochs = clips / (used * own.clips_per_file)
-    line = f"{plural(files, 'training file')}, {plural(f'{epochs:.3g}', 'epoch')}"
+    line = f"{plural(used, 'training file')}, {epoch_text(epochs)}"
     if first.source:
         line = f"{first.source}: {line}, {100 * sum(share for _, share in streams):.3g} % of the steps"
     if first.bucket is None:

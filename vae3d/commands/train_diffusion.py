@@ -33,7 +33,7 @@ from vae3d.latents.scale import unscalable_reason
 from vae3d.loading import instantiate, open_codec
 from vae3d.models.registry import TARGET, is_known, target_of
 from vae3d.precision import set_cudnn_benchmark
-from vae3d.text import plural
+from vae3d.text import epoch_text, plural
 from vae3d.training.checkpointer import check_may_start, find_checkpoint
 from vae3d.training.diffusion_trainer import DiffusionTrainer
 
@@ -184,7 +184,7 @@ def summary(config: DiffusionConfig, network: nn.Module, data: LatentData, world
         f"{config.process[TARGET].rpartition('.')[2]}: "
         + ", ".join(f"{name}={value}" for name, value in config.process.items() if name != TARGET),
         f"{batches}; "
-        f"{plural(trainer.max_steps, 'step')} ({plural(f'{epochs:.3g}', 'epoch')}) at "
+        f"{plural(trainer.max_steps, 'step')} ({epoch_text(epochs)}) at "
         f"learning rate {config.optim.lr:g}, {trainer.precision}",
     ]
 
