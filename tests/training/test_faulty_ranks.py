@@ -62,7 +62,7 @@ def test_the_log_says_which_rank_failed_and_why(both):
     assert re.search(r"step \d+ is skipped by all ranks: loss not finite: rank 1", first)
     assert re.search(rf"step \d+, rank 1: {re.escape(faulty_ranks.NO_MEMORY)}; clips: \S+\.mp4, ", second)
     assert re.search(r"step \d+, rank 1: no readable file; clips: \S+\.mp4, gone\.mp4", second)
-    assert re.search(r"step \d+, rank 1: loss nan, .*loss/l1 nan.*; clips: \S+\.mp4, ", second)
+    assert re.search(r"step \d+, rank 1: loss nan, loss_weighted/l1 nan.*; clips: \S+\.mp4, ", second)
     assert not re.search(r"step \d+, rank 0", first)
 
 

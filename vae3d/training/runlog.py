@@ -135,14 +135,14 @@ class RunLog:
         elif self.main:
             self.logger.video(name, frames, 8.0, step, caption)
 
-    def errors(self, errors: Iterable[tuple[str, str]]) -> None:
+    def errors(self, errors: Iterable[tuple[str, str]], consequence: str = "another file replaces it") -> None:
         """Report each (path, reason) once, in the log and in data_errors.jsonl (data_errors<N>.jsonl on rank N); in the
-        file also if the run resumes."""
+        file also if the run resumes. consequence: of the files that cannot be read, for the log."""
         for path, reason in errors:
             if path in self._broken:
                 continue
             self._broken.add(path)
-            log.warning("cannot be read, another file replaces it: %s: %s", path, reason)
+            log.warning("cannot be read, %s: %s: %s", consequence, path, reason)
             with self._warn_on_os_error(f"the error of {path}"):
                 self._record(path, reason)
 

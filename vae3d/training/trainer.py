@@ -227,7 +227,7 @@ class Trainer(ABC, Generic[Batch]):
         self.log.text("parameters", parameter_list(self.network), self.step)
         for key, (old, new) in changed.items():
             self.log.say(f"{key} changed at step {self.step} from {old} to {new}")
-        self.log.errors(self.data.errors)
+        self.log.errors(self.data.errors, "is left out")
         self.log.skipped_files(self.data.skipped_files)
 
     def resume(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
@@ -404,8 +404,9 @@ class Trainer(ABC, Generic[Batch]):
         return self.status_table.sync(on_device, names, means, out_of_memory=out_of_memory is not None, **columns)
 
     def log_own_failure(self, batches: Sequence[Batch], metrics: StepMetrics, out_of_memory: str | None) -> None:
-        """Log, on any rank, the error message or the losses for which a step is skipped, and this rank's clips."""
+        """Log, on any rank, the error message or the weighted losses for which a step is skipped, and its clips."""
         values = {} if out_of_memory else {name: value.item() for name, value in metrics.means().items()}
+        values = {name: value for name, value in values.items() if not name.startswith(("loss/", "loss_mean/"))}
         not_finite = {name: value for name, value in values.items() if not math.isfinite(value)}
         losses = {name: value for name, value in values.items() if name.startswith("loss")}
         terms = ", ".join(f"{name} {value:g}" for name, value in (not_finite or losses).items())
