@@ -10,12 +10,16 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import vae3d
 from tests import tiny
 from tests.training.quick import checked, trainer
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import estimate, step_cost
+from vae3d.commands.dry_run import first_weights
 from vae3d.data import workers
+from vae3d.loading import instantiate
 
 
 def test_the_files_of_a_run_have_the_counted_sizes(videos, tmp_path):
@@ -98,3 +102,17 @@ def test_never_more_workers_than_processors(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert workers.usable_workers(4)[0] == 1
     assert workers.usable_workers(0) == (0, [])
+
+
+def test_a_dry_run_says_where_the_first_weights_are_from_or_that_they_do_not_fit(videos, tmp_path):
+    config = deepcopy(checked(videos))
+    config.run.root = str(tmp_path)
+    with torch.device("meta"):
+        model = instantiate(config.model)
+    vae3d.save(tiny.model("spatial"), tmp_path / "same")
+    vae3d.save(tiny.model("wan"), tmp_path / "other")
+    config.stage.init_from = str(tmp_path / "same")
+    assert first_weights(config, model) == [f"the model starts from {tmp_path}/same/model.safetensors (export)"]
+    config.stage.init_from = str(tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"holds a WanVAE, and stage\.init_from needs a SpatialVAE"):
+        first_weights(config, model)

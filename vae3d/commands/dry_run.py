@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from vae3d.checkpoints.formats import read_checkpoint
 from vae3d.commands import train_diffusion
@@ -22,7 +25,8 @@ from vae3d.config.sources import sources_of
 from vae3d.data.loader import check_files_exist
 from vae3d.data.selection import clip_lengths
 from vae3d.data.streaming import is_streaming
-from vae3d.loading import build_from_checkpoint, instantiate
+from vae3d.loading import build_from_checkpoint, initialize, instantiate
+from vae3d.training.checkpointer import find_checkpoint
 from vae3d.training.freeze import train_parts
 
 log = logging.getLogger("vae3d")
@@ -46,7 +50,7 @@ def describe_training(config: TrainConfig) -> None:
         model = instantiate(config.model)
     train_parts(model, config.stage.train)
     world = world_of(config)
-    log.info("\n".join([*summary(config, model, world), *existing_files(config.data)]))
+    log.info("\n".join([*summary(config, model, world), *first_weights(config, model), *existing_files(config.data)]))
     data = build_training_data(config, 0, world)
     one_each = {stream.source: stream for stream in data.streams}.values()  # the buckets of a source share its files
     lengths = np.concatenate([clip_lengths(stream.table, stream.settings) for stream in one_each])
@@ -66,6 +70,17 @@ def describe_training(config: TrainConfig) -> None:
     if len(data.streams) > 1:
         clips += f" of {largest.height}x{largest.width}"
     log.info("\n".join(estimates(config, needs, clips, share, world, data.item_bytes, data.workers)))
+
+
+def first_weights(config: TrainConfig, model: nn.Module) -> list[str]:
+    """Lines that say where the first weights are from; none for a run that resumes, and of `prune`, which the check of
+    the configuration has tried. model: on the meta device. Raises CheckpointError if they do not fit."""
+    init, folder = config.stage.init_from, Path(config.run.root) / config.run.name
+    if (isinstance(init, dict) and "prune" in init) or find_checkpoint(folder, config.run.resume_from) is not None:
+        return []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        return initialize(model, init, any_scale=config.trainer.publish.measure_scale > 0)
 
 
 def describe_diffusion(config: DiffusionConfig) -> None:

@@ -89,7 +89,7 @@ def estimates(
         f"{amount(max(needs.parts.values()))}; on a GPU add about 1 GiB for CUDA itself",
         f"  memory of the host, per rank: {amount(here + ahead + needs.replay + copied)} = {', '.join(host)}; without "
         "a GPU the above comes on top",
-        f"  time: {step_flops / 1e12:.3g} TFLOP per step and rank: {plural(trainer.max_steps, 'step')} take "
+        f"  time: {step_flops / 1e12:.3g} TFLOP per step and rank: for {plural(trainer.max_steps, 'step')} "
         f"{duration(whole / 1e12 / GPU_TFLOPS)} on a GPU that reaches {GPU_TFLOPS} TFLOP/s, {duration(whole / cpu)} on "
         f"this CPU, where a convolution reaches {cpu / 1e12:.2g}; reading, validation and waiting come on top",
         f"  disk: {disk(config, needs, ranks)}",
