@@ -76,8 +76,10 @@ def test_without_images_there_is_nothing_to_train_on(tmp_path):
     with pytest.raises(DataError, match=r"holds no images \(\.png .*\)$"):
         ImageFolder(tmp_path).table()
     tiny.write_video(tmp_path / "a.mp4", tiny.frames(3))
-    with pytest.raises(DataError, match=r"holds no images .*, but 1 \.mp4; data=folder takes videos"):
-        ImageFolder(tmp_path).table()
+    (tmp_path / "videos.csv").write_text("path\na.mp4\n")
+    for path, data in ((tmp_path, "folder"), (tmp_path / "videos.csv", "video_csv")):
+        with pytest.raises(DataError, match=rf"holds no images .*, but .*1 \.mp4.*; data={data} takes videos"):
+            ImageFolder(path).table()
 
 
 def test_links_are_followed_and_never_in_circles(tmp_path):

@@ -86,7 +86,8 @@ class ImageFolder:
         """Note the files that are no images. Raises DataError if there are no images."""
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(map(_kind, files)).most_common())
         if no_images:
-            found = f", but {counts}; data=folder takes videos" if counts else ""
+            videos = "folder" if os.path.isdir(self.path) else "video_csv"
+            found = f", but {counts}; data={videos} takes videos" if counts else ""
             raise DataError(f"{self.path} holds no images ({' '.join(IMAGE_SUFFIXES)}){found}")
         if counts:
             self.notes.append(f"skipped, because they are no images: {counts}")
