@@ -149,8 +149,9 @@ class StepStatus:
             error = DataError(f"rank {_join(self.no_data)} has no more data")
             return Decision(False, str(error), self.no_data, error)
         finite = self.finite and (grad_norm is None or math.isfinite(grad_norm))
-        accepted = finite
+        accepted, limit = finite, ""
         if self.completed and spikes is not None:
+            limit = f"{spikes.factor} x the running mean {spikes.mean:g}"
             accepted = spikes.should_step(self.loss, self.worst, finite=finite)
         if accepted:
             return Decision(True)
@@ -159,7 +160,7 @@ class StepStatus:
         if not finite:
             return Decision(False, f"gradient norm {grad_norm:g}")
         ranks = tuple(rank for rank, loss in enumerate(self.largest) if loss == self.worst)
-        return Decision(False, f"loss {self.worst:g} is a spike, mean {self.loss:g}: rank {_join(ranks)}", ranks)
+        return Decision(False, f"loss {self.worst:g} is a spike, above {limit}: rank {_join(ranks)}", ranks)
 
     def failure(self) -> str:
         """Why the step is not finite, with the ranks; empty if it is."""
