@@ -480,11 +480,16 @@ def test_a_pattern_of_very_many_files_is_not_expanded_where_its_ends_are_missing
     }  # fmt: skip
 
 
-def test_a_root_that_cannot_be_made_is_one_message(tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path, capsys):
+    def start(root, name="run"):
+        folder = tmp_path / root / name
+        RunFolders.make(OmegaConf.create({"run": {"root": str(tmp_path / root)}}), folder)
+        return folder
+
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as end:
-        RunFolders().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "file/runs")}}))
-    assert end.value.code == 2
-    assert f"error: run.root={tmp_path}/file/runs" in capsys.readouterr().err
-    RunFolders().on_run_start(OmegaConf.create({"run": {"root": str(tmp_path / "runs")}}))
-    assert (tmp_path / "runs").is_dir()
+    for root, name in (("file/runs", "run"), ("", "file")):  # the root, and the run in a root that is there
+        with pytest.raises(SystemExit) as end:
+            start(root, name)
+        assert end.value.code == 2
+        assert f"error: run.root={tmp_path / root}: {tmp_path / root / name}" in capsys.readouterr().err
+    assert start("runs").is_dir()

@@ -78,8 +78,8 @@ def remove_unbegun(folder: Path) -> None:
 
 
 class RunFolders(Callback):
-    """Exits with one message if run.root cannot be created, or if a sweep's multirun.yaml is a symbolic link. In a
-    sweep, writes how each job ended into its folder, for sweep.results.
+    """Exits with one message if the folder of a run or sweep cannot be created, or if a sweep's multirun.yaml is a
+    symbolic link. In a sweep, writes how each job ended into its folder, for sweep.results.
 
     Exits by SystemExit: Hydra turns other exceptions of callbacks into warnings.
 
@@ -90,17 +90,22 @@ class RunFolders(Callback):
     made: ClassVar[list[Path]] = []
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        HydraConfig.instance().set_config(config)  # as Hydra does next: the name of a run may refer to its choices
+        self.make(config, Path(config.hydra.run.dir))
+
+    @staticmethod
+    def make(config: DictConfig, folder: Path) -> None:
         root = Path(str(config.run.root)).absolute()
         RunFolders.root = root
         RunFolders.made = [path for path in (root, *root.parents) if not path.exists()]
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            print(f"error: run.root={config.run.root}: cannot be created: {error.strerror}", file=sys.stderr)
+            print(f"error: run.root={config.run.root}: {folder} cannot be created: {error.strerror}", file=sys.stderr)
             sys.exit(2)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        self.on_run_start(config)
+        self.make(config, Path(config.hydra.sweep.dir))
         file = Path(config.hydra.sweep.dir) / SETTINGS
         if file.is_symlink():
             print(f"error: {file}: is a symbolic link to {os.readlink(file)}; delete it", file=sys.stderr)
