@@ -241,10 +241,10 @@ def test_links_are_never_followed_for_writing(tmp_path):
 )
 def test_numbers_that_take_long_to_read_are_refused_fast(tmp_path, text):
     (tmp_path / "f").write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FileError, match=str(tmp_path / "f")):
         read_yaml(tmp_path / "f")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_what_a_terminal_obeys_is_escaped_in_messages_and_long_lines_are_cut():

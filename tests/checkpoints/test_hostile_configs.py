@@ -287,10 +287,10 @@ def refuses(tmp_path, monkeypatch):
     def check(call: Callable[[], object], root: Path) -> str:
         before = {path: path.lstat().st_mtime_ns for path in root.parent.rglob("*")}
         environment = dict(os.environ)
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(UserError) as error:
             call()
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
         assert not list(tmp_path.rglob("*"))
         assert {path: path.lstat().st_mtime_ns for path in root.parent.rglob("*")} == before
         assert dict(os.environ) == environment

@@ -460,12 +460,12 @@ def test_a_hostile_cache_is_one_message_or_its_latents_are_right(cached, tmp_pat
     for number, change in enumerate(HOSTILE):
         folder = shutil.copytree(cached, tmp_path / str(number))
         change(folder)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             assert all(map(torch.equal, entries(folder), right)), number
         except CacheError as error:
             refused += str(folder) in str(error) and "\n" not in str(error).strip()
-        assert time.perf_counter() - start < 2, number
+        assert time.process_time() - start < 2, number
         shutil.rmtree(folder)
     assert refused == len(HOSTILE) - 2  # another name of the encoder, and no transform, are no harm
 

@@ -166,6 +166,7 @@ def test_a_run_beyond_max_steps_is_complete_and_offers_steps_that_it_does_not_ha
         initialized=lambda: True, get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=started))
     )
     monkeypatch.setattr(end, "HydraConfig", hydra)
+    monkeypatch.setattr(end, "search_path", list)  # of Hydra, too
     purpose, command = longer("train", t)
     assert purpose.endswith("step 8")
     assert command.endswith("train optim.lr=1e-3 trainer.max_steps=8")
