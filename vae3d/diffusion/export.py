@@ -23,7 +23,7 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import VaeMetadata, vae_difference
 
 CONFIG = "diffusion.yaml"
-MAX_CONFIG_BYTES = 2**22  # enough for 100,000 classes
+MAX_CONFIG_BYTES = 2**20  # enough for 40,000 classes; a file of 4 MiB takes 12 s to read
 MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # per sample; larger sizes are not plausible
 ROUNDING = 1e-6  # relative tolerance of latent statistics
 
