@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, PartialState
 
 import vae3d
 from tests import tiny
+from tests.training import quick
 from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
@@ -373,3 +374,19 @@ def test_an_adversary_takes_its_turns_without_touching_the_generator(videos, tmp
         assert changed == (step % 2 == 0)
         assert ("adversary/discriminator" in result.metrics) == (step % 2 == 1)
     assert t.adversary.updates == 2
+
+
+def test_gradients_are_clipped_unless_grad_clip_is_null(videos, tmp_path):
+    """By what is left in them: each update is that of SGD with a rate of 1."""
+    moved = {}
+    for grad_clip in (0.01, None):
+        settings = {"optim.grad_clip": grad_clip, "optim.lr": 1.0, "trainer.max_steps": 1}
+        t = quick.trainer(videos, tmp_path / str(grad_clip), **settings)
+        t.strategy.optimizer = torch.optim.SGD(t.strategy.parameters, lr=1.0)
+        before = [p.detach().clone() for p in t.strategy.parameters]
+        result = t.train_step(next(iter([[clip] for clip in t.data.clips(0, 1)])))
+        change = [after.detach() - old for after, old in zip(t.strategy.parameters, before, strict=True)]
+        moved[grad_clip] = torch.cat([part.flatten() for part in change]).norm().item()
+        assert result.metrics["grad_norm"] > 0.02
+    assert moved[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert moved[None] == pytest.approx(result.metrics["grad_norm"], rel=1e-3)

@@ -176,7 +176,7 @@ class TrainingStep:
 
     def update(self) -> None:
         """Update the networks, without communication between ranks."""
-        nn.utils.clip_grad_norm_(parameters_of(self.optimizer), self.config.optim.grad_clip)
+        nn.utils.clip_grad_norm_(parameters_of(self.optimizer), self.config.optim.grad_clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(0)

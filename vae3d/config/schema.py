@@ -234,7 +234,7 @@ class Optim:
     min_lr: Float = setting(0.0, "Learning rate at the end of the decay.", ge=0)
     cycles: Int = setting(1, "Number of decays of cosine_with_restarts.", ge=1)
     power: Float = setting(1.0, "Exponent of polynomial.", gt=0)
-    grad_clip: Float = setting(1.0, "Maximum norm of the gradient.", gt=0)
+    grad_clip: Float | None = setting(1.0, "Maximum norm of the gradient. null: no limit.", gt=0)
     proximal: Float = setting(0.0, "Factor of sum (theta - theta0)^2, theta0 being the initial weights. 0: off.", ge=0)
 
 

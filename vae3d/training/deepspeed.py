@@ -59,7 +59,7 @@ class DeepSpeedZero(Strategy):
         *,
         micro_batch: int,
         accumulate: int,
-        grad_clip: float,
+        grad_clip: float | None,
     ) -> None:
         deepspeed = import_deepspeed(accelerator.device)
         check_keys(config)
@@ -68,7 +68,7 @@ class DeepSpeedZero(Strategy):
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulate,
             "train_batch_size": micro_batch * accumulate * accelerator.num_processes,
-            "gradient_clipping": grad_clip,
+            "gradient_clipping": grad_clip or 0.0,
         }
         self.accelerator = accelerator
         init_single_process(accelerator.device)
@@ -138,7 +138,7 @@ class DeepSpeedZero(Strategy):
     def average_gradients(self) -> None:
         """Nothing: backward did it."""
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Nothing: optimizer.step clips."""
         return torch.zeros((), device=self.accelerator.device)
 

@@ -55,8 +55,8 @@ class Strategy(ABC):
         """Average over ranks, and undo fp16 loss scaling."""
 
     @abstractmethod
-    def clip_gradients(self, max_norm: float) -> Tensor:
-        """Returns the norm before clipping, on the device; 0 if it is known after finish_step only."""
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """Returns the norm before clipping, on the device; 0 if it is known after finish_step only. None: no clipping."""
 
     def loss_scale(self) -> dict[str, Tensor]:
         """loss_scale: the factor of an fp16 loss scaler, on the device; empty without one."""
@@ -155,9 +155,9 @@ class ReplicatedDataParallel(Strategy):
         self.accelerator.unscale_gradients()
         self._unscaled = True
 
-    def clip_gradients(self, max_norm: float) -> Tensor:
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
         # Accelerate's own would unscale fp16 gradients, which are unscaled already.
-        return nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
 
     def loss_scale(self) -> dict[str, Tensor]:
         scaler = self.accelerator.scaler
