@@ -160,7 +160,6 @@ def test_a_run_beyond_max_steps_is_complete_and_offers_steps_that_it_does_not_ha
     t = trainer(videos, tmp_path, **VALIDATED | {"trainer.max_steps": 2})
     t.fit()
     assert any("complete: step 4/2;" in message for message in caplog.messages)
-    assert closing(t, 4, 0.1, []).startswith("score ")
     started = ["trainer.max_steps=2", "optim.lr=1e-3"]
     hydra = SimpleNamespace(
         initialized=lambda: True, get=lambda: SimpleNamespace(overrides=SimpleNamespace(task=started))
@@ -170,6 +169,16 @@ def test_a_run_beyond_max_steps_is_complete_and_offers_steps_that_it_does_not_ha
     purpose, command = longer("train", t)
     assert purpose.endswith("step 8")
     assert command.endswith("train optim.lr=1e-3 trainer.max_steps=8")
+
+
+def test_a_run_of_one_validation_ends_with_its_scores_alone(videos, tmp_path):
+    t = trainer(videos, tmp_path, **VALIDATED)
+    t.fit()
+    metrics = tmp_path / "metrics.jsonl"
+    head = re.compile(r"score +at step 0( +best +at step +at step 4)?")
+    assert head.fullmatch(closing(t, 4, 0.1, []).splitlines()[0])[1]
+    metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] == 0))
+    assert head.fullmatch(closing(t, 4, 0.1, []).splitlines()[0])[1] is None
 
 
 def test_files_that_are_too_short_are_no_training_files(videos, tmp_path):

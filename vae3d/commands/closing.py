@@ -41,7 +41,8 @@ def closing(trainer: Trainer, first_step: int, seconds: float, commands: Sequenc
     rows = validation_rows(trainer.folder)
     if scores := score_rows(rows, trainer.better):
         head = ["score", f"at step {rows[0]['step']}", "best", "at step", f"at step {rows[-1]['step']}"]
-        paragraphs.append(text_table(head, scores))
+        columns = len(head) if len(rows) > 1 else 2
+        paragraphs.append(text_table(head[:columns], [row[:columns] for row in scores]))
     paragraphs.append("\n".join(f"{name:12}{where}" for name, where in places(trainer.folder)))
     paragraphs += [f"# {purpose}\n{command}" for purpose, command in commands]
     return "\n\n".join(paragraphs)

@@ -56,7 +56,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def clip_gradients(self, max_norm: float | None) -> Tensor:
-        """Returns the norm before clipping, on the device; 0 if it is known after finish_step only. None: no clipping."""
+        """Returns the norm before clipping, on the device; 0 if it is known after finish_step only. None: no limit."""
 
     def loss_scale(self) -> dict[str, Tensor]:
         """loss_scale: the factor of an fp16 loss scaler, on the device; empty without one."""
