@@ -170,15 +170,17 @@ def test_full_folders_are_not_mixed_with_new_results(export, videos, tmp_path):
     run(export, source, tmp_path / "out")
     with pytest.raises(FolderError, match=r"save_dir=.*: seed is 0 there and 1 here; .* set overwrite=true"):
         run(export, source, tmp_path / "out", "seed=1")
-    (tmp_path / "out_rec/command.json").unlink()
-    with pytest.raises(FolderError, match="out_ori is not empty; choose another save_dir, or set overwrite=true"):
-        run(export, source, tmp_path / "out")
     (tmp_path / "out_rec/notes.txt").write_text("mine")
     (tmp_path / "out_rec/.000009_x.mp4.tmp").touch()  # from a run that was killed
     run(export, videos.parent / "clip1.mp4", tmp_path / "out", "overwrite=true")
     for kind in ("ori", "rec", "spatial"):
         assert stems(tmp_path / f"out_{kind}") == ["000001_clip1.mp4"]
     assert (tmp_path / "out_rec/notes.txt").is_file()
+    (tmp_path / "out_rec/command.json").unlink()  # now they may be anyone's
+    for overwrite in ("true", "false"):
+        with pytest.raises(FolderError, match=r"out_ori is not empty.*command\.json.*choose another"):
+            run(export, source, tmp_path / "out", f"overwrite={overwrite}")
+    assert stems(tmp_path / "out_rec") == ["000001_clip1.mp4"]
 
 
 def test_results_do_not_go_into_the_folder_that_is_read(export, videos, tmp_path):

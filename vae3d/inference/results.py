@@ -53,14 +53,17 @@ class Results:
     def begin(self, command: Mapping[str, Any], overwrite: bool) -> None:
         """Prepare the folders for a command. Raises FolderError if they hold another's results, unless `overwrite`."""
         full = [folder for kind in (*KINDS, *PAGES) if result_folder.has_results(folder := self.folder(kind))]
-        if overwrite:
-            self.clear()
-        elif full:
-            if result_folder.resumes(self.folder("rec"), command, self.setting):
-                for kind in PAGES:
-                    unpack_page(self.folder(kind))
-                return
-            raise result_folder.FolderError(f"{full[0]} is not empty; choose another save_dir, or set overwrite=true")
+        record = self.folder("rec") / result_folder.COMMAND
+        if full and not record.is_file():
+            raise result_folder.FolderError(
+                f"{full[0]} is not empty, and without {record} its files may be anyone's; delete them, or choose "
+                "another save_dir"
+            )
+        if full and not overwrite and result_folder.resumes(self.folder("rec"), command, self.setting):
+            for kind in PAGES:
+                unpack_page(self.folder(kind))
+            return
+        self.clear()
         result_folder.write_command(self.folder("rec"), command)
 
     def clear(self) -> None:
