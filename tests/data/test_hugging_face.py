@@ -205,6 +205,8 @@ def test_sizes_are_looked_up_once_and_again_when_the_dataset_changes(tmp_path, m
         path, reason = tables.skipped_files[0]
         assert (name_of(path), reason) == ("train/image/0.hfimage", "is 20x32: skipped, because data.min_side=23")
         assert (len(tables.train), len(tables.skipped_files), len(probed)) == (3, 3, 6)
+    notes = read_tables(HuggingFace(tmp_path / "saved"), ClipSettings(40, 16), num_val_files=0, max_broken=0).notes
+    assert notes[-1].startswith("6 of 6 files are smaller than 40x16")  # from their headers: their names have no suffix
     shutil.rmtree(tmp_path / "saved")
     forget()
     rows(6, 10).save_to_disk(tmp_path / "saved")

@@ -202,7 +202,7 @@ def _some_images(
 ) -> list[dict]:
     """Metadata of up to PROBED_IMAGES images without a size, evenly spaced. Videos are not opened for this."""
     unknown = columns["row"][np.isnan(columns["height"]) | np.isnan(columns["width"])]
-    images = [part[np.fromiter(map(is_image, table.names(part)), bool, len(part))] for part in _chunks(unknown)]
+    images = [part[np.fromiter(map(is_image, table.paths(part)), bool, len(part))] for part in _chunks(unknown)]
     rows = np.concatenate([np.empty(0, np.int32), *images])
     chosen = table.paths(rows[evenly_spaced(len(rows), PROBED_IMAGES)])
     return list(probe(chosen, results, trusted).values()) if chosen else []
