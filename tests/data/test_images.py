@@ -139,7 +139,7 @@ def test_a_sequence_is_probed_from_a_header_and_again_when_it_changes(tmp_path, 
     write(tmp_path / "a", [0], 32, 64)
     assert facts()["height"] == 32
     (cache,) = (tmp_path / "cache/probe").iterdir()
-    assert parts_of(cache, "part")
+    assert parts_of(cache, probe.KIND)
 
 
 def test_check_reads_sequences_and_names_their_bad_files(tmp_path, capsys):

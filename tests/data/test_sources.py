@@ -330,7 +330,7 @@ def test_parts_that_no_probe_wrote_are_left_out(tmp_path, monkeypatch):
     part.unlink()
     for number, content in enumerate(others):
         digest = hashlib.blake2b(content, digest_size=8).hexdigest()
-        part.with_name(f"part-{number:020d}-{digest}.arrow").write_bytes(content)
+        part.with_name(f"probed-{number:020d}-{digest}.arrow").write_bytes(content)
     assert not probe.results_for_paths([video]).knows([video])[0]
     assert probe.probe([video]) == first
     assert first[video]["num_frames"] == 3
@@ -371,7 +371,7 @@ def test_results_of_a_probe_lie_beside_the_table_and_move_with_it(tmp_path, monk
     source = pictures(tmp_path / "set")
     read = counted(monkeypatch)
     tables = read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
-    (part,) = (tmp_path / "set/t.csv.probe").glob("part-*.arrow")
+    (part,) = (tmp_path / "set/t.csv.probe").glob("probed-*.arrow")
     entries = pa.ipc.open_file(part).read_all().to_pandas()
     assert sorted(map(bytes.decode, entries["path"])) == [f"{i}.png" for i in range(9)]
     assert sorted(entries["width"]) == list(range(8, 17))
@@ -390,7 +390,7 @@ def test_results_go_to_the_cache_where_the_folder_of_the_table_cannot_be_written
         read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
     read_tables(source, SETTINGS, num_val_files=0, max_broken=0)  # and says it once
     assert len(read) == 9
-    assert list((tmp_path / "cache/probe").rglob("part-*.arrow"))
+    assert list((tmp_path / "cache/probe").rglob("probed-*.arrow"))
 
 
 def test_ranks_share_the_files_to_probe(tmp_path, monkeypatch):
@@ -413,7 +413,7 @@ def test_ranks_share_the_files_to_probe(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(read) == sorted(f"{i}.png" for i in range(30))  # each once
-    assert len(list((tmp_path / "t.csv.probe").glob("part-*.arrow"))) == 3
+    assert len(list((tmp_path / "t.csv.probe").glob("probed-*.arrow"))) == 3
     for rank in range(3):
         assert results[rank]["width"].tolist() == [8.0 + i for i in range(30)]
 
@@ -445,7 +445,7 @@ def test_a_killed_probe_loses_one_part(tmp_path, monkeypatch):
     tables = read_tables(source, SETTINGS, num_val_files=0, max_broken=0)
     assert sorted(read) == ["10.png", "11.png", "12.png", "13.png", "8.png", "9.png"]
     assert tables.train["width"].tolist() == [8.0 + i for i in range(14)]
-    assert len(list((tmp_path / "t.csv.probe").glob("part-*.arrow"))) == 1  # many parts were merged
+    assert len(list((tmp_path / "t.csv.probe").glob("probed-*.arrow"))) == 1  # many parts were merged
 
 
 def test_merged_parts_keep_the_last_result_of_a_file(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Probing files for frame count, size and rate: in parallel over threads and ranks, with the results kept in Arrow.
 
-Results lie beside the table, in TABLE.probe/part-TIME-HASH.arrow, or in the cache folder if that cannot be written or
+Results lie beside the table, in TABLE.probe/probed-TIME-HASH.arrow, or in the cache folder if that cannot be written or
 the source is no file. Columns: path (relative to the table's folder if it is inside), num_frames, height, width, fps,
 and how a changed file is noticed: size (bytes), modified (ns), images (of a sequence; -1: not one). A part is written,
 atomically, when PART files are done, so a probe that is killed loses at most one part per process. The indices of the
@@ -38,7 +38,7 @@ SCHEMA = pa.schema([
     ("path", NAMES), ("hash", pa.int64()), *((name, pa.float64()) for name in NUMBERS),
     *((name, pa.int64()) for name in STAMP),
 ])  # fmt: skip
-KIND = "part"
+KIND = "probed"  # another name since sizes are those with square pixels: results of stored sizes are not read
 PART = 2000  # files per part
 Metadata = dict[str, float | str]  # the columns of NUMBERS, or the key `error` alone
 
