@@ -479,6 +479,14 @@ def test_a_folder_that_is_not_there_and_a_cache_that_cannot_be_written_are_named
         build_index([find_shard(str(tar))], tmp_path / INDEX, Settings())
 
 
+def test_the_folder_of_an_index_is_made_and_tried_before_shards_are_read(tmp_path):
+    tar = write_tar(tmp_path / "0.tar", samples(1))
+    assert len(build_index([find_shard(str(tar))], tmp_path / "a/b" / INDEX, Settings())) == 3
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=r"file/index\.arrow: cannot be written"):
+        build_index([find_shard(str(tar))], tmp_path / "file" / INDEX, Settings(), scan=pytest.fail)
+
+
 def test_headers_of_remote_shards_are_read_in_few_ranges(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tars").mkdir()

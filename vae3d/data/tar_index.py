@@ -17,6 +17,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
@@ -81,6 +82,9 @@ def _build(
     shards: Sequence[Shard], out: Path, settings: Settings, scan: Scan | None, probe: bool, workers: int, parts: Path
 ) -> pa.Table:
     """build_index with a folder for the rows of each shard, which no other process uses meanwhile."""
+    with naming(out):  # tried before shards are read, which may take hours
+        out.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out.parent).close()
     with naming(parts):
         parts.mkdir(exist_ok=True)
     tables = {} if probe else _kept(out, shards, settings)
