@@ -95,7 +95,7 @@ def test_a_large_list_gives_what_a_small_one_gives(tmp_path, large, name, kind):
     assert len(one.train)
     assert (len(one.val) > 0) == (kind != "one")
     assert any("ignored keys of clips: note" in note for note in one.notes)
-    assert len(one.errors) == (4 if kind == "odd" else 0)
+    assert len(one.errors) == (5 if kind == "odd" else 0)
 
 
 @pytest.mark.parametrize(
