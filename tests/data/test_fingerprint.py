@@ -24,7 +24,8 @@ def folder(tmp_path):
 
 
 def fingerprint_of(table, **options):
-    return fingerprint_module.fingerprint_of(table_in_memory(table), **options)
+    rows = table_in_memory(table)
+    return fingerprint_module.fingerprint_of(rows, np.array(rows.numbers("facts")), **options)
 
 
 def fingerprint(folder, names, **columns):

@@ -197,12 +197,10 @@ def _mixed(*hashes: np.ndarray) -> np.ndarray:
     return z
 
 
-def fingerprint_of(table: FileTable, facts: np.ndarray | None = None, stat_files: bool = True) -> Fingerprint:
+def fingerprint_of(table: FileTable, facts: np.ndarray, stat_files: bool = True) -> Fingerprint:
     """Fingerprint of rows with the columns of row_arrays.py. facts: [rows] their hashes with the numbers that were
-    filled in; None: none was. stat_files: include size and modification time of the files; never of more than PER_ROW
-    rows."""
-    everything, rows = np.arange(len(table)), np.array(table.numbers("identity"))  # copies, which torch can take
-    facts = np.array(table.numbers("facts") if facts is None else facts)
+    filled in. stat_files: include size and modification time of the files; never of more than PER_ROW rows."""
+    everything, rows = np.arange(len(table)), np.array(table.numbers("identity"))  # a copy, which torch can take
     if len(table) > PER_ROW:
         return grouped(rows, facts, None)
     paths = table.paths(everything)
