@@ -33,10 +33,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One thread, empty caches, a weights folder of random networks, signals as in a terminal, and a quick hydra.compose."""
+    """One thread, empty caches, a weights folder of random networks, Ctrl-C as in a terminal, and a quick hydra.compose."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup's with this one
     patch = pytest.MonkeyPatch()
     patch.setattr(os, "fsync", os.fstat)  # each waits 6 ms for a disk, thousands of times; no test cuts the power
     patch.setattr(hydra, "compose", compose_cache.compose)
