@@ -113,16 +113,15 @@ def load_with_checkpoint(
     model: nn.Module | None = None,
     changes: Mapping[str, Any] | None = None,
     part: str | None = None,
-    adapter: bool = False,
 ) -> tuple[Checkpoint, nn.Module]:
-    """`load`, which also returns the checkpoint: layout, configuration and weights. adapter: see read_checkpoint."""
+    """`load`, which also returns the checkpoint: layout, configuration and weights."""
     changes = changes or {}
     checkpoint = read_checkpoint(
         path,
         changes.get("variant", getattr(model, "variant", None)),
         part,
         own_model=model is not None,
-        adapter=adapter or isinstance(model, DiffusersVAE),
+        adapter=isinstance(model, DiffusersVAE),
     )
     if (Path(path) / "exports").is_dir():
         log.info("%s: using its newest export, %s", path, checkpoint.path.parent.name)
