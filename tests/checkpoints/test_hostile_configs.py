@@ -227,6 +227,7 @@ def exports(folder: Path) -> dict[str, Place]:
         "classes": [],
         "trained_classes": [],
         "label_dropout": 0.1,
+        "latents": {"count": 1, "mean": [0.0], "std": [1.0]},
         "vae": {
             "path": "vae",
             "model": "SpatialVAE",
@@ -451,6 +452,7 @@ def test_an_unknown_class_leaves_nothing_but_its_name_to_one_who_has_the_model(p
         ({"ema": None}, "ema"),
         ({"vae": None}, "vae"),
         ({"vae": {"path": "vae"}}, r"vae\.model is missing"),
+        ({"latents": {"count": 1, "mean": [], "std": [1.0]}}, r"latents\.mean"),
         ({"process": {"_target_": ["gaussian"]}}, "process._target_ is"),
         ({"process": {"_target_": "vae3d.diffusion.gaussian.GaussianDiffusion", "schedule": "x"}}, "schedule"),
         ({"process": {"_target_": "vae3d.diffusion.flow.RectifiedFlow", "learned_sigma": True}}, "learned_sigma"),

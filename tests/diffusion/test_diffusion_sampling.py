@@ -109,13 +109,14 @@ def test_size_of_latents_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("rms", "sampling", "hint"),
+    ("ratio", "sampling", "hint"),
     [(0.4, Sampling(clip=1.0), "train for longer, or take more steps, or raise or leave out clip"),
      (3.0, Sampling(clip=5.0, guidance=4.0), "train for longer, or lower guidance"),
      (0.6, Sampling(), None), (1.9, Sampling(), None)],
 )  # fmt: skip
-def test_samples_far_from_the_size_of_data_are_warned_about(rms, sampling, hint):
-    warning = check_latent_rms(rms, RectifiedFlow(), sampling)
+@pytest.mark.parametrize("of_data", [1.0, 4.0])  # the latter by trainer.any_scale
+def test_samples_far_from_the_size_of_data_are_warned_about(ratio, sampling, hint, of_data):
+    warning = check_latent_rms(ratio * of_data, of_data, RectifiedFlow(), sampling)
     assert warning is None if hint is None else warning.endswith(f"; {hint}")
 
 

@@ -40,7 +40,7 @@ from vae3d.result_folder import FolderError
 CLASSES = ["cat", "dog"]
 
 
-def export(folder, vae, size, network, classes=(), process=None, seed=0, zero=False):
+def export(folder, vae, size, network, classes=(), process=None, seed=0, zero=False, scale=1.0):
     """Of a network with random weights, none of which is zero; or of one that gives zeros."""
     codec = open_codec(vae)
     shape = codec.latent_shape(*size)
@@ -57,6 +57,7 @@ def export(folder, vae, size, network, classes=(), process=None, seed=0, zero=Fa
         "trained_classes": list(range(len(classes))),
         "label_dropout": 0.1,
         "vae": {"path": str(vae), **vae_metadata(codec, str(vae))},
+        "latents": {"count": 1, "mean": [0.0] * shape[0], "std": [scale] * shape[0]},
     }
     write_export(folder, told, dict(zip((0.9, 0.99), weights, strict=True)))
     return folder
@@ -219,6 +220,8 @@ def test_latents_of_samples_are_measured(prediction, vae, tmp_path, caplog):
     }
     model = export(tmp_path / "model", vae, (1, 32, 32), network, process=process, zero=True)
     drawn(model, tmp_path / "out", "steps=20")
+    export(tmp_path / "larger", vae, (1, 32, 32), network, process=process, zero=True, scale=8.0)
+    assert read_export(tmp_path / "larger").data_rms() == pytest.approx(8)
     told = [record for record in caplog.records if "their latents" in record.message]
     means, stds = ([float(x) for x in line.split()[1:]] for line in told[0].message.replace(",", "").split("\n")[1:])
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]

@@ -164,9 +164,9 @@ def draw_and_write(
             sampling.write_npz(folder, pictures, labels)
         log.info("%s of %s -> %s", plural(config.count, "sample"), export.folder, config.out)
         latent_stats = LatentStats.of(stats, config.count)
-        log.info("their latents (those of the data have mean 0, deviation 1): %s", latent_stats)
-        rms = math.hypot(*latent_stats.over_channels())
-        if warning := sampling.check_latent_rms(rms, export.process(), settings):
+        rms, of_data = math.hypot(*latent_stats.over_channels()), export.data_rms()
+        log.info("their latents (root mean square %.3g, the data's %.3g): %s", rms, of_data, latent_stats)
+        if warning := sampling.check_latent_rms(rms, of_data, export.process(), settings):
             log.warning(warning)
         if reference:
             data = compare_with_data(latents, reference, config)

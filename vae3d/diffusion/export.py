@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
@@ -37,6 +38,14 @@ class VaeConfig(VaeMetadata):
 Shape = Annotated[Sequence[Count], Size(3, 3)]  # frames, height, width
 
 
+class DataScale(TypedDict):
+    """Statistics of the latents of the training data, per channel."""
+
+    count: Count
+    mean: Annotated[Sequence[float], Size(1, 10**4)]
+    std: Annotated[Sequence[float], Size(1, 10**4)]
+
+
 class TrainedSizes(TypedDict, total=False):
     """sizes: of the training clips; without it, `size` only."""
 
@@ -55,6 +64,7 @@ class ExportConfig(TrainedSizes):
     label_dropout: Annotated[float, Range(0, 1)]
     ema: Annotated[Sequence[Annotated[float, Range(0, 1)]], Size(1, 100)]
     vae: VaeConfig
+    latents: DataScale
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,11 @@ class Export:
 
     def process(self) -> Process:
         return build_process(self.config["process"])
+
+    def data_rms(self) -> float:
+        """Root mean square of the latents of the training data."""
+        scale = self.config["latents"]
+        return math.hypot(*(math.sqrt(fmean(x * x for x in scale[name])) for name in ("mean", "std")))
 
 
 def weights_file(folder: Path, decay: float, first: bool) -> Path:

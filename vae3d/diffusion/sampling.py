@@ -126,12 +126,12 @@ def decode_parts(
         yield codec.decode_unchecked(part, size[0], size[1:])
 
 
-def check_latent_rms(rms: float, process: Process, sampling: Sampling) -> str | None:
-    """A warning, with hints, for samples whose latents' root mean square is far from the data's, 1; else None."""
-    if 1 / MAX_RMS_RATIO <= rms <= MAX_RMS_RATIO:
+def check_latent_rms(rms: float, of_data: float, process: Process, sampling: Sampling) -> str | None:
+    """A warning, with hints, for samples whose latents' root mean square is far from the data's; else None."""
+    if of_data / MAX_RMS_RATIO <= rms <= of_data * MAX_RMS_RATIO:
         return None
     hints = ["train for longer"]
-    if rms < 1:
+    if rms < of_data:
         hints += ["take more steps"]
         if sampling.clip is not None:
             hints += ["raise or leave out clip"]
@@ -139,7 +139,7 @@ def check_latent_rms(rms: float, process: Process, sampling: Sampling) -> str | 
         if sampling.guidance > 1:
             hints += ["lower guidance"]
         if sampling.clip is None:
-            hints += ["set clip=5, which bounds the predicted latents"]
+            hints += [f"set clip={5 * of_data:.2g}, which bounds the predicted latents"]
         if isinstance(process, GaussianDiffusion) and process.prediction == "epsilon":
             factor = process.alphas_cumprod[-1].rsqrt()
             hints += [
@@ -147,8 +147,8 @@ def check_latent_rms(rms: float, process: Process, sampling: Sampling) -> str | 
                 f"the latents times {factor:.0f} at the first step"
             ]
     return (
-        f"the latents of these samples have a root mean square of {rms:.3g}; the data have 1, so the samples do not "
-        f"look like the data; {', or '.join(hints)}"
+        f"the latents of these samples have a root mean square of {rms:.3g}; the data have {of_data:.3g}, so the "
+        f"samples do not look like the data; {', or '.join(hints)}"
     )
 
 

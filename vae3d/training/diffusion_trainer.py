@@ -20,7 +20,7 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.batch_schedule import stream_counts
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.data import Batch, LatentData
-from vae3d.diffusion.export import check_config, write_export
+from vae3d.diffusion.export import DataScale, check_config, write_export
 from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
@@ -31,7 +31,7 @@ from vae3d.optim import adamw
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma
-from vae3d.training.failures import Count, SpikeGuard
+from vae3d.training.failures import SpikeGuard
 from vae3d.training.loggers import Loggers
 from vae3d.training.step_status import StepMetrics
 from vae3d.training.strategy import ReplicatedDataParallel
@@ -299,16 +299,10 @@ class DiffusionTrainer(Trainer[Batch]):
         }
 
 
-class _Scale(TypedDict):
-    count: Count
-    mean: Sequence[float]
-    std: Sequence[float]
-
-
 class _LatentsState(TypedDict):
     vae: Mapping[str, Any]
     classes: Sequence[str]
-    scale: _Scale
+    scale: DataScale
 
 
 class LatentsState:
