@@ -27,12 +27,14 @@ def test_a_line_for_each_way_of_reading(tmp_path, video, capsys):
 
 
 def test_a_method_that_reads_other_frames_ends_the_measurement(tmp_path, video, monkeypatch):
-    whole = bench.whole_video
+    methods = bench.shard_methods
 
-    def shifted(name, content):
-        frames = whole(name, content)
-        return None if frames is None else np.roll(frames, 1, axis=0)
+    def shifted(rate):
+        found = methods(rate)
+        read = found["webdataset, whole videos"]
+        found["webdataset, whole videos"] = lambda *given: [np.roll(clip, 1, axis=0) for clip in read(*given)]
+        return found
 
-    monkeypatch.setattr(bench, "whole_video", shifted)
+    monkeypatch.setattr(bench, "shard_methods", shifted)
     with pytest.raises(SystemExit, match="webdataset, whole videos reads other frames"):
         bench.compare_shards(tmp_path, video, 1, "")

@@ -235,6 +235,8 @@ def _open_safetensors(path: Path, start: bytes, size: int) -> dict[str, LazyTens
             tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise FileError(f"{path}: {name} cannot be read ({error})") from error
+        except AttributeError as error:  # as of torch.float4_e2m1fn_x2 before torch 2.8
+            raise FileError(f"{path}: {name} is of a type that needs a newer torch ({error})") from error
         if tensor.shape != shapes[name]:
             raise FileError(f"{path}: {name} is {tensor.dtype}, which packs numbers; save it in another type")
         return tensor

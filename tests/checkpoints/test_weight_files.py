@@ -309,7 +309,7 @@ DAMAGED = {
         safetensors({n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in "ab"}, b"\0" * 4), "damaged",
     ),
     "safetensors of half bytes": (
-        safetensors({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"\0" * 2), "w is torch.float4",
+        safetensors({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}, b"\0" * 2), "float4",
     ),
     "safetensors size": (safetensors({"w": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}), "w has a shape"),
     "safetensors dimensions": (safetensors({"w": {"dtype": "F32", "shape": [0] * 65, "data_offsets": [0, 0]}}), "w has a shape"),

@@ -33,7 +33,7 @@ def traced(monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     torch._dynamo.reset()
     counters.clear()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True):
         yield
     torch._dynamo.reset()
 

@@ -162,7 +162,8 @@ def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], boo
     # Strict UTF-8: else a name that is none would become one that no other program can read.
     headers = _HeaderReader(stream)
     with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-        while (info := tar.next()) is not None:
+        empty = tar.firstmember is None  # in which Python 3.10 would seek to -1
+        while not empty and (info := tar.next()) is not None:
             tar.members.clear()  # tarfile keeps them all
             if info.size < 0 or tar.offset < info.offset_data:  # it would go in circles
                 raise DataError(f"{path} is damaged: {info.name} has {info.size} bytes")

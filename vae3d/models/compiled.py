@@ -86,6 +86,7 @@ def _in_one_layout(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def _allow_graphs() -> None:
     config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # beyond it code would run uncompiled
+    # Beyond it code would run uncompiled. Since torch 2.7 it is an alias of recompile_limit.
+    config.cache_size_limit = max(config.cache_size_limit, RECOMPILE_LIMIT)
     with no_tf32():  # sets torch's precision flags as validation will, which would recompile everything otherwise
         pass

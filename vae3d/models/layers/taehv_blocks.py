@@ -243,7 +243,7 @@ def run_layers(
         if isinstance(layer, MemBlock):
             last = x[-clips:].clone()  # a view would keep the whole chunk alive
             x = maybe_checkpoint(layer, x, clips, None if cache is None else cache[i], enabled=recompute)
-        elif isinstance(layer, TPool | TGrow):
+        elif isinstance(layer, (TPool, TGrow)):  # torch 2.6 cannot trace TPool | TGrow
             x = layer(x, clips)
         else:
             x = maybe_checkpoint(layer, x, enabled=recompute and isinstance(layer, UpConv))
