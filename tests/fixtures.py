@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import socketserver
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -187,6 +188,7 @@ def s3() -> Iterator[Callable[[str], AbstractFileSystem]]:
     host, port = server.get_host_and_port()
     settings = {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1"}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socketserver.StreamRequestHandler, "disable_nagle_algorithm", True)  # as in http_server.py
         for name, value in {**settings, "ENDPOINT_URL": f"http://{host}:{port}"}.items():
             patch.setenv(f"AWS_{name}", value)
 

@@ -54,6 +54,7 @@ class Store(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Store
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the client to confirm the headers
 
     def log_message(self, *_: object) -> None: ...
 

@@ -56,6 +56,7 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as in http_server.py
 
     def log_message(self, *_: Any) -> None: ...
 
