@@ -15,10 +15,15 @@ if [[ ! -f $stamp || $(cat "$stamp") != "$wanted" ]]; then
     echo "error: cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2
     exit 1
   }
-  # The pip that comes with Python 3.10 tries versions of boto3 and xxhash for longer than 20 minutes.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --config-settings editable_mode=compat --editable '.[dev]' # else a folder named vae3d hides the package
+  # Older pips, such as that of Python 3.10, try versions of boto3 and xxhash for longer than 20 minutes.
+  # editable_mode: else a folder named vae3d hides the package.
+  { .venv/bin/python -m pip install 'pip>=23.1' &&
+    .venv/bin/python -m pip install --config-settings editable_mode=compat --editable '.[dev]'; } \
+    > .venv/install.log 2>&1 || {
+    tail -n 20 .venv/install.log >&2
+    echo "error: the installation failed; .venv/install.log has all of its output" >&2
+    exit 1
+  }
   echo "$wanted" > "$stamp"
 fi
 
