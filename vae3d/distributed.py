@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -128,6 +129,9 @@ def process_group_scope() -> Iterator[None]:
         finished = True
     finally:
         if dist.is_available() and dist.is_initialized() and (finished or dist.get_backend() == "gloo"):
+            # Its threads may still have to free tensors of the last collective, for which they need the GIL, and
+            # destroying joins them while it holds the GIL (seen with torch 2.6: the rank hung for ever).
+            time.sleep(0.1)
             dist.destroy_process_group()
 
 
