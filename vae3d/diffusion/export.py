@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
@@ -22,6 +21,7 @@ from vae3d.diffusion.processes import Process
 from vae3d.io import FileError, atomic_dir, parse_yaml, read_yaml, save_tensors, write_text, yaml_text
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import VaeMetadata, vae_difference
+from vae3d.latents.scale import LatentStats
 
 CONFIG = "diffusion.yaml"
 MAX_CONFIG_BYTES = 2**20  # enough for 40,000 classes; a file of 4 MiB takes 12 s to read
@@ -87,7 +87,8 @@ class Export:
     def data_rms(self) -> float:
         """Root mean square of the latents of the training data."""
         scale = self.config["latents"]
-        return math.hypot(*(math.sqrt(fmean(x * x for x in scale[name])) for name in ("mean", "std")))
+        mean, std = (torch.tensor(scale[name], dtype=torch.float64) for name in ("mean", "std"))
+        return LatentStats(scale["count"], mean, std).rms()
 
 
 def weights_file(folder: Path, decay: float, first: bool) -> Path:

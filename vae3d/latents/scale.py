@@ -6,6 +6,7 @@ from run to run (SD 0.18215, SDXL 0.13025, FLUX 0.3611), so it is measured, neve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,6 +62,10 @@ class LatentStats:
         mean = self.mean.mean()
         variance = (self.std.square() + (self.mean - mean).square()).mean()
         return float(mean), float(variance.sqrt())
+
+    def rms(self) -> float:
+        """Root mean square of all values of all channels."""
+        return math.hypot(*self.over_channels())
 
     def facts(self) -> dict[str, Any]:
         """The measurement as plain values, for model.yaml."""
