@@ -45,14 +45,19 @@ def has_results(folder: Path, besides: Collection[str] = ()) -> bool:
     return any(name not in (LOCK, COMMAND, *besides) and not TMP_NAME.fullmatch(name) for name in names)
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether command.json says that a command wrote into a folder; else its files may be anyone's."""
+    return (folder / COMMAND).is_file()
+
+
 def resumes(folder: Path, command: Mapping[str, Any], setting: str) -> bool:
     """Whether the same command began in this folder; False if none did.
 
     Raises FolderError if another command did, naming the settings that differ.
     """
-    file = folder / COMMAND
-    if not file.is_file():
+    if not is_ours(folder):
         return False
+    file = folder / COMMAND
     recorded = read_json(file)
     if not isinstance(recorded, dict):
         raise FileError(f"{file}: is damaged; choose another folder, or set overwrite=true")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -33,7 +32,7 @@ from vae3d.layout import place
 from vae3d.loading import open_codec
 from vae3d.pixels import Quantized
 from vae3d.progress import progress
-from vae3d.result_folder import COMMAND, has_results, locked, resumes, write_command
+from vae3d.result_folder import has_results, is_ours, locked, resumes, write_command
 from vae3d.running_stats import RunningStats
 from vae3d.text import plural
 from vae3d.transfer import on_host
@@ -164,7 +163,7 @@ def draw_and_write(
             sampling.write_npz(folder, pictures, labels)
         log.info("%s of %s -> %s", plural(config.count, "sample"), export.folder, config.out)
         latent_stats = LatentStats.of(stats, config.count)
-        rms, of_data = math.hypot(*latent_stats.over_channels()), export.data_rms()
+        rms, of_data = latent_stats.rms(), export.data_rms()
         log.info("their latents (root mean square %.3g, the data's %.3g): %s", rms, of_data, latent_stats)
         if warning := sampling.check_latent_rms(rms, of_data, export.process(), settings):
             log.warning(warning)
@@ -257,7 +256,7 @@ def prepare_folder(folder: Path, overwrite: bool, command: Mapping[str, Any], ma
     if main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if overwrite and (folder / COMMAND).is_file():  # else files of these names are someone else's
+            if overwrite and is_ours(folder):
                 sampling.clear(folder)
             if has_results(folder) and not resumes(folder, command, f"out={folder}"):
                 reason = f"out={folder} holds files that sampling did not write; choose another folder"

@@ -53,8 +53,8 @@ class Results:
     def begin(self, command: Mapping[str, Any], overwrite: bool) -> None:
         """Prepare the folders for a command. Raises FolderError if they hold another's results, unless `overwrite`."""
         full = [folder for kind in (*KINDS, *PAGES) if result_folder.has_results(folder := self.folder(kind))]
-        record = self.folder("rec") / result_folder.COMMAND
-        if full and not record.is_file():
+        if full and not result_folder.is_ours(self.folder("rec")):
+            record = self.folder("rec") / result_folder.COMMAND
             raise result_folder.FolderError(
                 f"{full[0]} is not empty, and without {record} its files may be anyone's; delete them, or choose "
                 "another save_dir"
