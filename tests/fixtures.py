@@ -23,7 +23,7 @@ from tests import compose_cache, tiny
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.config.schema import TrainConfig
-from vae3d.data import stores
+from vae3d.data.storage import stores
 
 
 def pytest_collection_finish() -> None:

@@ -25,7 +25,7 @@ import vae3d
 from tests import tiny
 from vae3d import api
 from vae3d.commands import cli, try_video
-from vae3d.data import clips
+from vae3d.data.batches import clips
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.errors import UserError
 from vae3d.latents.cache import LatentCache

@@ -17,7 +17,7 @@ ENTRIES = [tiny.ROOT / "train.py", tiny.ROOT / "infer.py", *sorted((tiny.ROOT / 
 SCRIPTS = sorted((tiny.ROOT / "scripts").rglob("*.py"))
 
 # Bottom to top. The first line stands for all modules directly in vae3d/ but loading.py, hub.py and api.py: they
-# import only each other.
+# import only each other. "data" stands for the modules directly in vae3d/data that have no line.
 LAYERS = [
     "leaves",
     "pretrained",
@@ -27,6 +27,15 @@ LAYERS = [
     "metrics",
     "adversarial",
     "data",
+    "data.storage",
+    "data.decoding",
+    "data.table",
+    "data.tars",
+    "data.sources",
+    "data.batches",
+    "data.prepared",
+    "data.read_speed",
+    "data.loader",
     "checkpoints",
     "config",
     "report",
@@ -45,7 +54,7 @@ LAYERS = [
 HYDRA = {"config", "loading", "commands"}
 ACCELERATE = {"training", "commands", "distributed"}
 BROAD_EXCEPT = {
-    "vae3d.data.stores",  # backends of fsspec raise errors of their classes; what is no error of a store is raised again
+    "vae3d.data.storage.stores",  # backends of fsspec raise errors of their classes; what is no error of a store is raised again
     "vae3d.training.loggers",  # trackers raise errors of their private classes, and must not stop a training
     "scripts.benchmarks.gpu",  # a case that fails is written down, and must not lose the others
     "scripts.benchmarks.bench_networks",  # likewise a line
@@ -66,10 +75,10 @@ def imports(path: Path) -> set[str]:
 
 def layer(module: str) -> str:
     """The layer of a dotted name in vae3d."""
-    part = module.split(".")[1]
-    if part == "__main__":
+    parts = module.split(".")
+    if parts[1] == "__main__":
         return "commands"
-    return part if part in LAYERS else "leaves"
+    return next((part for part in (".".join(parts[1:3]), parts[1]) if part in LAYERS), "leaves")
 
 
 def name_of(path: Path) -> str:

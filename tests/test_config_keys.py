@@ -32,7 +32,7 @@ CONFIGS = (
 )
 # Section -> the files that read its settings as arguments, fields or a protocol of its own.
 HANDED_OVER = {
-    "data": "vae3d/data/clips.py", "data.depth": "vae3d/data/depth.py", "optim": "vae3d/schedules.py vae3d/optim.py",
+    "data": "vae3d/data/batches/clips.py", "data.depth": "vae3d/data/decoding/depth.py", "optim": "vae3d/schedules.py vae3d/optim.py",
     "trainer.ema": "vae3d/training/ema.py", "trainer.spike": "vae3d/training/failures.py", "run": "conf/hydra/run.yaml",
     "": "vae3d/diffusion/base.py vae3d/latents/clips.py",
 }  # fmt: skip

@@ -11,7 +11,7 @@ from vae3d.config.schema import CONF
 from vae3d.config.sources import sources_of
 from vae3d.config.validate import training_issues
 
-SOURCE = "{_target_: vae3d.data.sources.Table, path: /}"
+SOURCE = "{_target_: vae3d.data.sources.table.Table, path: /}"
 A = f"data.sources.a={{source: {SOURCE}, weight: 2}}"
 BASE = ["data=folder", "data.source.path=/"]
 

@@ -15,11 +15,11 @@ import pytest
 from PIL import Image
 
 from tests import http_server, tiny
-from vae3d.data import shard_writer
 from vae3d.data.media import DataError, MediaError
-from vae3d.data.shard_writer import entries_of, plan_shards, read_file
-from vae3d.data.sources import open_source
-from vae3d.data.webdataset import WebDataset
+from vae3d.data.sources.open_source import open_source
+from vae3d.data.sources.webdataset import WebDataset
+from vae3d.data.tars import writer as shard_writer
+from vae3d.data.tars.writer import entries_of, plan_shards, read_file
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from vae3d.commands.cli import check_training
 from vae3d.commands.flags import parse_eval
 from vae3d.config.issues import ConfigError
 from vae3d.config.schema import CONF
-from vae3d.data.readers import open_media
+from vae3d.data.decoding.readers import open_media
 from vae3d.errors import UserError
 from vae3d.loading import model_config
 

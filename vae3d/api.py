@@ -12,9 +12,9 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from vae3d.data.clips import read_resized, to_video
+from vae3d.data.batches.clips import read_resized, to_video
+from vae3d.data.decoding.readers import open_media, open_pair
 from vae3d.data.media import MediaError
-from vae3d.data.readers import open_media, open_pair
 from vae3d.errors import UserError
 from vae3d.hub import from_pretrained, push_to_hub
 from vae3d.inference.reconstruct import read_chunks

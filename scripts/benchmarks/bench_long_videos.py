@@ -72,8 +72,8 @@ def bytes_read() -> int:
 
 
 def read_one(path: Path, start: float) -> np.ndarray:
-    from vae3d.data.clips import ClipSettings, read_clip
-    from vae3d.data.readers import open_media
+    from vae3d.data.batches.clips import ClipSettings, read_clip
+    from vae3d.data.decoding.readers import open_media
 
     reader = open_media(path)
     clip = read_clip(reader, str(path), ClipSettings(256, 256), FRAMES, start)

@@ -607,9 +607,9 @@ def table_of_rows(bench: Bench) -> Row:
     """Read, check and split a table of videos with their metadata; no file is opened."""
     import pandas as pd
 
-    from vae3d.data.clips import ClipSettings
+    from vae3d.data.batches.clips import ClipSettings
     from vae3d.data.loader import read_tables
-    from vae3d.data.sources import open_source
+    from vae3d.data.sources.open_source import open_source
 
     rows, file = 1000 if bench.quick else 1_000_000, bench.folder / "videos.csv"
     with file.open("w") as lines:

@@ -113,8 +113,8 @@ def whole_file(path: str, start: float) -> np.ndarray:
 
 
 def only_the_clip(path: str, start: float, reader: str) -> np.ndarray:
-    from vae3d.data.clips import ClipSettings, read_clip
-    from vae3d.data.readers import open_media
+    from vae3d.data.batches.clips import ClipSettings, read_clip
+    from vae3d.data.decoding.readers import open_media
 
     opened = open_media(path, reader)
     clip = read_clip(opened, path, ClipSettings(SIZE, SIZE), FRAMES, start)
@@ -133,8 +133,8 @@ def peers(path: str) -> dict[str, Callable[[str, float], np.ndarray]]:
     """name -> reading a clip with a library that is installed, as vae3d reads it: [17, 256, 256, 3]."""
     import torch
 
-    from vae3d.data.clips import resize_crop_params
-    from vae3d.data.readers import media_info, resize
+    from vae3d.data.batches.clips import resize_crop_params
+    from vae3d.data.decoding.readers import media_info, resize
 
     info = media_info(path)
     crop = resize_crop_params(*info.size_to_scale((SIZE, SIZE)), (SIZE, SIZE))
@@ -172,7 +172,7 @@ def peers(path: str) -> dict[str, Callable[[str, float], np.ndarray]]:
 
 def compare(path: str, repeats: int) -> dict[str, list[float]]:
     """name -> milliseconds of each reading. Raises SystemExit if a peer reads other frames."""
-    from vae3d.data.kept_sources import close_kept_sources
+    from vae3d.data.decoding.kept_sources import close_kept_sources
 
     def ours(path: str, start: float) -> np.ndarray:
         return only_the_clip(path, start, "auto")
@@ -343,9 +343,9 @@ def measure_shards(paths: list[Path], shard: Path, repeats: int) -> dict[str, Co
     """The cost of a clip of each method: that of its fastest round."""
     import torch
 
-    from vae3d.data.clips import resize_crop_params
-    from vae3d.data.kept_sources import close_kept_sources
-    from vae3d.data.readers import media_info, resize
+    from vae3d.data.batches.clips import resize_crop_params
+    from vae3d.data.decoding.kept_sources import close_kept_sources
+    from vae3d.data.decoding.readers import media_info, resize
 
     torch.set_num_threads(1)
     info = media_info(paths[0])
@@ -384,9 +384,9 @@ def shard_methods(rate: Fraction) -> dict[str, Method]:
     """Those whose libraries are installed; prints what is left out. rate: frames per second of the files."""
     import webdataset as wds
 
-    from vae3d.data.clips import resize_crop_params
-    from vae3d.data.paths import member_path
-    from vae3d.data.readers import open_media
+    from vae3d.data.batches.clips import resize_crop_params
+    from vae3d.data.decoding.readers import open_media
+    from vae3d.data.storage.paths import member_path
 
     def ours(path: str | Path, start: int) -> np.ndarray:
         with closing(open_media(path)) as reader:
@@ -475,7 +475,7 @@ def whole_video(name: str, content: bytes) -> np.ndarray | None:
 
 def print_shards(columns: dict[str, dict[str, Cost]]) -> None:
     """A table in Markdown, and what it was measured with."""
-    from vae3d.data.bench import machine
+    from vae3d.commands.bench_data import machine
     from vae3d.data.workers import processor_count
 
     here = machine(processor_count(), ("torch", "av", "decord", "torchcodec", "torchvision", "webdataset"))

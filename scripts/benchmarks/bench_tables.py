@@ -89,10 +89,10 @@ def make_files(folder: Path, names: Iterable[str]) -> None:
 
 def open_kind(path: Path, kind: str):
     """The source of a kind."""
-    from vae3d.data.hugging_face import HuggingFace
-    from vae3d.data.image_folder import ImageFolder
-    from vae3d.data.json_clips import JsonClips
-    from vae3d.data.sources import Table
+    from vae3d.data.sources.hugging_face import HuggingFace
+    from vae3d.data.sources.image_folder import ImageFolder
+    from vae3d.data.sources.json_clips import JsonClips
+    from vae3d.data.sources.table import Table
 
     return {"jsonl": JsonClips, "hf": HuggingFace, "folder": ImageFolder}.get(kind, Table)(path)
 
@@ -119,10 +119,10 @@ def measure(file: Path, saved: Path, kind: str) -> dict[str, object]:
     """Start as a rank does. saved: the state of the fingerprint in a checkpoint; written if it is not there."""
     import torch
 
-    from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-    from vae3d.data.clips import ClipDataset, ClipSettings
+    from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
+    from vae3d.data.batches.clips import ClipDataset, ClipSettings
+    from vae3d.data.batches.selection import clip_lengths
     from vae3d.data.loader import read_tables
-    from vae3d.data.selection import clip_lengths
 
     source = open_kind(file, kind)
     imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

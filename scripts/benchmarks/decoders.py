@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vae3d
 from vae3d.argparse_types import positive_int
-from vae3d.data.clips import ClipSettings
-from vae3d.data.held_out import validation_clips
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.held_out import validation_clips
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
 from vae3d.errors import UserError
 from vae3d.inference.cost import timed
 from vae3d.metrics.frame import decibel

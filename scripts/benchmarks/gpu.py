@@ -66,8 +66,8 @@ from vae3d import distributed  # noqa: E402
 from vae3d.argparse_types import positive_int  # noqa: E402
 from vae3d.commands.step_cost import TrainingStep  # noqa: E402
 from vae3d.commands.train import build_trainer  # noqa: E402
-from vae3d.data.clips import ClipSettings, read_clip  # noqa: E402
-from vae3d.data.readers import check_reader, open_media  # noqa: E402
+from vae3d.data.batches.clips import ClipSettings, read_clip  # noqa: E402
+from vae3d.data.decoding.readers import check_reader, open_media  # noqa: E402
 from vae3d.errors import UserError  # noqa: E402
 from vae3d.io import write_json  # noqa: E402
 from vae3d.models import compiled  # noqa: E402

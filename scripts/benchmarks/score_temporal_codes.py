@@ -19,10 +19,10 @@ from torch import Tensor
 
 import vae3d
 from vae3d.argparse_types import positive_int
-from vae3d.data.clips import ClipSettings
-from vae3d.data.held_out import validation_clips
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.held_out import validation_clips
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
 from vae3d.latents.scale import spread_clips
 from vae3d.loading import initialize
 from vae3d.training.linear_code import fit_shortcut

@@ -18,8 +18,8 @@ from demo_page import as_text, draw_part, existing, read_json, read_video, train
 from markupsafe import Markup
 from PIL import Image
 
-from vae3d.data.images import open_image
-from vae3d.data.readers import open_media
+from vae3d.data.decoding.images import open_image
+from vae3d.data.decoding.readers import open_media
 from vae3d.report.page import Chapter, Table, Video, encode_clip, write_clip
 
 RUNS = {"ldm_unet_tiny": "UNet, images", "ldm_video_tiny": "video transformer, clips"}

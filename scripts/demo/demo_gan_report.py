@@ -18,7 +18,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vae3d.data.images import open_image
+from vae3d.data.decoding.images import open_image
 from vae3d.report.page import Chapter, Chart, Table
 
 START = "sd_vae_tiny"

@@ -22,7 +22,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from vae3d.argparse_types import positive_int
-from vae3d.data.images import ImageReader
+from vae3d.data.decoding.images import ImageReader
 from vae3d.errors import UserError
 
 SIZE, RATE = 96, 24

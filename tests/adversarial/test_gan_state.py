@@ -14,7 +14,7 @@ from tests.adversarial.test_gan import FRAMES, START, clips_of
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import ResumeError
-from vae3d.data.clips import Unreadable
+from vae3d.data.batches.clips import Unreadable
 
 ALL = {
     "lecam": 0.1,

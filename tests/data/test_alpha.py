@@ -14,15 +14,15 @@ from PIL import Image
 
 import vae3d
 from tests import tiny
+from vae3d.commands import check_data as check
 from vae3d.commands import eval as evaluation
 from vae3d.commands import flags, infer, train
 from vae3d.commands.training_data import build_training_data
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
 from vae3d.config.validate import check_inference
-from vae3d.data import check
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.media import MediaError
-from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.evaluation.pairs import PairError
 from vae3d.models.taesd import TAESD

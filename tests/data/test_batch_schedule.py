@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae3d.data.batch_schedule import SHUFFLED, BatchSchedule, FrameCounts
-from vae3d.data.sources import DataError
+from vae3d.data.batches.batch_schedule import SHUFFLED, BatchSchedule, FrameCounts
+from vae3d.data.media import DataError
 from vae3d.seeding import seed_of
 
 

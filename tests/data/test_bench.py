@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.data.bench import Row, needs_of, row_of
-from vae3d.data.clips import ClipSettings
+from vae3d.commands.bench_data import Row, needs_of, row_of
+from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.read_speed import File, Measured, drop_from_memory, plan
-from vae3d.data.segments import WHOLE
+from vae3d.data.table.segments import WHOLE
 
 
 @pytest.fixture(scope="module")

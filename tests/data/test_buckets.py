@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.bucket_streams import SourceStreams, bucket_rows, bucket_streams, pixels_kept
-from vae3d.data.buckets import (
+from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.batches.bucket_streams import SourceStreams, bucket_rows, bucket_streams, pixels_kept
+from vae3d.data.batches.buckets import (
     Bucket,
     buckets_of,
     parse_aspect,
@@ -23,9 +23,9 @@ from vae3d.data.buckets import (
     with_batches,
     with_weights,
 )
-from vae3d.data.clips import ClipSettings
-from vae3d.data.held_out import held_out_of
-from vae3d.data.sources import DataError
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.held_out import held_out_of
+from vae3d.data.media import DataError
 
 WIDE, OLD, TALL = (1080, 1920), (480, 640), (1280, 720)  # 16:9, 4:3, 9:16
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from tests import tiny
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import (
+from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.batches.clips import (
     ATTEMPTS,
     ClipDataset,
     ClipSettings,
@@ -20,13 +20,15 @@ from vae3d.data.clips import (
     read_clip,
     resize_crop_params,
 )
-from vae3d.data.held_out import long_enough, read_held_out, validation_clips
-from vae3d.data.images import resize_circular
+from vae3d.data.batches.held_out import long_enough, read_held_out, validation_clips
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.decoding.images import resize_circular
+from vae3d.data.decoding.readers import MediaError, open_media
 from vae3d.data.loader import TrainingData
-from vae3d.data.probe import fill_metadata
-from vae3d.data.readers import MediaError, open_media
-from vae3d.data.selection import clip_lengths
-from vae3d.data.sources import DataError, Folder, Table
+from vae3d.data.media import DataError
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.table import Table
+from vae3d.data.table.probe import fill_metadata
 
 
 def training_data(table, workers=0, frames=(1, 9), settings=None, **kwargs) -> TrainingData:

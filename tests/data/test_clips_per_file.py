@@ -12,15 +12,15 @@ import torch
 from tests import tiny
 from vae3d.config.diffusion import check_diffusion
 from vae3d.config.issues import ConfigError
-from vae3d.data import clips
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved
-from vae3d.data.clips import ClipDataset, ClipSettings, MixedClips, Stream
-from vae3d.data.frame_source import FrameSource
-from vae3d.data.kept_sources import close_kept_sources
+from vae3d.data.batches import clips
+from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts, Interleaved
+from vae3d.data.batches.clips import ClipDataset, ClipSettings, MixedClips, Stream
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.decoding.frame_source import FrameSource
+from vae3d.data.decoding.kept_sources import close_kept_sources
+from vae3d.data.decoding.readers import PyAVReader
 from vae3d.data.loader import TrainingData, schedule_notes
 from vae3d.data.media import MediaError
-from vae3d.data.readers import PyAVReader
-from vae3d.data.selection import clip_lengths
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,15 @@ import pytest
 
 from tests import tiny
 from vae3d.config.issues import ConfigError
-from vae3d.data import dataset_rows
-from vae3d.data.dataset_rows import how_to_download, member_name, open_splits
-from vae3d.data.hugging_face import HuggingFace, HuggingFaceStream
-from vae3d.data.image_folder import ImageFolder
-from vae3d.data.readers import MediaError, is_image, open_media
-from vae3d.data.sources import DataError, Folder, Table, holds_dataset, open_source
+from vae3d.data.decoding.readers import MediaError, is_image, open_media
+from vae3d.data.media import DataError
+from vae3d.data.sources import dataset_rows
+from vae3d.data.sources.dataset_rows import how_to_download, member_name, open_splits
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.hugging_face import HuggingFace, HuggingFaceStream
+from vae3d.data.sources.image_folder import ImageFolder
+from vae3d.data.sources.open_source import holds_dataset, open_source
+from vae3d.data.sources.table import Table
 
 
 def test_a_row_is_a_range_of_a_file(tmp_path):

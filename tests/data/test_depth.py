@@ -7,10 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from vae3d.data.batch_schedule import ClipIndex
-from vae3d.data.clips import ClipSettings, collate, open_frames, read_clip, to_sample
-from vae3d.data.depth import DepthReader, DepthSettings, depth_of, encode_depth, from_metres, nearest, to_metres
-from vae3d.data.readers import MediaError
+from vae3d.data.batches.batch_schedule import ClipIndex
+from vae3d.data.batches.clips import ClipSettings, collate, open_frames, read_clip, to_sample
+from vae3d.data.decoding.depth import (
+    DepthReader,
+    DepthSettings,
+    depth_of,
+    encode_depth,
+    from_metres,
+    nearest,
+    to_metres,
+)
+from vae3d.data.decoding.readers import MediaError
 from vae3d.types import ClipBatch
 
 MAPPINGS = ("log", "inverse")

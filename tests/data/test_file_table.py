@@ -12,9 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from vae3d.data import file_table
-from vae3d.data.file_table import ArrowFile, FileTable, as_file_table, compact, take, write_arrow
-from vae3d.data.rows import TEXTS, normalise_rows
+from vae3d.data.table import file_table
+from vae3d.data.table.file_table import ArrowFile, FileTable, as_file_table, compact, take, write_arrow
+from vae3d.data.table.rows import TEXTS, normalise_rows
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from vae3d.arguments import ArgumentError
-from vae3d.data import fingerprint as fingerprint_module
-from vae3d.data.row_arrays import table_in_memory
-from vae3d.data.rows import rows_from_paths
-from vae3d.data.sources import Table
+from vae3d.data.sources.table import Table
+from vae3d.data.table import fingerprint as fingerprint_module
+from vae3d.data.table.row_arrays import table_in_memory
+from vae3d.data.table.rows import rows_from_paths
 
 
 @pytest.fixture

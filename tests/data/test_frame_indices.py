@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vae3d.data.clips import ClipSettings, frame_indices
+from vae3d.data.batches.clips import ClipSettings, frame_indices
 
 SAMPLINGS = ("contiguous", "first_last_random", "strided")
 

@@ -8,10 +8,10 @@ import pandas as pd
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands.train import next_commands
-from vae3d.data.clips import ClipSettings
-from vae3d.data.file_table import as_file_table
-from vae3d.data.held_out import HELD_OUT, HeldOutFiles, held_out_files, write_held_out
-from vae3d.data.sources import Table
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.held_out import HELD_OUT, HeldOutFiles, held_out_files, write_held_out
+from vae3d.data.sources.table import Table
+from vae3d.data.table.file_table import as_file_table
 
 SETTINGS = ClipSettings(16, 16)
 

@@ -13,13 +13,13 @@ import pytest
 
 from tests import http_server
 from tests.data.test_webdataset import samples, write_tar
-from vae3d.data import stores
 from vae3d.data.media import DataError
-from vae3d.data.stores import StorageError
-from vae3d.data.tar_index import INDEX, read_index
-from vae3d.data.tar_rows import KEY, media_rows
-from vae3d.data.tar_samples import find_shard, samples_of
-from vae3d.data.webdataset import WebDataset
+from vae3d.data.sources.webdataset import WebDataset
+from vae3d.data.storage import stores
+from vae3d.data.storage.stores import StorageError
+from vae3d.data.tars.index import INDEX, read_index
+from vae3d.data.tars.rows import KEY, media_rows
+from vae3d.data.tars.samples import find_shard, samples_of
 
 END = bytes(1024)
 

@@ -19,18 +19,19 @@ from PIL import Image
 from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
-from vae3d.data import dataset_rows, hugging_face, probe
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.check import main as check
-from vae3d.data.check import parse
-from vae3d.data.clips import ClipSettings, Stream
-from vae3d.data.hugging_face import HuggingFace
-from vae3d.data.image_folder import ImageFolder
+from vae3d.commands.check_data import main as check
+from vae3d.commands.check_data import parse
+from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.batches.clips import ClipSettings, Stream
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.loader import TrainingData, read_tables
-from vae3d.data.paths import name_of
-from vae3d.data.readers import open_media
-from vae3d.data.selection import clip_lengths
-from vae3d.data.sources import DataError
+from vae3d.data.media import DataError
+from vae3d.data.sources import dataset_rows, hugging_face
+from vae3d.data.sources.hugging_face import HuggingFace
+from vae3d.data.sources.image_folder import ImageFolder
+from vae3d.data.storage.paths import name_of
+from vae3d.data.table import probe
 
 os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # before the package is imported
 hf = pytest.importorskip("datasets")

@@ -18,17 +18,17 @@ from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.commands.training_data import build_training_data
 from vae3d.config.issues import ConfigError
-from vae3d.data import streaming
-from vae3d.data.batch_schedule import FrameCounts
-from vae3d.data.clips import ClipSettings
-from vae3d.data.hugging_face import HuggingFace
+from vae3d.data.batches import streaming
+from vae3d.data.batches.batch_schedule import FrameCounts
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.stream_order import Position, ShuffledItems
+from vae3d.data.batches.streaming import StreamingData, StreamingSchedule, opened, stream_notes
+from vae3d.data.decoding.readers import is_image, media_info, open_media
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
-from vae3d.data.paths import name_of, split_member
-from vae3d.data.readers import is_image, media_info, open_media
-from vae3d.data.sources import open_source
-from vae3d.data.stream_order import Position, ShuffledItems
-from vae3d.data.streaming import StreamingData, StreamingSchedule, opened, stream_notes
+from vae3d.data.sources.hugging_face import HuggingFace
+from vae3d.data.sources.open_source import open_source
+from vae3d.data.storage.paths import name_of, split_member
 from vae3d.latents.scale import longest_clips
 
 hf = pytest.importorskip("datasets")

@@ -14,11 +14,14 @@ from tests import tiny
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
-from vae3d.data import probe, selection
-from vae3d.data.clips import ClipSettings
-from vae3d.data.image_folder import ImageFolder
+from vae3d.data.batches import selection
+from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import DataError, Folder, Table, files_under
+from vae3d.data.media import DataError
+from vae3d.data.sources.folder import Folder, files_under
+from vae3d.data.sources.image_folder import ImageFolder
+from vae3d.data.sources.table import Table
+from vae3d.data.table import probe
 
 SETTINGS = ClipSettings(16, 16)
 

@@ -11,13 +11,15 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from vae3d.data import probe
-from vae3d.data.check import main as check
-from vae3d.data.check import parse
-from vae3d.data.images import resize_circular
-from vae3d.data.parts import parts_of
-from vae3d.data.readers import MediaError, open_media
-from vae3d.data.sources import DataError, Folder, Table
+from vae3d.commands.check_data import main as check
+from vae3d.commands.check_data import parse
+from vae3d.data.decoding.images import resize_circular
+from vae3d.data.decoding.readers import MediaError, open_media
+from vae3d.data.media import DataError
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.table import Table
+from vae3d.data.table import probe
+from vae3d.data.table.parts import parts_of
 
 
 def write(folder, numbers, height=16, width=32, name="panorama_{}.png", seed=0):

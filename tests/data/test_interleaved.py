@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from vae3d.data.batch_schedule import MAX_CYCLE, BatchSchedule, FrameCounts, Interleaved, cycle_counts
+from vae3d.data.batches.batch_schedule import MAX_CYCLE, BatchSchedule, FrameCounts, Interleaved, cycle_counts
 
 LENGTHS = np.full(10, 40)
 

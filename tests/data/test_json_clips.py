@@ -14,19 +14,20 @@ from accelerate.state import AcceleratorState, PartialState
 from tests import tiny
 from vae3d.commands import infer as infer_command
 from vae3d.commands import train
+from vae3d.commands.check_data import main as check
+from vae3d.commands.check_data import parse
 from vae3d.config.validate import check_inference
-from vae3d.data.batch_schedule import BatchSchedule, ClipIndex, FrameCounts
-from vae3d.data.check import main as check
-from vae3d.data.check import parse
-from vae3d.data.clips import ClipDataset, ClipSettings, open_frames
-from vae3d.data.held_out import validation_clips
-from vae3d.data.json_clips import JsonClips
+from vae3d.data.batches.batch_schedule import BatchSchedule, ClipIndex, FrameCounts
+from vae3d.data.batches.clips import ClipDataset, ClipSettings, open_frames
+from vae3d.data.batches.held_out import validation_clips
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.decoding.readers import MediaError, open_media
 from vae3d.data.loader import read_tables
-from vae3d.data.probe import fill_metadata
-from vae3d.data.readers import MediaError, open_media
-from vae3d.data.segments import SEGMENT_ERROR, count_frames, frame_range
-from vae3d.data.selection import clip_lengths
-from vae3d.data.sources import DataError, Table
+from vae3d.data.media import DataError
+from vae3d.data.sources.json_clips import JsonClips
+from vae3d.data.sources.table import Table
+from vae3d.data.table.probe import fill_metadata
+from vae3d.data.table.segments import SEGMENT_ERROR, count_frames, frame_range
 
 SETTINGS = ClipSettings(32, 40)  # as the files are
 NAN = float("nan")

@@ -13,12 +13,17 @@ import pandas as pd
 import pytest
 
 from tests import tiny
-from vae3d.data import fingerprint, prepared, prepared_rows, prepared_selection, probe, selection, tables
-from vae3d.data.clips import ClipSettings
+from vae3d.data.batches import selection
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.selection import clip_lengths
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError
-from vae3d.data.selection import clip_lengths
-from vae3d.data.sources import Table
+from vae3d.data.prepared import rows as prepared_rows
+from vae3d.data.prepared import selection as prepared_selection
+from vae3d.data.prepared import table as prepared
+from vae3d.data.sources import table_files as tables
+from vae3d.data.sources.table import Table
+from vae3d.data.table import fingerprint, probe
 from vae3d.io import FileError
 
 SETTINGS = ClipSettings(16, 16)

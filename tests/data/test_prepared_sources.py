@@ -15,14 +15,21 @@ from PIL import Image
 from tests import tiny
 from tests.data.test_prepared import SETTINGS, assert_same, large, rows  # noqa: F401
 from tests.http_server import serve
-from vae3d.data import check, dataset_rows, json_clips, prepared, prepared_rows, prepared_selection, storage, stores
-from vae3d.data.hugging_face import HuggingFace
-from vae3d.data.image_folder import ImageFolder
-from vae3d.data.json_clips import JsonClips
+from vae3d.commands import check_data as check
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError
-from vae3d.data.probe import Ranks
-from vae3d.data.sources import Folder, Table
+from vae3d.data.prepared import rows as prepared_rows
+from vae3d.data.prepared import selection as prepared_selection
+from vae3d.data.prepared import table as prepared
+from vae3d.data.sources import dataset_rows, json_clips
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.hugging_face import HuggingFace
+from vae3d.data.sources.image_folder import ImageFolder
+from vae3d.data.sources.json_clips import JsonClips
+from vae3d.data.sources.table import Table
+from vae3d.data.storage import files as storage
+from vae3d.data.storage import stores
+from vae3d.data.table.probe import Ranks
 
 os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")  # before the package is imported
 

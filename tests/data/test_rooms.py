@@ -9,10 +9,10 @@ from PIL import Image
 from tests import tiny
 from vae3d.commands.summary import data_summary
 from vae3d.commands.training_data import build_training_data
-from vae3d.data.clips import ClipSettings
+from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.rooms import ErpRooms
-from vae3d.data.sources import DataError
+from vae3d.data.media import DataError
+from vae3d.data.sources.rooms import ErpRooms
 
 SETTINGS = ClipSettings(16, 32, sampling="first_last_random", panorama=True)
 

@@ -13,12 +13,13 @@ import pyarrow as pa
 import pytest
 
 from tests import tiny
-from vae3d.data import index_cache, parts, probe, shared_index, video_index
-from vae3d.data.clips import ClipSettings
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.decoding import index_cache, video_index
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.loader import read_tables
-from vae3d.data.parts import parts_of
-from vae3d.data.readers import open_media
-from vae3d.data.sources import Table
+from vae3d.data.sources.table import Table
+from vae3d.data.table import parts, probe, shared_index
+from vae3d.data.table.parts import parts_of
 
 
 @pytest.fixture

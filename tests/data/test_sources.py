@@ -15,14 +15,17 @@ from PIL import Image
 
 from tests import tiny
 from vae3d.commands import dry_run
-from vae3d.data import parts, probe, readers
-from vae3d.data.check import main as check
-from vae3d.data.check import parse
-from vae3d.data.clips import ClipSettings
+from vae3d.commands.check_data import main as check
+from vae3d.commands.check_data import parse
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.decoding import readers
+from vae3d.data.decoding.readers import MediaError, media_info
 from vae3d.data.loader import check_files_exist, read_tables
-from vae3d.data.parts import PartFolders
-from vae3d.data.readers import MediaError, media_info
-from vae3d.data.sources import DataError, Folder, Table, files_under
+from vae3d.data.media import DataError
+from vae3d.data.sources.folder import Folder, files_under
+from vae3d.data.sources.table import Table
+from vae3d.data.table import parts, probe
+from vae3d.data.table.parts import PartFolders
 
 SETTINGS = ClipSettings(16, 16)
 

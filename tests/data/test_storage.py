@@ -24,19 +24,22 @@ from torch.utils.data import DataLoader
 from tests import tiny
 from tests.http_server import NO_RANGE, RESET, SHORT, SLOW, Store, serve
 from vae3d.config.check import path_issues
-from vae3d.data import object_cache, paths, storage, stores
-from vae3d.data.index_cache import open_index
-from vae3d.data.kept_sources import _kept, close_kept_sources
+from vae3d.data.decoding.index_cache import open_index
+from vae3d.data.decoding.kept_sources import _kept, close_kept_sources
+from vae3d.data.decoding.readers import is_image, media_info, open_media
 from vae3d.data.media import DataError, MediaError
-from vae3d.data.paths import member_path
-from vae3d.data.probe import fill_metadata
-from vae3d.data.readers import is_image, media_info, open_media
-from vae3d.data.rows import mark_missing_files
-from vae3d.data.sources import Folder, Table, open_source
-from vae3d.data.storage import open_range
-from vae3d.data.stores import StorageError
-from vae3d.data.versions import file_stamp, source_version
-from vae3d.data.webdataset import list_shards
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.open_source import open_source
+from vae3d.data.sources.table import Table
+from vae3d.data.sources.webdataset import list_shards
+from vae3d.data.storage import files as storage
+from vae3d.data.storage import object_cache, paths, stores
+from vae3d.data.storage.files import open_range
+from vae3d.data.storage.paths import member_path
+from vae3d.data.storage.stores import StorageError
+from vae3d.data.table.probe import fill_metadata
+from vae3d.data.table.rows import mark_missing_files
+from vae3d.data.table.versions import file_stamp, source_version
 from vae3d.data.workers import load
 from vae3d.inference.reconstruct import identifier
 

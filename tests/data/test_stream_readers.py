@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import pytest
 from PIL import Image
 
-from vae3d.data import streaming
-from vae3d.data.batch_schedule import FrameCounts
-from vae3d.data.clips import ClipSettings
-from vae3d.data.depth import DepthSettings
+from vae3d.data.batches import streaming
+from vae3d.data.batches.batch_schedule import FrameCounts
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.streaming import StreamingData, StreamingSchedule, first_clips
+from vae3d.data.decoding.depth import DepthSettings
 from vae3d.data.media import DataError, StreamItem
-from vae3d.data.streaming import StreamingData, StreamingSchedule, first_clips
 
 
 @dataclass

@@ -11,10 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from vae3d.data.json_clips import JsonClips
 from vae3d.data.media import DataError
-from vae3d.data.rows import absolute_paths
-from vae3d.data.sources import Table, open_source
+from vae3d.data.sources.json_clips import JsonClips
+from vae3d.data.sources.open_source import open_source
+from vae3d.data.sources.table import Table
+from vae3d.data.table.rows import absolute_paths
 
 CSV = "path,text,num_frames\na.mp4,ein Café,5\nb.mp4,,\n"
 TSV = CSV.replace(",", "\t")

@@ -14,13 +14,13 @@ import pytest
 from av.stream import Disposition
 
 from tests import tiny
-from vae3d.data import segments
-from vae3d.data.clips import ClipSettings, read_clip
+from vae3d.data.batches.clips import ClipSettings, read_clip
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.media import MediaError
-from vae3d.data.probe import probe, read_metadata
-from vae3d.data.readers import open_media
-from vae3d.data.segments import Segment, count_frames
-from vae3d.data.sources import Table
+from vae3d.data.sources.table import Table
+from vae3d.data.table import segments
+from vae3d.data.table.probe import probe, read_metadata
+from vae3d.data.table.segments import Segment, count_frames
 
 
 def numbers(frames: np.ndarray) -> list[int]:

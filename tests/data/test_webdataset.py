@@ -24,24 +24,31 @@ from webdataset import tariterators
 
 from tests import http_server, tiny, warm
 from tests.test_train_cli import PYTHON, arguments, trace, wait_for_step
-from vae3d.data import prepared, prepared_rows, storage, stores, tar_rows, webdataset
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import ClipDataset, ClipSettings
-from vae3d.data.fingerprint import fingerprint_of
-from vae3d.data.image_folder import ImageFolder
+from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.batches.clips import ClipDataset, ClipSettings
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.batches.streaming import StreamingData, StreamingSchedule, opened
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.loader import read_tables
 from vae3d.data.media import DataError, MediaError
-from vae3d.data.paths import split_member
-from vae3d.data.probe import Ranks
-from vae3d.data.readers import open_media
-from vae3d.data.row_arrays import table_in_memory
-from vae3d.data.selection import clip_lengths
-from vae3d.data.sources import Folder, Table, open_source
-from vae3d.data.streaming import StreamingData, StreamingSchedule, opened
-from vae3d.data.tar_index import INDEX, Settings, build_index, read_index
-from vae3d.data.tar_rows import SCHEMA, media_rows
-from vae3d.data.tar_samples import Shard, find_shard, samples_of
-from vae3d.data.webdataset import WebDataset, is_shards
+from vae3d.data.prepared import rows as prepared_rows
+from vae3d.data.prepared import table as prepared
+from vae3d.data.sources import webdataset
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.image_folder import ImageFolder
+from vae3d.data.sources.open_source import open_source
+from vae3d.data.sources.table import Table
+from vae3d.data.sources.webdataset import WebDataset, is_shards
+from vae3d.data.storage import files as storage
+from vae3d.data.storage import stores
+from vae3d.data.storage.paths import split_member
+from vae3d.data.table.fingerprint import fingerprint_of
+from vae3d.data.table.probe import Ranks
+from vae3d.data.table.row_arrays import table_in_memory
+from vae3d.data.tars import rows as tar_rows
+from vae3d.data.tars.index import INDEX, Settings, build_index, read_index
+from vae3d.data.tars.rows import SCHEMA, media_rows
+from vae3d.data.tars.samples import Shard, find_shard, samples_of
 from vae3d.io import FileError
 
 DRAWS, BATCH = 1000, 20

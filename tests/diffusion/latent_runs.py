@@ -16,9 +16,9 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import sample as sample_command
 from vae3d.commands import train_diffusion
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
-from vae3d.data.clips import ClipSettings
+from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
 from vae3d.latents.scale import measure, rescaled, spread_clips
 from vae3d.loading import open_codec
 from vae3d.training.diffusion_trainer import DiffusionTrainer

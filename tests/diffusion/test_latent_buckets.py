@@ -21,7 +21,7 @@ from vae3d.commands import dry_run, latent_stats, train_diffusion
 from vae3d.commands.flags import parse_latent_stats
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.config.issues import ConfigError
-from vae3d.data.readers import media_info
+from vae3d.data.decoding.readers import media_info
 from vae3d.diffusion.export import read_export
 from vae3d.errors import UserError
 from vae3d.latents.cache import LatentCache
@@ -363,8 +363,8 @@ def test_a_run_on_clips_in_buckets_goes_on_to_the_same_bits(cached, videos, tmp_
 
 
 def test_sources_of_a_mixture_have_their_own_sizes_and_labels(cached, videos):
-    images = f"{{source: {{_target_: vae3d.data.sources.Table, path: {videos / 'images.csv'}}}, height: 12, width: 12, frames: {{min: 1, max: 1}}, batch_size: 8, weight: 3}}"  # fmt: skip
-    clips = f"{{source: {{_target_: vae3d.data.sources.Table, path: {videos / 'clips.csv'}}}}}"
+    images = f"{{source: {{_target_: vae3d.data.sources.table.Table, path: {videos / 'images.csv'}}}, height: 12, width: 12, frames: {{min: 1, max: 1}}, batch_size: 8, weight: 3}}"  # fmt: skip
+    clips = f"{{source: {{_target_: vae3d.data.sources.table.Table, path: {videos / 'clips.csv'}}}}}"
     rows = (videos / "table.csv").read_text().splitlines()
     for name, suffix in (("images", ".png"), ("clips", ".mp4")):
         (videos / f"{name}.csv").write_text("\n".join([rows[0], *(row for row in rows if suffix in row)]))

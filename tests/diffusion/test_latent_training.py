@@ -28,9 +28,9 @@ from vae3d.checkpoints import state
 from vae3d.commands import launch, train_diffusion
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.config.issues import ConfigError
-from vae3d.data.rows import file_hashes
-from vae3d.data.selection import is_held_out
-from vae3d.data.sources import DataError
+from vae3d.data.batches.selection import is_held_out
+from vae3d.data.media import DataError
+from vae3d.data.table.rows import file_hashes
 from vae3d.diffusion import data
 from vae3d.diffusion import export as diffusion_export
 from vae3d.diffusion.base import Sampling

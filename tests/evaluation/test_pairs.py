@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, one_pair, refused, report, write_two_sizes
-from vae3d.data.readers import open_media
+from vae3d.data.decoding.readers import open_media
 from vae3d.evaluation.pairs import Pair, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
 

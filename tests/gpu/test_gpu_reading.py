@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests import tiny
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts
-from vae3d.data.clips import ClipSettings
+from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
+from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.loader import TrainingData
-from vae3d.data.probe import fill_metadata
-from vae3d.data.readers import open_media
-from vae3d.data.selection import clip_lengths
-from vae3d.data.sources import Folder
+from vae3d.data.sources.folder import Folder
+from vae3d.data.table.probe import fill_metadata
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("torchcodec")

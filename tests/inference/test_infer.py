@@ -16,8 +16,8 @@ import vae3d
 from tests import tiny
 from vae3d.commands import infer
 from vae3d.config.validate import check_inference
-from vae3d.data.readers import MediaError, open_media
-from vae3d.data.sources import DataError
+from vae3d.data.decoding.readers import MediaError, open_media
+from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.host_memory import keep_freed_memory
 from vae3d.inference.cost import timed
@@ -99,7 +99,7 @@ def test_long_videos_are_coded_piece_by_piece_as_the_model_would(export, tmp_pat
 
 
 def test_only_a_piece_is_in_memory(export, tmp_path, monkeypatch):
-    from vae3d.data.readers import PyAVReader
+    from vae3d.data.decoding.readers import PyAVReader
 
     asked = []
     original = PyAVReader.read

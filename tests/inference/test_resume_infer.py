@@ -19,8 +19,8 @@ from tests import tiny
 from tests.inference.test_infer import run
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.media import MediaError
-from vae3d.data.readers import open_media
 from vae3d.errors import UserError
 from vae3d.inference import files as files_command
 from vae3d.inference.video import VideoWriter, write_image, write_video

@@ -10,7 +10,7 @@ from tests import tiny
 from tests.inference.test_infer import read, run
 from tests.inference.test_wan_infer import reconstructed, whole, write
 from vae3d.checkpoints.formats import CheckpointError
-from vae3d.data.readers import MediaError, Reader, open_media
+from vae3d.data.decoding.readers import MediaError, Reader, open_media
 
 
 @pytest.mark.parametrize("variant", ["taew2_1", "taecvx"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from vae3d.data.readers import open_media
+from vae3d.data.decoding.readers import open_media
 from vae3d.inference.video import VideoWriter, write_image, write_video
 from vae3d.pixels import to_uint8
 

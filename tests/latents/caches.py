@@ -14,7 +14,7 @@ from tests import tiny
 from tests.latents import families
 from vae3d.commands.encode import transform_of
 from vae3d.config.latents import EncodeConfig
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
 from vae3d.latents.clips import ClipReader, items_of
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import EncodeJob, encode_cache

@@ -25,9 +25,11 @@ from vae3d.commands import encode as encode_command
 from vae3d.commands.encode import padding
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
-from vae3d.data.frame_source import FrameSource
-from vae3d.data.image_folder import ImageFolder
-from vae3d.data.sources import DataError, Folder, open_source
+from vae3d.data.decoding.frame_source import FrameSource
+from vae3d.data.media import DataError
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.image_folder import ImageFolder
+from vae3d.data.sources.open_source import open_source
 from vae3d.latents import clips, encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of, runs_of_files

@@ -18,7 +18,7 @@ from tests.evaluation.test_eval_page import content
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import flags, probe_latents
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run, probes
 from vae3d.latents.codec import LatentCodec

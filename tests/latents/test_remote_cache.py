@@ -20,7 +20,7 @@ from vae3d.commands import encode_status, latent_stats
 from vae3d.commands.flags import parse_encode_status, parse_latent_stats
 from vae3d.config.issues import ConfigError
 from vae3d.config.latents import check_encoding
-from vae3d.data import objects, stores
+from vae3d.data.storage import objects, stores
 from vae3d.data.workers import load
 from vae3d.latents import remote_tensors, shards
 from vae3d.latents.cache import LatentCache

@@ -21,10 +21,10 @@ from vae3d import loading
 from vae3d.checkpoints.export import write_diffusers, write_export
 from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
 from vae3d.config.issues import ConfigError
-from vae3d.data.clips import ClipSettings
-from vae3d.data.file_table import as_file_table
+from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
+from vae3d.data.table.file_table import as_file_table
 from vae3d.latents.scale import (
     LatentStats,
     ScaleError,

@@ -13,7 +13,7 @@ import torch
 
 from tests import http_server
 from tests.latents import caches
-from vae3d.data.tar_index import read_index
+from vae3d.data.tars.index import read_index
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.shards import CacheError
 

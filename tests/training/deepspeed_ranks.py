@@ -16,7 +16,7 @@ from tests.training import quick
 from tests.training.faulty_ranks import clips_of, out_of_memory
 from vae3d import distributed
 from vae3d.checkpoints import state
-from vae3d.data.clips import Unreadable
+from vae3d.data.batches.clips import Unreadable
 from vae3d.training.deepspeed import StrategyError
 from vae3d.training.failures import TooManyFailures
 from vae3d.training.vae_trainer import VaeTrainer

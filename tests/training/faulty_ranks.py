@@ -18,8 +18,8 @@ from tests.training import quick
 from vae3d import distributed
 from vae3d.checkpoints import state
 from vae3d.commands import train
-from vae3d.data.clips import Unreadable
-from vae3d.data.sources import DataError
+from vae3d.data.batches.clips import Unreadable
+from vae3d.data.media import DataError
 from vae3d.distributed import RanksDiffer
 from vae3d.errors import UserError
 from vae3d.training import strategy, vae_trainer

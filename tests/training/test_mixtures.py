@@ -17,9 +17,9 @@ from vae3d.commands.closing import closing
 from vae3d.commands.summary import data_summary, summary
 from vae3d.commands.training_data import build_training_data
 from vae3d.config.schema import TrainConfig
-from vae3d.data.batch_schedule import BatchShape
-from vae3d.data.fingerprint import DataChanges
+from vae3d.data.batches.batch_schedule import BatchShape
 from vae3d.data.media import DataError
+from vae3d.data.table.fingerprint import DataChanges
 from vae3d.training.preflight import extremes
 from vae3d.training.trainer import Trainer
 

@@ -14,7 +14,7 @@ import torch
 from tests.training.quick import fill_disk, trainer
 from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
 from vae3d.checkpoints import state
-from vae3d.data.clips import Unreadable
+from vae3d.data.batches.clips import Unreadable
 from vae3d.losses.objective import ErrorMap, Term, WeightedTerm
 from vae3d.training import memory
 from vae3d.training.checkpointer import run_on_all_ranks

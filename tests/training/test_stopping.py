@@ -18,8 +18,8 @@ from tests.training.quick import fill_disk, trainer
 from tests.training.test_trainer import fresh_accelerate, trace, weights  # noqa: F401
 from vae3d.checkpoints import state
 from vae3d.commands import console, launch
-from vae3d.data.clips import Unreadable
-from vae3d.data.sources import DataError
+from vae3d.data.batches.clips import Unreadable
+from vae3d.data.media import DataError
 from vae3d.io import FileError, is_disk_error
 from vae3d.training import checkpointer
 from vae3d.training.failures import SaveError, SpikeError

@@ -20,7 +20,7 @@ from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.checkpoints.formats import CheckpointError
 from vae3d.checkpoints.state import ResumeError, latest_state, load_state
 from vae3d.commands import train
-from vae3d.data.sources import DataError
+from vae3d.data.media import DataError
 from vae3d.training.freeze import PartError, eval_mode
 from vae3d.training.vae_trainer import VaeTrainer
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from vae3d import api
 from vae3d.app.settings import READING, Limits, Settings, check_pixels
 from vae3d.commands.try_video import default_checkpoint, default_metrics, reduced_size, score
-from vae3d.data.clips import read_resized, to_video
-from vae3d.data.images import IMAGE_SUFFIXES
+from vae3d.data.batches.clips import read_resized, to_video
+from vae3d.data.decoding.images import IMAGE_SUFFIXES
+from vae3d.data.decoding.readers import VIDEO_SUFFIXES, open_media
 from vae3d.data.media import MediaError, MediaInfo
-from vae3d.data.readers import VIDEO_SUFFIXES, open_media
-from vae3d.data.versions import source_version
+from vae3d.data.table.versions import source_version
 from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
 from vae3d.inference.video import VideoWriter, video_suffix, write_image

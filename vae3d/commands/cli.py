@@ -92,8 +92,8 @@ class ArgparseCommand(NamedTuple):
 
 # Commands whose module is called otherwise.
 MODULES = {
-    "check-data": "vae3d.data.check",
-    "bench-data": "vae3d.data.bench",
+    "check-data": "vae3d.commands.check_data",
+    "bench-data": "vae3d.commands.bench_data",
     "try": "vae3d.commands.try_video",
     "app": "vae3d.app.main",
 }
@@ -157,8 +157,12 @@ COMMANDS: dict[str, HydraCommand | ArgparseCommand] = {
     ),
     "make-shards": ArgparseCommand("Write tar shards from any source", "vae3d.commands.flags:parse_make_shards"),
     "index": ArgparseCommand("Index tar shards, for training from them", "vae3d.commands.flags:parse_index"),
-    "check-data": ArgparseCommand("Find the files of a data set that cannot be read", "vae3d.data.check:parse"),
-    "bench-data": ArgparseCommand("Measure how fast the clips of a data set are read", "vae3d.data.bench:parse"),
+    "check-data": ArgparseCommand(
+        "Find the files of a data set that cannot be read", "vae3d.commands.check_data:parse"
+    ),
+    "bench-data": ArgparseCommand(
+        "Measure how fast the clips of a data set are read", "vae3d.commands.bench_data:parse"
+    ),
     "convert": ArgparseCommand(
         "Convert a checkpoint to the layout of another program", "vae3d.commands.flags:parse_convert"
     ),

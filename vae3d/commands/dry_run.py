@@ -22,9 +22,9 @@ from vae3d.commands.training_data import build_training_data, naming_source
 from vae3d.config.diffusion import DiffusionConfig
 from vae3d.config.schema import Data, TrainConfig, world_of
 from vae3d.config.sources import sources_of
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.batches.streaming import is_streaming
 from vae3d.data.loader import check_files_exist
-from vae3d.data.selection import clip_lengths
-from vae3d.data.streaming import is_streaming
 from vae3d.loading import build_from_checkpoint, initialize, instantiate
 from vae3d.training.checkpointer import find_checkpoint
 from vae3d.training.freeze import train_parts

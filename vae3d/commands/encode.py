@@ -9,13 +9,13 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 from vae3d.config.latents import share_of
-from vae3d.data.aspects import AUTO
-from vae3d.data.buckets import buckets_of, share_kept
-from vae3d.data.image_folder import open_images_or_source
+from vae3d.data.batches.aspects import AUTO
+from vae3d.data.batches.buckets import buckets_of, share_kept
 from vae3d.data.media import DataError
-from vae3d.data.probe import fill_metadata
-from vae3d.data.rows import NUMBERS
-from vae3d.data.sources import Source
+from vae3d.data.sources.image_folder import open_images_or_source
+from vae3d.data.sources.open_source import Source
+from vae3d.data.table.probe import fill_metadata
+from vae3d.data.table.rows import NUMBERS
 from vae3d.distributed import check_ranks_agree, init_inference
 from vae3d.hashing import json_hash
 from vae3d.latents.clips import Item, Shape, Transform, items_of

@@ -6,10 +6,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from vae3d.data.media import DataError
-from vae3d.data.paths import is_url
-from vae3d.data.tar_index import Settings, build_index
-from vae3d.data.tar_samples import Shard, samples_of
-from vae3d.data.webdataset import cached_index, find_shards, index_of, list_all
+from vae3d.data.sources.webdataset import cached_index, find_shards, index_of, list_all
+from vae3d.data.storage.paths import is_url
+from vae3d.data.tars.index import Settings, build_index
+from vae3d.data.tars.samples import Shard, samples_of
 from vae3d.data.workers import processor_count
 from vae3d.latents.tar_shards import latent_rows
 from vae3d.text import byte_text, plural

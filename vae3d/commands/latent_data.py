@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from vae3d.commands.training_data import SourceData, build_schedule, read_sources
-from vae3d.data.batch_schedule import ClipIndex, FrameCounts, Interleaved, Schedule
-from vae3d.data.buckets import Bucket, longest_buckets, with_batches, with_weights
-from vae3d.data.clips import MixedClips
-from vae3d.data.file_table import sizes_of
-from vae3d.data.fingerprint import fingerprint_of_cache
-from vae3d.data.held_out import HeldOut, held_out_clip, held_out_of, in_turn, read_held_out, require_held_out
+from vae3d.data.batches.batch_schedule import ClipIndex, FrameCounts, Interleaved, Schedule
+from vae3d.data.batches.buckets import Bucket, longest_buckets, with_batches, with_weights
+from vae3d.data.batches.clips import MixedClips
+from vae3d.data.batches.held_out import HeldOut, held_out_clip, held_out_of, in_turn, read_held_out, require_held_out
+from vae3d.data.batches.selection import clip_lengths
 from vae3d.data.loader import Tables, schedule_notes
-from vae3d.data.selection import clip_lengths
+from vae3d.data.table.file_table import sizes_of
+from vae3d.data.table.fingerprint import fingerprint_of_cache
 from vae3d.data.workers import usable_workers
 from vae3d.diffusion import data as diffusion_data
 from vae3d.diffusion.data import Batch, CachedLatents, ClipSize, LatentData

@@ -7,10 +7,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from vae3d.data.image_folder import open_images_or_source
 from vae3d.data.media import DataError
-from vae3d.data.shard_writer import check_broken, entries_of, plan_record, plan_shards, write_shards
-from vae3d.data.tar_index import INDEX
+from vae3d.data.sources.image_folder import open_images_or_source
+from vae3d.data.tars.index import INDEX
+from vae3d.data.tars.writer import check_broken, entries_of, plan_record, plan_shards, write_shards
 from vae3d.io import read_json, write_json
 from vae3d.result_folder import has_results, locked
 from vae3d.text import byte_text, plural

@@ -16,9 +16,9 @@ from torch import nn
 from vae3d.checkpoints import formats
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError
-from vae3d.data.clips import ClipSettings
+from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
 from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.latents.scale import LatentStats, ScaleError, measure, rescaled, spread_clips, unscalable_reason
 from vae3d.loading import build_from_checkpoint

@@ -28,7 +28,7 @@ from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
 from vae3d.config.overrides import key_of
 from vae3d.config.sources import of_source, sources_of
 from vae3d.config.validate import training_issues
-from vae3d.data.aspects import AUTO
+from vae3d.data.batches.aspects import AUTO
 from vae3d.errors import UserError
 from vae3d.latents import scale
 from vae3d.losses.distillation import FeatureDistillation

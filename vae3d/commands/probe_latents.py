@@ -16,7 +16,7 @@ from torch import nn
 
 import vae3d
 from vae3d.checkpoints.location import exists
-from vae3d.data.sources import open_source
+from vae3d.data.sources.open_source import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report

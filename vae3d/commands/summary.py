@@ -11,11 +11,11 @@ from torch import nn
 
 from vae3d.commands.training_data import clip_sizes
 from vae3d.config.sources import sources_of
-from vae3d.data.bucket_streams import bucket_rows, pixels_kept
-from vae3d.data.clips import Stream
+from vae3d.data.batches.bucket_streams import bucket_rows, pixels_kept
+from vae3d.data.batches.clips import Stream
+from vae3d.data.batches.streaming import StreamingData
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
-from vae3d.data.streaming import StreamingData
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.report import text_table
 from vae3d.text import epoch_text, plural

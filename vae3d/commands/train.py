@@ -17,9 +17,9 @@ from vae3d.checkpoints.formats import Checkpoint, load_weights, read_checkpoint
 from vae3d.commands.closing import command, curves, longer, shown, start_of
 from vae3d.commands.summary import data_summary, never_reached, summary
 from vae3d.commands.training_data import build_training_data
-from vae3d.data.held_out import HELD_OUT, write_held_out
+from vae3d.data.batches.held_out import HELD_OUT, write_held_out
+from vae3d.data.batches.streaming import StreamingData
 from vae3d.data.loader import TrainingData
-from vae3d.data.streaming import StreamingData
 from vae3d.distributed import broadcast_object, check_ranks_agree, init_training
 from vae3d.errors import UserError
 from vae3d.latents.scale import longest_clips

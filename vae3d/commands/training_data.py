@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vae3d.config.sources import sources_of
-from vae3d.data.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
-from vae3d.data.bucket_streams import SourceStreams, bucket_streams
-from vae3d.data.buckets import Bucket, buckets_of
-from vae3d.data.clips import ClipSettings, Stream
-from vae3d.data.depth import DepthSettings
-from vae3d.data.file_table import FileTable, sizes_of
-from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
-from vae3d.data.held_out import HeldOut, held_out_files, held_out_of, in_turn, read_held_out, require_held_out
-from vae3d.data.loader import Tables, TrainingData, read_tables, schedule_notes
-from vae3d.data.media import DataError
-from vae3d.data.readers import check_reader
-from vae3d.data.selection import clip_lengths
-from vae3d.data.streaming import (
+from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
+from vae3d.data.batches.bucket_streams import SourceStreams, bucket_streams
+from vae3d.data.batches.buckets import Bucket, buckets_of
+from vae3d.data.batches.clips import ClipSettings, Stream
+from vae3d.data.batches.held_out import HeldOut, held_out_files, held_out_of, in_turn, read_held_out, require_held_out
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.batches.streaming import (
     StreamingData,
     StreamingSchedule,
     StreamingSource,
@@ -31,6 +25,12 @@ from vae3d.data.streaming import (
     is_streaming,
     stream_notes,
 )
+from vae3d.data.decoding.depth import DepthSettings
+from vae3d.data.decoding.readers import check_reader
+from vae3d.data.loader import Tables, TrainingData, read_tables, schedule_notes
+from vae3d.data.media import DataError
+from vae3d.data.table.file_table import FileTable, sizes_of
+from vae3d.data.table.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.data.workers import usable_workers
 from vae3d.loading import instantiate
 from vae3d.seeding import seed_of

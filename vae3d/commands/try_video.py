@@ -18,8 +18,8 @@ from PIL import Image
 
 from vae3d import api
 from vae3d.commands.fetch_weights import provide
+from vae3d.data.decoding.readers import media_info
 from vae3d.data.media import MediaInfo, Size
-from vae3d.data.readers import media_info
 from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
 from vae3d.inference.pictures import ERROR_LABEL, error_maps, side_by_side

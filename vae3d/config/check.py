@@ -287,7 +287,7 @@ def path_issues(paths: Mapping[str, Any]) -> Iterator[ConfigIssue]:
 
 def _is_stored(key: str, path: str) -> bool:
     """Whether it is a path of data in a store or in a tar, which are opened when the data are read."""
-    from vae3d.data.paths import is_stored
+    from vae3d.data.storage.paths import is_stored
 
     return (is_within(key, "data") or key in ("source", "root")) and is_stored(path)
 
@@ -321,7 +321,7 @@ def _download_hint(key: str, path: str) -> str:
     if any(is_within(key, checkpoint) for checkpoint in CHECKPOINT_KEYS):
         return hub_hint(path).removeprefix("; ")
     if key.startswith("data.") and key.endswith("source.path"):
-        from vae3d.data.dataset_rows import how_to_download  # imports pandas
+        from vae3d.data.sources.dataset_rows import how_to_download  # imports pandas
 
         return how_to_download(path).removeprefix("; ")
     return ""

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from vae3d.config.issues import MISSING
-from vae3d.data.aspects import AUTO, parse_aspect
+from vae3d.data.batches.aspects import AUTO, parse_aspect
 
 # Values are as Hydra parses them: numbers may be strings, as from ${oc.env:STEPS}, and names may be numbers.
 # defer_build: --help needs no validators, and a command only those of its own schema.

@@ -35,7 +35,7 @@ from vae3d.config.fields import (
     setting,
 )
 from vae3d.config.issues import MISSING
-from vae3d.data.aspects import AUTO
+from vae3d.data.batches.aspects import AUTO
 from vae3d.schedules import Schedule
 
 CONF = Path(__file__).parents[1] / "conf"  # the project's conf/, which an installed package carries inside

@@ -50,7 +50,7 @@ def class_issues(tree: Any) -> Iterator[ConfigIssue]:
     for name, source in nodes.items() if sources else [("", data.get("source"))]:
         if source in (None, MISSING) or (isinstance(source, dict) and "_target_" in source):
             continue
-        example = "{_target_: vae3d.data.sources.Table, path: videos.csv}"
+        example = "{_target_: vae3d.data.sources.table.Table, path: videos.csv}"
         hint = f"set data.source.path, or all of it: 'data.source={example}'"
         if name:
             close = close_match(str(name), [str(other) for other in nodes if other != name])

@@ -32,7 +32,7 @@ def _is_hub_stream(source: dict[str, Any]) -> bool:
     """Whether the path of a source is the name of a dataset on the hub, which this run may go to."""
     if source.get("streaming") is not True or os.environ.get("VAE3D_ONLINE") != "1":
         return False
-    from vae3d.data.dataset_rows import is_hub_name  # imports pandas
+    from vae3d.data.sources.dataset_rows import is_hub_name  # imports pandas
 
     return is_hub_name(str(source.get("path")))
 

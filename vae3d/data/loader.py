@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vae3d.data.batch_schedule import Schedule
-from vae3d.data.clips import (
+from vae3d.data.batches.batch_schedule import Schedule
+from vae3d.data.batches.clips import (
     ClipSettings,
     MixedClips,
     StepShapes,
@@ -17,17 +17,17 @@ from vae3d.data.clips import (
     Unreadable,
     collate,
 )
-from vae3d.data.file_table import ArrowMemory, FileTable
-from vae3d.data.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
-from vae3d.data.held_out import HeldOutFiles
-from vae3d.data.prepared import find_large, prepare
-from vae3d.data.prepared_rows import results_of
-from vae3d.data.prepared_selection import select
-from vae3d.data.probe import Ranks
-from vae3d.data.row_arrays import table_in_memory
-from vae3d.data.rows import invalid_rows, mark_missing_files
-from vae3d.data.selection import SHOWN, Pairs, Rules, check_broken_share, choose, skipped_files
-from vae3d.data.sources import Source
+from vae3d.data.batches.held_out import HeldOutFiles
+from vae3d.data.batches.selection import SHOWN, Pairs, Rules, check_broken_share, choose, skipped_files
+from vae3d.data.prepared.rows import results_of
+from vae3d.data.prepared.selection import select
+from vae3d.data.prepared.table import find_large, prepare
+from vae3d.data.sources.open_source import Source
+from vae3d.data.table.file_table import ArrowMemory, FileTable
+from vae3d.data.table.fingerprint import Fingerprint, SourceFingerprints, fingerprint_of
+from vae3d.data.table.probe import Ranks
+from vae3d.data.table.row_arrays import table_in_memory
+from vae3d.data.table.rows import invalid_rows, mark_missing_files
 from vae3d.data.workers import load
 from vae3d.distributed import is_distributed
 from vae3d.text import plural

@@ -1,4 +1,4 @@
-"""Reading random clips in worker processes against the clock, for bench.py."""
+"""Reading random clips in worker processes against the clock, for bench-data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vae3d.errors import UserError
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
 
-    from vae3d.data.clips import ClipSettings
-    from vae3d.data.segments import Bounds
+    from vae3d.data.batches.clips import ClipSettings
+    from vae3d.data.table.segments import Bounds
 
 PROCESS_IO = Path("/proc/self/io")
 WAIT = 300.0  # seconds that workers wait for each other before the clock starts
@@ -84,7 +84,7 @@ def plan(files: Sequence[File], workers: int, clips: int, clips_per_file: int) -
 
 def measure(shares: Sequence[tuple[Opening, ...]], settings: ClipSettings, frames: int, cold: bool) -> Measured:
     """Read each share in a process of its own, all at once. Raises MediaError, and UserError if a process dies."""
-    from vae3d.data.readers import decodes_on_gpu
+    from vae3d.data.decoding.readers import decodes_on_gpu
 
     context = multiprocessing.get_context("spawn" if decodes_on_gpu(settings.reader) else None)
     with context.Manager() as manager, ProcessPoolExecutor(len(shares), mp_context=context) as pool:
@@ -119,9 +119,9 @@ def read_openings(work: Work, barrier: Barrier) -> Measured:
     """Read clips in this process, from the moment on when all workers are ready. Raises MediaError."""
     import torch
 
-    from vae3d.data.clips import open_frames, read_clips
-    from vae3d.data.kept_sources import close_kept_sources
-    from vae3d.data.storage import local_range
+    from vae3d.data.batches.clips import open_frames, read_clips
+    from vae3d.data.decoding.kept_sources import close_kept_sources
+    from vae3d.data.storage.files import local_range
 
     torch.set_num_threads(1)  # as in workers of a DataLoader
     ready = False
@@ -165,8 +165,8 @@ def _read(work: Work, opening: Opening, open_frames: Any, read_clips: Any) -> tu
 
 def _resize_seconds(work: Work) -> float | None:
     """Seconds that the clips' frames took to resize, from one frame of each file."""
-    from vae3d.data.clips import open_frames, resize_crop_params
-    from vae3d.data.readers import decodes_on_gpu, is_image, resize
+    from vae3d.data.batches.clips import open_frames, resize_crop_params
+    from vae3d.data.decoding.readers import decodes_on_gpu, is_image, resize
 
     target, seconds, known = (work.settings.height, work.settings.width), 0.0, {}
     for opening in work.openings:

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 
 from vae3d import distributed
 from vae3d.config.issues import ConfigIssue, raise_if_any
-from vae3d.data.batch_schedule import ClipIndex, Schedule
-from vae3d.data.clips import MixedClips, Sample, Unreadable, collate
-from vae3d.data.fingerprint import Fingerprint, SourceFingerprints
+from vae3d.data.batches.batch_schedule import ClipIndex, Schedule
+from vae3d.data.batches.clips import MixedClips, Sample, Unreadable, collate
+from vae3d.data.batches.selection import is_held_out
 from vae3d.data.media import DataError
-from vae3d.data.rows import file_hashes
-from vae3d.data.selection import is_held_out
+from vae3d.data.table.fingerprint import Fingerprint, SourceFingerprints
+from vae3d.data.table.rows import file_hashes
 from vae3d.data.workers import load
 from vae3d.latents.cache import NO_LABEL, LatentCache
 from vae3d.latents.clips import names_of

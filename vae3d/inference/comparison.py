@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.data.clips import to_video
-from vae3d.data.readers import MediaError, Size
-from vae3d.data.segments import WHOLE, Bounds
+from vae3d.data.batches.clips import to_video
+from vae3d.data.decoding.readers import MediaError, Size
+from vae3d.data.table.segments import WHOLE, Bounds
 from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed
 from vae3d.inference.reconstruct import Reconstructor, identifier, overflow_hint

@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from vae3d.data.decoding.readers import MediaError
 from vae3d.data.media import DataError
-from vae3d.data.readers import MediaError
-from vae3d.data.rows import SPLITS
-from vae3d.data.segments import SEGMENT_ERROR, bounds_of
-from vae3d.data.sources import open_source
-from vae3d.data.versions import source_version
+from vae3d.data.sources.open_source import open_source
+from vae3d.data.table.rows import SPLITS
+from vae3d.data.table.segments import SEGMENT_ERROR, bounds_of
+from vae3d.data.table.versions import source_version
 from vae3d.distributed import all_gather_object, gather_to_main
 from vae3d.errors import UserError
 from vae3d.evaluation.store import read_features

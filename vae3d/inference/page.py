@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vae3d import __version__
-from vae3d.data.readers import open_media
+from vae3d.data.decoding.readers import open_media
 from vae3d.evaluation.page import page_metrics, rank_column
 from vae3d.evaluation.pairs import CHUNK_PIXELS
 from vae3d.hashing import json_hash

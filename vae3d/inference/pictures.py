@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from vae3d.data.clips import to_video
+from vae3d.data.batches.clips import to_video
 from vae3d.pixels import as_rgb, displayable, to_uint8
 
 LINE, TEXT = 20, 12  # pixels of a line of text, and of its font

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae3d.data.clips import read_resized, resize_crop_params, to_video
-from vae3d.data.images import is_sequence
-from vae3d.data.paths import is_stored, name_of
-from vae3d.data.readers import MediaError, MediaInfo, Reader, Size, open_media
-from vae3d.data.segments import WHOLE, Bounds, Segment
+from vae3d.data.batches.clips import read_resized, resize_crop_params, to_video
+from vae3d.data.decoding.images import is_sequence
+from vae3d.data.decoding.readers import MediaError, MediaInfo, Reader, Size, open_media
+from vae3d.data.storage.paths import is_stored, name_of
+from vae3d.data.table.segments import WHOLE, Bounds, Segment
 from vae3d.inference.pictures import scorable
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.metrics import MetricSet, VideoResult

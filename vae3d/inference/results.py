@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vae3d import result_folder
-from vae3d.data.versions import source_version
+from vae3d.data.table.versions import source_version
 from vae3d.evaluation.store import write_features
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor

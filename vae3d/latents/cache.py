@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vae3d.data.media import DataError, MediaError
-from vae3d.data.paths import is_url
-from vae3d.data.rows import exists
-from vae3d.data.stores import find_objects
-from vae3d.data.webdataset import is_shards
+from vae3d.data.sources.webdataset import is_shards
+from vae3d.data.storage.paths import is_url
+from vae3d.data.storage.stores import find_objects
+from vae3d.data.table.rows import exists
 from vae3d.latents import shards
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.folder_entries import FolderEntries, RemoteEntries

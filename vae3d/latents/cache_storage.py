@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from vae3d.data import objects
-from vae3d.data.paths import is_url
+from vae3d.data.storage import objects
+from vae3d.data.storage.paths import is_url
 from vae3d.hashing import file_hash
 from vae3d.io import naming, remove, remove_unfinished
 from vae3d.latents import shards

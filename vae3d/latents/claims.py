@@ -30,8 +30,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vae3d.data import objects
 from vae3d.data.media import DataError
+from vae3d.data.storage import objects
 from vae3d.io import naming
 
 BEATS = 6  # refreshes of a claim within `stale` seconds

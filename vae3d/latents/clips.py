@@ -16,14 +16,14 @@ import pandas as pd
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vae3d.data.buckets import Bucket, longest_buckets
-from vae3d.data.clips import ClipSettings, open_frames, read_clip, to_tensor
-from vae3d.data.file_table import FileTable, as_file_table
+from vae3d.data.batches.buckets import Bucket, longest_buckets
+from vae3d.data.batches.clips import ClipSettings, open_frames, read_clip, to_tensor
 from vae3d.data.media import DataError, MediaError, MediaInfo
-from vae3d.data.probe import fill_metadata
-from vae3d.data.rows import NUMBERS
-from vae3d.data.segments import Bounds, Segment, bounds_of, count_frames
-from vae3d.data.versions import source_version
+from vae3d.data.table.file_table import FileTable, as_file_table
+from vae3d.data.table.probe import fill_metadata
+from vae3d.data.table.rows import NUMBERS
+from vae3d.data.table.segments import Bounds, Segment, bounds_of, count_frames
+from vae3d.data.table.versions import source_version
 from vae3d.text import plural
 
 FLIP = "#flip"  # suffix of the key of an entry with mirrored pixels

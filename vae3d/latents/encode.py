@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from vae3d import __version__
-from vae3d.data.readers import check_reader, decodes_on_gpu
-from vae3d.data.versions import source_version
+from vae3d.data.decoding.readers import check_reader, decodes_on_gpu
+from vae3d.data.table.versions import source_version
 from vae3d.data.workers import load, shared_memory_free, usable_workers
 from vae3d.hashing import file_hash, json_hash
 from vae3d.io import FileError, write_json, write_text

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vae3d.data.media import MediaError
-from vae3d.data.storage import local_range
+from vae3d.data.storage.files import local_range
 from vae3d.hashing import file_hash
 from vae3d.io import FileError
 from vae3d.latents import shards

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, check_fields
-from vae3d.data.clips import ClipSettings, open_frames, read_clip, resize_crop_params, to_tensor
+from vae3d.data.batches.clips import ClipSettings, open_frames, read_clip, resize_crop_params, to_tensor
 from vae3d.data.media import DataError, MediaError, MediaInfo
-from vae3d.data.segments import bounds_of
+from vae3d.data.table.segments import bounds_of
 from vae3d.errors import UserError
 from vae3d.latents import probes
 from vae3d.latents.codec import LatentCodec

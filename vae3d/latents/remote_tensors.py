@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vae3d.data.storage import open_range, size_and_version
+from vae3d.data.storage.files import open_range, size_and_version
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FIRST = 2**17  # bytes of the first read: the headers of most shards

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from vae3d.arguments import DEVIATIONS
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.data.clips import ClipSettings, Stream
-from vae3d.data.file_table import FileTable, as_file_table
-from vae3d.data.held_out import validation_clip
+from vae3d.data.batches.clips import ClipSettings, Stream
+from vae3d.data.batches.held_out import validation_clip
+from vae3d.data.batches.selection import clip_lengths
+from vae3d.data.batches.streaming import StreamingData, first_clips
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import MediaError
-from vae3d.data.selection import clip_lengths
-from vae3d.data.streaming import StreamingData, first_clips
+from vae3d.data.table.file_table import FileTable, as_file_table
 from vae3d.errors import UserError
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder, latent_space

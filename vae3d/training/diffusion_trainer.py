@@ -17,7 +17,7 @@ from vae3d.arguments import check_fields
 from vae3d.checkpoints import state
 from vae3d.checkpoints.location import list_some
 from vae3d.checkpoints.state import ResumeError
-from vae3d.data.batch_schedule import stream_counts
+from vae3d.data.batches.batch_schedule import stream_counts
 from vae3d.diffusion.base import Sampling
 from vae3d.diffusion.data import Batch, LatentData
 from vae3d.diffusion.export import DataScale, check_config, write_export

@@ -7,8 +7,8 @@ from itertools import product
 
 import torch
 
-from vae3d.data.batch_schedule import BatchShape
-from vae3d.data.clips import ClipSettings
+from vae3d.data.batches.batch_schedule import BatchShape
+from vae3d.data.batches.clips import ClipSettings
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
 from vae3d.checkpoints import state
-from vae3d.data.fingerprint import DataChanges
 from vae3d.data.media import DataError
+from vae3d.data.table.fingerprint import DataChanges
 from vae3d.errors import UserError
 from vae3d.io import read_json
 from vae3d.metrics.base import Better

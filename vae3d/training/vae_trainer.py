@@ -20,9 +20,9 @@ from vae3d.checkpoints import state
 from vae3d.checkpoints.export import link, published_files, replace_export, write_final_model, write_flat
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.checkpoints.state import ResumeError
-from vae3d.data.clips import Unreadable
+from vae3d.data.batches.clips import Unreadable
+from vae3d.data.batches.streaming import StreamingData, StreamingState
 from vae3d.data.loader import TrainingData
-from vae3d.data.streaming import StreamingData, StreamingState
 from vae3d.latents.scale import ScaleError, longest_clips, measure, rescaled
 from vae3d.layout import place
 from vae3d.losses.objective import Objective

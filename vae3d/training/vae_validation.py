@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vae3d.data.depth import depth_of, to_metres
+from vae3d.data.decoding.depth import depth_of, to_metres
 from vae3d.inference.pictures import (
     ERROR_LABEL,
     displayable,

@@ -1,0 +1,129 @@
+"""All videos and images of a folder or a URL, one file, or image sequences."""
+
+from __future__ import annotations
+
+import os
+import re
+from glob import escape, glob
+from pathlib import Path
+
+import pandas as pd
+
+from vae3d.data.decoding.images import IMAGE_SUFFIXES, is_sequence, numbered
+from vae3d.data.decoding.readers import VIDEO_SUFFIXES
+from vae3d.data.media import DataError, MediaError
+from vae3d.data.sources.dataset_rows import how_to_download
+from vae3d.data.sources.webdataset import TAR, is_tar
+from vae3d.data.storage.paths import is_stored, local_name, split_member, suffix_of
+from vae3d.data.storage.stores import find_objects, list_urls
+from vae3d.data.table.rows import Listing, absolute_paths
+
+ARCHIVES = (".zip", ".gz", ".7z", ".rar")
+
+
+class Folder:
+    """Every video and image under a folder, sorted by name; or one file; or image sequences: a path with a `*` in the
+    file name, such as rooms/*/output/panorama_*.png, gives one video per matching folder.
+
+    Of a URL, every video and image under it. There, a `*` stands for any characters, and {000..999} for numbers.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = local_name(str(path)) or path
+        self.path = path if is_stored(path) else Path(path)
+
+    def table(self) -> pd.DataFrame:
+        return self.listing().table()
+
+    def listing(self) -> Listing:
+        """Raises DataError if there is no such folder or file, or it holds no video or image."""
+        if is_stored(self.path):
+            return Listing(*objects_under(str(self.path)))
+        if is_sequence(self.path):
+            top = next(parent for parent in self.path.parents if "*" not in str(parent))
+            names = [str(path.relative_to(top)) for path in sequences(self.path)]
+        elif self.path.is_file():
+            if not is_media(self.path.name):
+                kind = self.path.suffix or "a file without extension"
+                hint = "; extract it, and give the folder" if kind.lower() in ARCHIVES else ""
+                hint = "; use data=webdataset" if self.path.name.lower().endswith(TAR) else hint
+                raise DataError(
+                    f"{self.path}: {kind} is not supported; give a table (.csv, .tsv, .parquet), a list (.json, "
+                    f".jsonl), a folder, a video or an image{hint}"
+                )
+            names, top = [self.path.name], self.path.parent
+        elif self.path.is_dir():
+            names, top = [name for name in files_under(self.path) if is_media(name)], self.path
+        else:
+            raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
+        if not names:
+            raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
+        return Listing(absolute_paths(top, names), names)
+
+
+def objects_under(url: str) -> tuple[list[str], list[str]]:
+    """URLs of the videos and images that a URL lists, and their names, relative to it. Raises DataError."""
+    if split_member(url) is not None:
+        return [url], [url]
+    try:
+        if "*" in url or "{" in url:
+            top, found = re.split(r"[^/]*[*{]", url, maxsplit=1)[0].rstrip("/"), list_urls(url)
+        elif is_media(url):
+            top, found = url.rpartition("/")[0], [url]
+        else:
+            top, found = url.rstrip("/"), find_objects(url)
+    except MediaError as error:
+        raise DataError(str(error)) from error
+    names = [path.removeprefix(f"{top}/") for path in found]
+    chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not re.search(r"(^|/)\.", name)]
+    if not chosen:
+        hint = "; of its tars, which have no index.arrow, give a pattern, such as {000..999}.tar"
+        tars = hint if any(map(is_tar, found)) else ""
+        raise DataError(f"{url} lists no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}){tars}")
+    return [found[i] for i in chosen], [names[i] for i in chosen]
+
+
+def files_under(folder: str | Path) -> list[str]:
+    """Relative names of all files under a folder, sorted. Links are followed. Hidden files and folders are skipped, and
+    what a probe wrote.
+
+    Raises DataError for a name that is not UTF-8.
+    """
+    found = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_left_out(here, name)]
+        inside = os.path.relpath(here, folder)
+        found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
+    for name in found:
+        if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
+            raise DataError(f"{folder}: the name of the file {os.fsencode(name)!r} is not UTF-8; rename it")
+    return sorted(found, key=lambda name: name.split(os.sep))
+
+
+def _is_left_out(here: str, name: str) -> bool:
+    """Whether a folder is hidden, a link to one that contains it, or has the results of probing a table."""
+    return name.startswith(".") or name.endswith(".probe") or _links_to_parent(here, name)
+
+
+def _links_to_parent(here: str, name: str) -> bool:
+    """Whether a folder is a link to one that contains it."""
+    path = os.path.join(here, name)
+    return os.path.islink(path) and f"{os.path.realpath(here)}/".startswith(f"{os.path.realpath(path)}/")
+
+
+def is_media(name: str) -> bool:
+    """Whether a name has the extension of a video or an image."""
+    return suffix_of(name) in VIDEO_SUFFIXES + IMAGE_SUFFIXES
+
+
+def sequences(path: Path) -> list[Path]:
+    """The image sequences that match a path, whose folders may have a `*` too. Raises DataError if there is none."""
+    try:
+        matches = numbered(path.name)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    folders = sorted(glob(escape(str(path.parent)).replace("[*]", "*")))
+    found = [folder for folder in folders if os.path.isdir(folder) and any(map(matches, os.listdir(folder)))]
+    if not found:
+        raise DataError(f"{path}: no file matches, with a number for the * of its name")
+    return [Path(folder) / path.name for folder in found]
