@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -18,7 +19,8 @@ SCRIPT = tiny.ROOT / "scripts/finetune_wan_erp.sh"
 
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON"}  # which chose that of .venv
+    return subprocess.run([str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
 def settings(*arguments: str) -> dict[str, Any]:

@@ -56,24 +56,26 @@ def measure_cost(model: nn.Module, video: Tensor, precision: str) -> dict[str, A
 
 
 def timed(run: Callable[[], Tensor], device: torch.device, repeats: int = REPEATS) -> tuple[float, float | None]:
-    """Seconds of the median of `repeats` runs after a warm-up, and their peak memory in GiB."""
+    """Seconds of the median of `repeats` runs after a warm-up, and the peak memory of one in GiB."""
 
-    def run_whole() -> None:
+    def seconds_of_a_run() -> float:
+        start = time.perf_counter()
         run()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
 
-    run_whole()
+    seconds_of_a_run()
     before = _reset_peak(device)
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run_whole()
-        seconds.append(time.perf_counter() - start)
-    if before is None:
-        return statistics.median(seconds), None
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_status("VmHWM")
-    return statistics.median(seconds), max(0, peak - before) / 2**30
+    seconds = [seconds_of_a_run()]
+    # Of the first run alone: the next ones may not fit into what it has freed, and malloc then takes more.
+    memory = None if before is None else max(0, _peak(device) - before) / 2**30
+    seconds += [seconds_of_a_run() for _ in range(repeats - 1)]
+    return statistics.median(seconds), memory
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_status("VmHWM")
 
 
 def _reset_peak(device: torch.device) -> int | None:
