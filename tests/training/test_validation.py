@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -309,6 +310,28 @@ def test_the_best_survives_a_resume_and_is_forgotten_under_another_score(videos,
     assert other.best.value is None
     with_scores(other, "ssim", [0.0] * 4 + [0.1]).fit()
     assert facts(tmp_path)["best"] == {"ssim": 0.1}
+
+
+def test_a_validation_that_a_stop_left_out_is_made_up_when_the_run_resumes(videos, tmp_path):
+    settings = {**VALIDATES, "validation.every": 2, "trainer.best": "psnr", "trainer.max_steps": 4}
+    stopped = trainer(videos, tmp_path, **settings)
+    take = stopped.train_step
+    stopped.train_step = lambda batches, *_: take(batches, signal.SIGTERM if stopped.step == 1 else 0)
+    stopped.fit()
+    assert (stopped.step, stopped.best.step) == (2, None)
+    killed = trainer(videos, tmp_path, **settings)
+    killed.train_step = None
+    with pytest.raises(TypeError):  # after the validation, before any checkpoint
+        killed.fit()
+    resumed = trainer(videos, tmp_path, **settings)
+    assert resumed.best.step is None
+    assert resumed.fit()
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "val/psnr" in line] == [0, 2, 4]
+    assert resumed.best.step in (2, 4)
+    again = trainer(videos, tmp_path, **settings)
+    again.validate = None  # each step is validated once
+    assert again.fit()
 
 
 def test_a_best_that_cannot_be_written_is_said_and_training_goes_on_but_ends_with_an_error(

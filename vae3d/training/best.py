@@ -17,19 +17,22 @@ class _BestState(TypedDict):
     column: str | None
     value: float | None
     step: int | None
+    validated: int
     missed: Annotated[Sequence[float], Size(2, 2)] | None
 
 
 class BestExport:
     """The best validation score so far, whose weights are in exports/best.
 
-    column: name of the score; None keeps nothing. columns: all scores, and which values are better.
+    column: name of the score; None keeps nothing. columns: all scores, and which values are better. validated: step of
+    the last validation, whatever its score; -1 before the first.
     """
 
     def __init__(self, column: str | None, columns: Mapping[str, Better]) -> None:
         self.column, self.better = column, columns.get(column)
         self.value: float | None = None
         self.step: int | None = None
+        self.validated = -1
         self.missed: tuple[float, int] | None = None  # value and step of a better export that could not be written
 
     def beaten_by(self, value: float) -> bool:
@@ -50,10 +53,12 @@ class BestExport:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"column": self.column, "value": self.value, "step": self.step, "missed": self.missed}
+        best = {"column": self.column, "value": self.value, "step": self.step, "missed": self.missed}
+        return {**best, "validated": self.validated}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The best under another score counts for nothing."""
         check_fields(state, _BestState, key="best")
+        self.validated = state["validated"]
         if state["column"] == self.column:
             self.value, self.step, self.missed = state["value"], state["step"], state["missed"]

@@ -49,8 +49,11 @@ class RunLog:
         self._bar: Bar | None = None
         self._timer: Countdown | None = None
 
-    def open(self, step: int, max_steps: int) -> None:
-        """Lock the run's folder and start writing at `step`. Raises RunLocked."""
+    def open(self, step: int, max_steps: int, *, validates: bool = False) -> None:
+        """Lock the run's folder and start writing at `step`, first its validation if the run `validates` there.
+
+        Raises RunLocked.
+        """
         if (file := self.folder / self._errors).is_file():
             self._recorded = set(file.read_text(errors="replace").splitlines())
         if not self.main:
@@ -59,7 +62,7 @@ class RunLog:
         in_use = RunLocked(f"another process is training in {self.folder}; stop it, or give this run another name")
         self._lock = ExitStack()
         self._lock.enter_context(hold_lock(self.folder / ".lock", in_use))
-        self.logger.open(self.folder, step, self._drop_after(step))
+        self.logger.open(self.folder, step, self._drop_after(step, validates))
         self._bar = Bar(total=max_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, leave=False)
         self._timer = Countdown(step, max_steps)
 
@@ -160,22 +163,26 @@ class RunLog:
             self.logger.close(failed)
             self._lock.close()
 
-    def _drop_after(self, step: int) -> dict[str, int]:
-        """Drop metrics of steps after the checkpoint, which a killed run took and this one takes again.
+    def _drop_after(self, step: int, validates: bool) -> dict[str, int]:
+        """Drop metrics of steps after the checkpoint, which a killed run took and this one takes again, and scores of
+        `step` itself if it validates there.
 
         Returns the last such step of each metric.
         """
         file, dropped = self.folder / "metrics.jsonl", {}
         if not file.is_file():
             return dropped
-        first = step + 1 if step else 0  # a start at step 0 validates again
+        first = step + 1 if step else 0  # a start at step 0 takes all again
+
+        def again(line: str) -> bool:
+            return _step_of(line) >= first or (validates and _step_of(line) == step and '"val/' in line)
+
         lines = file.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and -1 < _step_of(line) < first]
+        kept = [line for line in lines if line.endswith("\n") and _step_of(line) > -1 and not again(line)]
         if kept != lines:
             write_text(file, "".join(kept))
-        for line in lines:
-            if (last := _step_of(line)) >= first:
-                dropped |= dict.fromkeys(json.loads(line), last)
+        for line in filter(again, lines):
+            dropped |= dict.fromkeys(json.loads(line), _step_of(line))
         dropped.pop("step", None)
         return dropped
 

@@ -222,7 +222,7 @@ class Trainer(ABC, Generic[Batch]):
         """
         changed = {} if checkpoint is None else self.resume(checkpoint)
         self.prepare()
-        self.log.open(self.step, self.config.trainer.max_steps)
+        self.log.open(self.step, self.config.trainer.max_steps, validates=self.validation_due())
         self.log.launch(self.step, asdict(self.config), changed, self.data_changes.lines)
         self.log.text("parameters", parameter_list(self.network), self.step)
         for key, (old, new) in changed.items():
@@ -251,8 +251,8 @@ class Trainer(ABC, Generic[Batch]):
                 self.preflight()
             done = f"the run is complete: step {self.step}/{last}; a larger trainer.max_steps continues it"
             self.log.say(done if self.step >= last else f"training from step {self.step} to {last} in {self.folder}")
-            if self.step == 0 and self.config.validation.every and self.config.validation.on_start:
-                self.validate()  # counts for no best checkpoint: these weights are not trained
+            if self.validation_due():
+                self.validate_and_keep_best()
             with stop_signals(verbose=self.log.main) as request, self.profiler() as profiler_step:
                 try:
                     self._train(request, last, profiler_step)
@@ -461,14 +461,13 @@ class Trainer(ABC, Generic[Batch]):
 
     def stands_still(self) -> bool:
         """Whether a rank may validate or save now, while the others wait."""
-        validation, save = self.config.validation.every, self.config.trainer.save_every
-        validates = validation and self.step % validation == 0
+        save = self.config.trainer.save_every
         saves = save and (self.step % save == 0 or self.checkpointer.due)
-        return bool(validates or saves or self.step == self.config.trainer.max_steps or self.stopped_by)
+        return bool(self.validation_due() or saves or self.step == self.config.trainer.max_steps or self.stopped_by)
 
     def log_validate_save(self, result: StepResult) -> None:
         """Log, validate and save, when due."""
-        trainer, validation = self.config.trainer, self.config.validation
+        trainer = self.config.trainer
         finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
         self.meter.add(result.metrics, applied=result.applied)
         self.log.advance()
@@ -479,8 +478,8 @@ class Trainer(ABC, Generic[Batch]):
                 self.log.say(f"released {freed:.2f} GiB of idle GPU memory")
         else:
             self.log.first_step(result.metrics, self.step)
-        if validation.every and (self.step % validation.every == 0 or finished) and not stopped:
-            self.checkpointer.export_best(self.best, self.validate(), self.step, self.export)
+        if self.validation_due() and not stopped:  # a stopped run has little time: it validates when it resumes
+            self.validate_and_keep_best()
             self.reset_timer()
         self.checkpointer.save_if_due(
             self.step,
@@ -537,6 +536,22 @@ class Trainer(ABC, Generic[Batch]):
     @abstractmethod
     def validate(self) -> dict[str, float]:
         """Compute, log and return validation scores of the averaged weights."""
+
+    def validation_due(self) -> bool:
+        """Whether a validation belongs to this step and is not done yet."""
+        every = self.config.validation.every
+        if not every or self.best.validated == self.step:
+            return False
+        if self.step == 0:
+            return self.config.validation.on_start
+        return self.step % every == 0 or self.step == self.config.trainer.max_steps
+
+    def validate_and_keep_best(self) -> None:
+        """Validate, and write exports/best if the scores are the best so far."""
+        scores = self.validate()
+        self.best.validated = self.step
+        if self.step:  # weights that are not trained count for no best
+            self.checkpointer.export_best(self.best, scores, self.step, self.export)
 
     def validate_on_all_ranks(self, compute: Callable[[], T], memory_hint: str) -> T | None:
         """compute() with the averaged weights in eval mode; no collective may be in it.
