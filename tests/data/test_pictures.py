@@ -50,6 +50,19 @@ def test_every_kind_of_image_is_read_as_rgb(tmp_path, name):
     assert open_media(tmp_path / name).read([0], (12, 20)).shape == (1, 12, 20, 3)
 
 
+def test_images_whose_codec_changes_pixels_are_lossy(tmp_path):
+    profile = {"icc_profile": b"odd"}  # a chunk before that of the pixels
+    kinds = {
+        "a.jpg": ({}, True), "mpo.jpg": ({"format": "MPO", "save_all": True, "append_images": [RGB]}, True),
+        "a.webp": ({}, True), "b.webp": (profile, True), "c.webp": ({"lossless": True}, False),
+        "d.webp": ({"lossless": True, **profile}, False), "a.png": ({}, False), "a.bmp": ({}, False),
+        "a.tif": ({"compression": "jpeg"}, True), "b.tif": ({"compression": "tiff_lzw"}, False),
+    }  # fmt: skip
+    for name, (options, _) in kinds.items():
+        RGB.save(tmp_path / name, **options)
+    assert {name: media_info(tmp_path / name).lossy for name in kinds} == {name: kinds[name][1] for name in kinds}
+
+
 @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
 def test_transparent_pixels_are_refused(tmp_path, name):
     image = RGB.convert("RGBA")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests import tiny
 from tests.scoring import degrade, evaluate, make_pairs, one_pair, original, refused, report
@@ -275,6 +276,12 @@ def test_lossy_files_are_flagged(tmp_path, capsys):
     ori, rec = one_pair(tmp_path, clip, degrade(clip), codec="h264")
     assert evaluate(ori, rec, *PSNR) == 0
     assert "1 of 1 pairs have a lossy codec" in capsys.readouterr().err
+    assert report(rec)["lossy_input"]
+    ori, rec = tmp_path / "pictures", tmp_path / "webp"
+    for folder, suffix in ((ori, "png"), (rec, "webp")):
+        folder.mkdir()
+        Image.fromarray(clip[0]).save(folder / f"v.{suffix}")
+    assert evaluate(ori, rec, *PSNR) == 0
     assert report(rec)["lossy_input"]
 
 

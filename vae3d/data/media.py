@@ -42,7 +42,8 @@ class MediaInfo:
     """Metadata of a file.
 
     height, width: pixels, upright. fps: 0 for an image. codec, pixels: codec and pixel format. bits: per channel, as
-    stored; readers return 8 bits. aspect: width / height of a pixel, upright.
+    stored; readers return 8 bits. aspect: width / height of a pixel, upright. lossy: whether the codec of an image
+    changes its pixels; of videos, codec and pixel format say what is known.
     """
 
     num_frames: int
@@ -53,6 +54,7 @@ class MediaInfo:
     pixels: str
     bits: int = 8
     aspect: float = 1.0
+    lossy: bool = False
 
     @property
     def square_size(self) -> Size:

@@ -210,7 +210,7 @@ def inspect(pair: Pair, protocol: Protocol) -> PairInfo:
 
 def _is_lossy(info: MediaInfo) -> bool:
     """Whether a file's codec or pixel format changes pixels, as far as its header says."""
-    return info.pixels not in (*RGB_FORMATS, *RGBA_FORMATS) or info.codec in ("mjpeg", "jpeg")
+    return info.lossy or info.pixels not in (*RGB_FORMATS, *RGBA_FORMATS) or info.codec in ("mjpeg", "gif")
 
 
 class PairReader:

@@ -116,7 +116,19 @@ def image_info(path: str | Path, file: BinaryIO | None = None) -> MediaInfo:
     with open_image(path, file) as image:
         height, width = image.size if _is_turned(image) else image.size[::-1]
         bits = 16 if image.mode.startswith("I") else 8
-        return MediaInfo(1, height, width, 0.0, (image.format or "image").lower(), image.mode, bits)
+        codec = (image.format or "image").lower()
+        return MediaInfo(1, height, width, 0.0, codec, image.mode, bits, lossy=_is_lossy(image))
+
+
+def _is_lossy(image: Image.Image) -> bool:
+    if image.format != "WEBP":
+        lossy_tiff = image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+        return image.format in ("JPEG", "MPO") or lossy_tiff
+    image.fp.seek(12)  # after RIFF, its size and WEBP: chunks, of which one has the pixels
+    while len(head := image.fp.read(8)) == 8 and head[:4] not in (b"VP8 ", b"VP8L"):
+        size = int.from_bytes(head[4:], "little")
+        image.fp.seek(size + size % 2, os.SEEK_CUR)
+    return head[:4] != b"VP8L"
 
 
 @contextmanager
