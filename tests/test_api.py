@@ -376,8 +376,11 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
     for variable in ("VAE3D_WEIGHTS", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / "none"))
     vae3d.save(model, tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/private.txt").write_text("of another")
     assert cli.main(["try", str(clip), str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--frames", "9"]) == 0
     output = capsys.readouterr()
+    assert "private.txt" not in output.out + (tmp_path / "out/index.html").read_text()
     assert f"{tmp_path}/out/index.html" in output.out
     assert "psnr" in output.out
     assert "fetch-weights --metrics lpips_alex" in output.err  # no weights in tests
@@ -388,6 +391,12 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
     assert vae3d.read_video(tmp_path / "out/reconstruction.mp4").frames.shape == (1, 3, 9, 24, 32)
     assert vae3d.read_video(tmp_path / "out/side_by_side.mp4").frames.shape[2] == 9
     assert (tmp_path / "out/side_by_side.webp").is_file()
+    own = tmp_path / "out/reconstruction.mp4"
+    before = own.read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main(["try", str(own), str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert f"{own} would be overwritten" in capsys.readouterr().err
+    assert own.read_bytes() == before
 
 
 def test_no_side_of_a_picture_is_cut_off_where_its_pixels_are_not_square():

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 
@@ -52,6 +52,9 @@ def main(args: Namespace) -> int:
     model = api.from_pretrained(args.checkpoint or default_checkpoint()).to(device)
     video = read(args.video, info, args.frames, args.height, alpha=model.pixel_channels == 4)
     out = make_folder(args.out or default_folder(args.video, args.checkpoint))
+    names = file_names(still=not info.fps, alpha=model.pixel_channels == 4)
+    if Path(args.video).resolve() in [(out / name).resolve() for name in names]:
+        raise FileError(f"{args.video} would be overwritten; choose another folder with --out")
     facts = describe(model, video, info)
     for name, value in facts.items():
         print(f"{name}: {value}", flush=True)
@@ -62,12 +65,13 @@ def main(args: Namespace) -> int:
     original, result = to_uint8(video[0]), to_uint8(rec[0])
     scores, columns, skipped = score(default_metrics(device), original, result, device)
 
-    write_files(out, original, result, info.fps)
+    write_files(out, names, original, result, info.fps)
     title = f"{Path(args.video).name} through {args.checkpoint or 'TAEF2'}"
     clip = encode_clip([displayable(original)], {"reconstruction": [displayable(result)]}, info.fps)
     write_clip(out, CLIP, clip, {"reconstruction": frame_curves(scores)})
     panorama = original.shape[2] == 2 * original.shape[1]
-    write_page(out, make_report(out, title, Path(args.video), scores, columns, facts, skipped, panorama, args.command))
+    report = make_report(out, names, title, Path(args.video), scores, columns, facts, skipped, panorama, args.command)
+    write_page(out, report)
     rows = [
         [f"{name}{ARROWS.get(columns[name], '')}", number(score.value)]
         for name, score in scores.items()
@@ -76,8 +80,7 @@ def main(args: Namespace) -> int:
     print(f"speed: {facts['speed']}\n\n{text_table(['score', 'mean'], rows)}")
     for name, reason in skipped.items():
         print(f"without {name}: {reason}", file=sys.stderr)
-    names = ", ".join(sorted(path.name for path in out.iterdir() if path.name != "index.html"))
-    print(f"\n{out / 'index.html'} shows it; beside it: {names}")
+    print(f"\n{out / 'index.html'} shows it; beside it: {', '.join(names)}")
     return 0
 
 
@@ -178,30 +181,32 @@ def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> d
     }
 
 
-def write_files(out: Path, original: np.ndarray, result: np.ndarray, fps: float) -> None:
-    """Write reconstruction and comparison: of an image as .png, of a video as .mp4 and .webp.
+def file_names(*, still: bool, alpha: bool) -> list[str]:
+    """The reconstruction and the comparisons: of an image as .png, of a video as .mp4 and .webp, and .mkv with alpha,
+    which .mp4 cannot hold."""
+    if still:
+        return ["reconstruction.png", "side_by_side.png"]
+    return [f"reconstruction.{'mkv' if alpha else 'mp4'}", "side_by_side.mp4", "side_by_side.webp"]
 
-    Pictures show RGBA over a checkerboard; the reconstruction of a video keeps it, as .mkv.
-    """
-    stored = result
-    original, result = displayable(original), displayable(result)
-    panels = {"original": original, "reconstruction": result, ERROR_LABEL: error_maps(original, result)}
-    beside = np.concatenate(list(side_by_side(panels)))
-    if fps:
-        if stored.shape[-1] == 4:
-            write_video(out / "reconstruction.mkv", stored, fps)
+
+def write_files(out: Path, names: Sequence[str], original: np.ndarray, result: np.ndarray, fps: float) -> None:
+    """Write the files of file_names. Comparisons show RGBA over a checkerboard."""
+    shown = {"original": displayable(original), "reconstruction": displayable(result)}
+    beside = np.concatenate(list(side_by_side({**shown, ERROR_LABEL: error_maps(*shown.values())})))
+    for name in names:
+        frames, file = result if name.startswith("reconstruction") else beside, out / name
+        if file.suffix == ".png":
+            write_image(file, frames[0])
+        elif file.suffix == ".webp":
+            with naming(out), atomic_write(file) as stream:
+                stream.write(webp(frames, fps))
         else:
-            write_video(out / "reconstruction.mp4", stored, fps, "h264")
-        write_video(out / "side_by_side.mp4", beside, fps, "h264")
-        with naming(out), atomic_write(out / "side_by_side.webp") as stream:
-            stream.write(webp(beside, fps))
-    else:
-        write_image(out / "reconstruction.png", stored[0])
-        write_image(out / "side_by_side.png", beside[0])
+            write_video(file, frames, fps, "h264" if file.suffix == ".mp4" else "lossless")
 
 
 def make_report(
     out: Path,
+    names: Sequence[str],
     title: str,
     source: Path,
     scores: Mapping[str, Score],
@@ -211,15 +216,15 @@ def make_report(
     panorama: bool,
     command: str,
 ) -> Report:
-    """The page for the folder `out`. skipped: metrics that were left out, and why."""
+    """The page for the folder `out`, which has the files `names`. skipped: metrics that were left out, and why."""
     values = {column: score.value for column, score in scores.items() if score.value is not None}
-    files = sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith((".", "index")))
     links = {"original": os.path.relpath(source, out)} if source.is_file() else {}  # numbered images have no one file
     video = Video(CLIP, source.name, {"reconstruction": values}, links=links, panorama=panorama)
     metrics = page_metrics({column: columns[column] for column in values})
     chapter = Chapter("Video", HINTS, ["reconstruction"], metrics, [video])
     warnings = [f"without {name}: {reason}" for name, reason in skipped.items()]
-    return Report(title, [chapter], facts=facts, commands=command, links={n: n for n in files}, warnings=warnings)
+    files = {name: name for name in names}
+    return Report(title, [chapter], facts=facts, commands=command, links=files, warnings=warnings)
 
 
 def webp(frames: np.ndarray, fps: float) -> bytes:
