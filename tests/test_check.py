@@ -19,7 +19,7 @@ from vae3d.config.check import path_issues, read
 from vae3d.config.diffusion import DiffusionConfig, SampleConfig, check_diffusion, check_sampling
 from vae3d.config.issues import NO_VALUE, ConfigError, close_match, is_within
 from vae3d.config.latents import EncodeConfig, check_encoding
-from vae3d.config.overrides import allow_unknown_keys, override_issues
+from vae3d.config.overrides import FLAGS, allow_unknown_keys, override_issues
 from vae3d.config.schema import CONF, InferConfig, TrainConfig
 from vae3d.config.targets import signature_of
 from vae3d.config.validate import check_inference, training_issues
@@ -365,6 +365,13 @@ def test_files_of_ones_own_are_not_checked():
     arguments = ["hydra.searchpath=[file:///mine]", "loss=mine", "--multi", "~debug", "--cfg", "job"]
     assert allow_unknown_keys(arguments) == arguments
     assert override_issues(arguments) == []
+
+
+def test_the_flags_are_those_of_the_installed_hydra():
+    from hydra._internal.utils import get_args_parser  # Hydra has no public list of its flags
+
+    found = {flag for action in get_args_parser()._actions for flag in action.option_strings}
+    assert set(FLAGS) == found, f"hydra-core {hydra.__version__} has other flags: change vae3d.config.overrides.FLAGS"
 
 
 def test_a_file_of_conf_with_wrong_syntax_is_an_error_with_its_line(tmp_path, monkeypatch):
