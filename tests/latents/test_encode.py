@@ -333,6 +333,11 @@ def test_broken_files_are_told_and_can_be_tried_again(photos, tmp_path):
     encode_cache(caches.job(source, folder, retry=True, **settings))
     assert len(LatentCache(folder)) == 8
     assert (folder / "data_errors.jsonl").read_text() == ""
+    Image.fromarray(tiny.frames(1)[0]).save(source / "cat/new.png")
+    with pytest.raises(CacheError, match=rf"cache was begun with 8 clips, and {source} now has 9: files were added"):
+        encode_cache(caches.job(source, folder, **settings))
+    with pytest.raises(CacheError, match="other settings: dtype is fp16 there and fp32 here; choose"):
+        encode_cache(caches.job(source, folder, **settings, dtype="fp32"))
 
 
 def test_too_many_broken_files_stop_the_job(tmp_path):

@@ -244,9 +244,17 @@ def begin(job: EncodeJob, claims: Claims) -> str:
             claims.release(META)
     storage.get(META)
     there = read_meta_file(storage.folder / META)
-    if why := settings_difference(identity(there), identity(meta)):
+    before, now = identity(there), identity(meta)
+    same_clips = {name: before[name] for name in ("clips", "clips_hash")}
+    if why := settings_difference(before, now | same_clips):
         raise CacheError(
             f"{storage.name} was begun with other settings: {why}; choose another folder, or delete this one"
+        )
+    if before != now:
+        raise CacheError(
+            f"{storage.name} was begun with {plural(before['clips'], 'clip')}, and {job.config.source} now has "
+            f"{'others' if before['clips'] == now['clips'] else now['clips']}: files were added, removed or renamed, "
+            "or their lengths and sizes are read otherwise than then; choose another folder, or delete this one"
         )
     return there["digest"]
 
