@@ -191,6 +191,7 @@
       follow(await ask("POST", "/api/jobs", settings));
     } catch (error) {
       showError(error.message);
+      resetNoise();
     } finally {
       asking = false;
     }
@@ -213,7 +214,7 @@
         job = null;
         showState(null);
         showError(error.message);
-        update();
+        resetNoise();
       }
       return;
     }
@@ -224,6 +225,7 @@
       showState(null);
       if (job.state === "failed") showError(job.text);
       if (job.state === "done") show(job);
+      else resetNoise();
     }
     update();
   }
@@ -276,10 +278,7 @@
     shown = done;
     $("hint").hidden = true;
     $("tools").hidden = false;
-    if (!nextNoise) {
-      $("noise").value = done.settings.noise;
-      $("beside").checked = done.settings.beside;
-    }
+    if (!nextNoise) resetNoise();
     const links = Object.entries(done.result.files).map(([label, file]) =>
       element("a", label, { href: `/results/${done.id}/${file}?download=1`, title: "exact, without loss" })
     );
@@ -287,6 +286,16 @@
     $("links").replaceChildren(...links);
     update();
     if (nextNoise) noise();
+  }
+
+  // That of the result that is there, also after a job that gave none.
+  function resetNoise() {
+    nextNoise = false;
+    if (shown) {
+      $("noise").value = shown.settings.noise;
+      $("beside").checked = shown.settings.beside;
+    }
+    update();
   }
 
   // The newest value counts: while a job runs, the slider may move on.
