@@ -58,6 +58,14 @@ def test_memory_and_operations_grow_with_the_clips_and_operations_equal_torchs_c
     assert cost.flops == counter.get_total_flops() > 0
 
 
+def test_several_ranks_have_buffers_in_which_they_average_gradients(videos):
+    config = deepcopy(checked(videos))
+    alone, two = (step_cost.vae_needs(config, 1, ranks=ranks) for ranks in (1, 2))
+    assert two.memory - alone.memory == two.stays["averaging over ranks"] == alone.stays["weights"]
+    config.trainer.reduce_dtype = "bf16"
+    assert step_cost.vae_needs(config, 1, ranks=2).stays["averaging over ranks"] == alone.stays["weights"] // 2
+
+
 @pytest.mark.parametrize("more", [["adversary=seraena", *tiny.SERAENA[1:]], [*tiny.GAN]], ids=["seraena", "patchgan"])
 def test_a_discriminator_counts(videos, more):
     frames = ["data.frames.min=1", "data.frames.max=1", "stage=finetune", "stage.init_from=random", "loss=recon_kl"]
@@ -65,6 +73,7 @@ def test_a_discriminator_counts(videos, more):
     needs = step_cost.vae_needs(config, 1, ranks=2)
     assert needs.stays["discriminator"] > 0
     assert needs.parts["discriminator"] > 0
+    assert needs.stays["averaging over ranks"] > needs.stays["weights"]  # also of the discriminator
     (line,) = (line for line in [estimate.disk(config, needs, 2)] if "checkpoint" in line)
     if "seraena" not in more[0]:
         assert needs.replay == 0

@@ -217,8 +217,13 @@ def reduction_buffer(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float
     """A buffer with which all_reduce_mean of these tensors, or some of them, allocates nothing; None with one rank."""
     if not is_distributed():
         return None
+    return torch.empty(reduction_elements(tensors), dtype=dtype, device=tensors[0].device)
+
+
+def reduction_elements(tensors: Sequence[Tensor]) -> int:
+    """Elements of their reduction_buffer."""
     sizes = [tensor.numel() for tensor in tensors]
-    return torch.empty(min(sum(sizes), max(BUCKET, *sizes)), dtype=dtype, device=tensors[0].device)
+    return min(sum(sizes), max(BUCKET, *sizes))
 
 
 @torch.no_grad()

@@ -202,12 +202,13 @@ def test_the_size_of_samples_is_chosen_and_held_out_clips_take_turns(cached):
         data_of([*cached, "validation.height=8", "validation.width=8"])
 
 
-def test_dry_run_lists_the_sizes(cached, caplog):
+def test_dry_run_lists_the_sizes(cached, caplog, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with caplog.at_level("INFO", "vae3d"):
         dry_run.describe(latent_runs.config(*cached, *RUN, network=NETWORK))
     told = "\n".join(caplog.messages)
     for line in ("3 sizes, one in each step (samples: 1x12x12):", "1 frame of 12x12 -> latent 4x1x6x6: 12 rows, ",
-                 "3 frames of 16x8 -> latent 4x3x8x4: 3 rows, 4 clips per step"):  # fmt: skip
+                 "3 frames of 16x8 -> latent 4x3x8x4: 3 rows, 4 clips per step", "averaging over ranks "):  # fmt: skip
         assert line in told
     assert "have fewer latents than a step takes, which repeats them: 3x16x8;" in told
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from vae3d import loading
 from vae3d.commands.step_cost import Needs, StepCost, bytes_of, fake_tensors
 from vae3d.diffusion.processes import training_losses
-from vae3d.precision import autocast
+from vae3d.distributed import reduction_elements
+from vae3d.precision import DTYPES, autocast
 from vae3d.text import plural
 from vae3d.training.memory import GIB
 from vae3d.training.runlog import duration
@@ -48,6 +49,9 @@ def diffusion_needs(
     on_device = rates if config.trainer.ema.device == "model" else 0
     decodes = config.cache is None or config.validation.every
     stays = {"weights": weights, "gradients": weights, "AdamW": 2 * weights, "EMA": on_device * weights}
+    if data.schedule.world_size > 1:
+        buffer = reduction_elements([*network.parameters()])
+        stays["averaging over ranks"] = buffer * DTYPES[config.trainer.reduce_dtype].itemsize
     stays["autoencoder"] = bytes_of(data.codec.model.parameters()) if decodes else 0
     return Needs(stays, {"forward and backward": cost.peak}, cost.flops, (3 + rates) * weights, rates * weights)
 

@@ -25,6 +25,7 @@ from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.adversarial.seraena import Seraena
 from vae3d.commands import train
 from vae3d.commands.training_data import frame_counts
+from vae3d.distributed import reduction_elements
 from vae3d.layout import place
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.optim import adamw
@@ -102,6 +103,8 @@ def vae_needs(
         done("update")
         state, export = step.bytes_on_disk()
         replay = step.replay_bytes(clips)
+        if ranks > 1:
+            stays["averaging over ranks"] = step.reduction_bytes()
     if config.trainer.ema.device == "cpu":
         stays["EMA"] = 0
     if config.trainer.strategy.name == "deepspeed":
@@ -203,6 +206,17 @@ class TrainingStep:
             found["discriminator"] = bytes_of([*tensors, *moments(optimizer)])
         in_loss = [x for network in self.loss_networks for x in (*network.parameters(), *network.buffers())]
         return found | {"loss networks": bytes_of(in_loss), "clips": bytes_of([batch.video])}
+
+    def reduction_bytes(self) -> int:
+        """Bytes of the buffers in which several ranks average gradients; DeepSpeed's own are not counted."""
+        trainer, size = self.config.trainer, 0
+        if trainer.strategy.name != "deepspeed":
+            size = reduction_elements(parameters_of(self.optimizer)) * DTYPES[trainer.reduce_dtype].itemsize
+        if not isinstance(self.adversary, NoAdversary):
+            network = self.adversary.discriminator
+            statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+            size += reduction_elements([*network.parameters(), *statistics]) * torch.float32.itemsize
+        return size
 
     def bytes_on_disk(self) -> tuple[int, int]:
         """Bytes of a checkpoint's tensors, without a replay, and of an export's."""
