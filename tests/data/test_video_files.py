@@ -159,6 +159,10 @@ def test_mp4_and_matroska_have_the_same_rate(tmp_path):
         return [open_media(path).info.fps for path in files]
 
     assert rates(fps=30) == [30.0, 30.0]
+    for rate in (24, 30):  # as in a WebM copied into an MP4, whose unit is finer: whole milliseconds
+        assert rates(times_ms=[round(1000 * i / rate) for i in range(25)])[0] == rate
+    jumps = [40 * i + 2 * (i % 2) for i in range(24)]  # more than rounding
+    assert open_media(tiny.write_video(tmp_path / "b.mp4", tiny.frames(24), times_ms=jumps)).info.fps < 25
     assert rates(times_ms=[1000 * i // 30 + 500 * (i > 10) for i in range(25)]) == pytest.approx(
         [24 / 1.3] * 2, rel=1e-6
     )

@@ -31,6 +31,7 @@ from vae3d.data.storage.files import FileRange, RangeFile
 TIMED = {"mov", "matroska", "mpegts", "flv"}
 ONE_FRAME = {"h264", "hevc", "av1", "vp9", "ffv1"}
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
+MATROSKA_UNIT = Fraction(1, 1000)  # second
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
 CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
@@ -367,9 +368,12 @@ def _times(
     if not ticks[-1]:
         return None, known[0] if known else Fraction(25)
     mean = Fraction(len(ticks) - 1) / (int(ticks[-1]) * Fraction(unit))
-    for rate in [*known, *sorted(RATES, key=lambda rate: abs(rate - mean))]:
-        # Times are rounded to the unit of the container, a millisecond in Matroska.
-        if np.abs(ticks * float(unit * rate) - np.arange(len(ticks))).max() <= 1.001 * float(unit * rate):
+    standard = sorted(RATES, key=lambda rate: abs(rate - mean))
+    attempts = [(rate, unit) for rate in [*known, *standard]]  # times are rounded to the unit of the container
+    if not (ticks * 1000 * unit.numerator % unit.denominator).any():
+        attempts += [(rate, MATROSKA_UNIT) for rate in [*standard, *known]]  # copied from one of whole milliseconds
+    for rate, rounded in attempts:
+        if np.abs(ticks * float(unit * rate) - np.arange(len(ticks))).max() <= 1.001 * float(rounded * rate):
             return None, rate
     return ticks * float(unit), mean
 

@@ -29,7 +29,7 @@ from pydantic import TypeAdapter
 
 from vae3d.data.media import MediaInfo, Size
 
-VERSION = 4  # of the cache; start value of its CRC-32, so that files of other versions are rebuilt
+VERSION = 5  # of the cache; start value of its CRC-32, so that files of other versions are rebuilt
 CRC_BYTES = 4
 DECODER_NUMBERS = (  # attributes of a codec context
     *("width", "height", "bits_per_coded_sample"),
