@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import vae3d
@@ -28,6 +29,7 @@ from vae3d.commands import cli, try_video
 from vae3d.data.batches import clips
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.errors import UserError
+from vae3d.io import FileError
 from vae3d.latents.cache import LatentCache
 from vae3d.metrics import MetricError, build_metrics
 from vae3d.pixels import PixelError
@@ -115,6 +117,21 @@ def test_a_model_is_saved_for_other_programs(tmp_path, caplog):
     with pytest.raises(UserError, match="note"):
         vae3d.save(wan, tmp_path / "x", layout="wan", note="mine")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_of_other_files_is_not_replaced(model, tmp_path):
+    folder = tmp_path / "mine"
+    (folder / "photos").mkdir(parents=True)
+    for layout in ("export", "diffusers"):
+        with pytest.raises(FileError, match=r"mine has other files, such as photos"):
+            vae3d.save(tiny.model("wan"), folder, layout=layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    (folder / "photos").rmdir()
+    for note in ("first", "second"):
+        vae3d.save(model, folder, note=note)
+    with pytest.raises(FileError, match=r"such as model\.safetensors"):
+        vae3d.save(tiny.model("wan"), folder, layout="diffusers")  # vae3d.load would open the older one
+    assert yaml.safe_load((folder / "model.yaml").read_text())["note"] == "second"
 
 
 def test_a_model_of_another_project_is_not_saved(tmp_path):

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from torch import nn
 
 from vae3d.arguments import short
-from vae3d.checkpoints.export import WRITERS, replace_export
+from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import (
     Checkpoint,
     CheckpointError,
@@ -29,7 +29,7 @@ from vae3d.checkpoints.formats import (
 from vae3d.config.adapter import adapter_issues
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
-from vae3d.io import atomic_files, naming
+from vae3d.io import FileError, atomic_files, naming
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
@@ -147,7 +147,7 @@ def build_from_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any] | N
 
 
 def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", **info: Any) -> None:
-    """Write a model's weights and its configuration; replaces what is there.
+    """Write a model's weights and its configuration; replaces what an earlier call wrote there.
 
         vae3d.save(model, "mine")                              # a folder that vae3d.load opens
         vae3d.save(model, "wan_vae", layout="diffusers")       # for AutoencoderKLWan.from_pretrained
@@ -156,7 +156,8 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
     layout: export, or that of another program: diffusers, qwen_image, ldm, opensora, wan, videox_fun, taehv or
     taesd; see docs/checkpoints.md. path: a folder; for ldm, wan, videox_fun and taehv a file. info: plain values that
     an export holds beside the configuration.
-    Raises CheckpointError if the model does not fit the layout, UserError for a model of another project.
+    Raises CheckpointError if the model does not fit the layout, UserError for a model of another project, and FileError
+    for a folder with other files.
     """
     if layout not in WRITERS:
         raise UserError(f"layout is {layout!r}; use one of {', '.join(WRITERS)}")
@@ -164,12 +165,12 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
         raise UserError(f"{', '.join(info)}: only an export holds further values; leave them out with layout={layout}")
     path = Path(path)
     checkpoint = Checkpoint(config_of(model), model.state_dict(), path, "export")
-    if layout == "export":
-        with naming(path):
-            replace_export(checkpoint, path, **info)
-        return
     with naming(path), atomic_files(path) as tmp:
-        WRITERS[layout](checkpoint, tmp / path.name)
+        WRITERS[layout](checkpoint, tmp / path.name, **info)
+        if path.is_dir():  # which is replaced as a whole
+            written = (tmp / path.name).iterdir() if (tmp / path.name).is_dir() else ()
+            if others := sorted({file.name for file in path.iterdir()} - {file.name for file in written}):
+                raise FileError(f"{path} has other files, such as {others[0]}; choose a new folder, or delete them")
     for note in checkpoint.notes:
         log.info("%s: %s", path, note)
 
