@@ -361,6 +361,12 @@ def test_an_empty_path_is_not_the_working_directory():
     assert (issue.key, issue.value) == ("stage.init_from", "")
 
 
+def test_a_folder_to_write_is_not_the_working_directory():
+    for config, keys in {"train": ["run.root", "teacher.cache"], "latents": ["cache"], "sample": ["out"]}.items():
+        issues = read(tiny.compose(*(f"{key}=" for key in keys), config=config), SCHEMAS[config])[1]
+        assert [issue.key for issue in issues if issue.message == "must not be empty"] == keys
+
+
 def test_files_of_ones_own_are_not_checked():
     arguments = ["hydra.searchpath=[file:///mine]", "loss=mine", "--multi", "~debug", "--cfg", "job"]
     assert allow_unknown_keys(arguments) == arguments

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from vae3d.config.check import Rule, check, resume_issues
-from vae3d.config.fields import STRICT, Float, Int, Interval, Precision, Rates, Strings, as_list, setting
+from vae3d.config.fields import STRICT, Float, Folder, Int, Interval, Precision, Rates, Strings, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import Buckets, Data, Debug, Launcher, Limits, Logger, Optim, Run, Steps, register
 from vae3d.config.validate import (
@@ -108,7 +108,7 @@ class SampleConfig:
     """Draw samples from a latent diffusion model."""
 
     checkpoint: str = setting(MISSING, "A run, or one of its exports.")
-    out: str = setting(MISSING, "Folder to write.")
+    out: Folder = setting(MISSING, "Folder to write.")
     vae: str | None = setting(None, "The autoencoder, if it is no longer where the run found it.")
     ema: Float | None = setting(None, "Decay of the averaged weights. null: the run's first.")
     count: Int = setting(16, "Number of samples.", ge=1)

@@ -65,6 +65,13 @@ def _name(value: str) -> str:
     return value
 
 
+def _not_empty(value: str) -> str:
+    # As from an unset variable of the shell. It would be the working directory, and as run.root make the run's /NAME.
+    if not value:
+        raise ValueError("must not be empty")
+    return value
+
+
 def _folder_name(value: str) -> str:
     if "/" in value or value in ("", ".", ".."):
         raise ValueError("must be a name without /")
@@ -115,6 +122,7 @@ Aspects = Annotated[
     list[str], BeforeValidator(as_list), AfterValidator(_distinct), AfterValidator(_aspects), Field(min_length=1)
 ]
 Name = Annotated[str, AfterValidator(_name)]
+Folder = Annotated[str, AfterValidator(_not_empty)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 PathPrefix = Annotated[str, AfterValidator(_prefix)]
 InitFrom = Annotated[str | dict[str, str], BeforeValidator(_starts)]

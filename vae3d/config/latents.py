@@ -11,7 +11,7 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from vae3d.config.check import Rule, check
-from vae3d.config.fields import STRICT, Float, Int, as_buckets, as_list, setting
+from vae3d.config.fields import STRICT, Float, Folder, Int, as_buckets, as_list, setting
 from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import Buckets, FilesConfig, register
 from vae3d.config.validate import SIZE_RULE, TILE_RULE, inference_paths, reader_issues, shape_issues
@@ -22,7 +22,7 @@ class EncodeConfig(FilesConfig):
     """Encode a data set into a latent cache."""
 
     source: Any = setting(MISSING, "A table, a JSON list, a folder or one file; or a `_target_` node, as in conf/data.")
-    cache: str = setting(
+    cache: Folder = setting(
         MISSING, "Folder to write, or s3:// or gs://. The same command resumes, and started again meanwhile it helps."
     )
     shard: str | None = setting(

@@ -20,6 +20,7 @@ from vae3d.config.fields import (
     Betas,
     Counts,
     Float,
+    Folder,
     FolderName,
     InitFrom,
     Int,
@@ -46,7 +47,7 @@ class Run:
     """The run's folder, and how it resumes."""
 
     name: FolderName = setting(MISSING, "Folder under `run.root`. The same name resumes.")
-    root: str = setting("runs", "Folder of all runs.")
+    root: Folder = setting("runs", "Folder of all runs.")
     sweep: str = setting("sweep", "Folder under `run.root` for the jobs of a multirun.")
     seed: Int = setting(0, "Seed of weights, data order, crops and noise.", ge=0)
     resume: bool = setting(True, "true: continue from the newest checkpoint. false: an error if the folder has one.")
@@ -325,7 +326,7 @@ class Teacher:
         "teacher", "Latents that the student decodes. mixed: one or the other at random, each step."
     )
     features: dict[str, str] = setting(dict, "Module of the student -> module of the teacher whose output it learns.")
-    cache: str | None = setting(
+    cache: Folder | None = setting(
         None, "Folder that keeps its latents and features of every clip, for clips that come again. null: none."
     )
     cache_gib: Float = setting(50.0, "GiB of the folder's disk, by all ranks, after which nothing is added.", gt=0)
