@@ -18,7 +18,7 @@ import pytest
 import vae3d
 from tests import tiny
 from vae3d.checkpoints.export import WRITERS
-from vae3d.commands import cli, flags, help
+from vae3d.commands import bench_data, check_data, cli, fetch_weights, flags, help
 from vae3d.config.schema import CONF
 from vae3d.metric_names import PRESET_METRICS, SUMMARIES
 from vae3d.metrics import METRICS, PRESETS
@@ -67,6 +67,19 @@ def test_flags_are_taken_with_underscores_and_with_hyphens():
     args = flags.parse_eval(["--real-video-dir", "a", "--rec", "b c", "--page-videos=3"])
     assert (args.ref, args.page_videos) == (Path("a"), 3)
     assert args.command == "vae3d eval --real-video-dir a --rec 'b c' --page-videos=3"  # as it was typed
+    assert bench_data.parse(["a", "--clips-per-file", "2"]).clips_per_file == 2
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [(flags.parse_measure_scale, ["run", ""]), (flags.parse_convert, ["a", "b", "--to", "wan", "--variant="]),
+     (check_data.parse, [""]), (fetch_weights.main, ["--check", "--dest", ""])],
+)  # fmt: skip
+def test_an_empty_argument_is_not_the_working_directory(parse, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(words)
+    assert end.value.code == 2
+    assert "is empty" in capsys.readouterr().err
 
 
 def test_flags_are_read_once(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,35 @@
-"""Types for argparse arguments: numbers in a range, sizes."""
+"""The parser of commands with flags, and types of their arguments: numbers in a range, sizes."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 MAX_INT = 2**63 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags are spelt --two_words, as keys of the configuration are; --two-words is taken too. No argument may be
+    empty. name: of the command. What it returns also has `command`, the whole command line, for pages."""
+
+    def __init__(self, name: str, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.name = name
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        words = [*(sys.argv[1:] if args is None else args)]
+        end = words.index("--") if "--" in words else len(words)
+        if empty := [word for word in words[:end] if re.fullmatch("(--[^=]+=)?", word)]:  # of an unset shell variable
+            self.error(f"{empty[0] or 'an argument'} is empty")
+        flags = [re.sub("^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in words[:end]]
+        found, rest = super().parse_known_args([*flags, *words[end:]], namespace)
+        found.command = shlex.join(["vae3d", self.name, *words])
+        return found, rest
 
 
 def positive_int(text: str) -> int:

@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vae3d.argparse_types import height_and_width, non_negative_int, positive_float, positive_int
+from vae3d.argparse_types import Parser, height_and_width, non_negative_int, positive_float, positive_int
 from vae3d.data.read_speed import File, Measured, measure, plan
 from vae3d.errors import UserError, printable
 from vae3d.text import plural
@@ -219,7 +219,7 @@ def opened_by(files: Sequence[File], settings: ClipSettings) -> tuple[list[File]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("bench-data", description=__doc__)
     parser.add_argument("paths", nargs="+", metavar="PATHS", help="files, folders, tables, JSON lists, datasets")
     parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--reader", nargs="+", choices=READER_NAMES, help="default: all that are installed")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vae3d.argparse_types import positive_int
+from vae3d.argparse_types import Parser, positive_int
 from vae3d.errors import UserError, printable
 from vae3d.io import naming
 from vae3d.text import plural
@@ -97,7 +97,7 @@ def disagreement(row: pd.Series, info: MediaInfo) -> str | None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("check-data", description=__doc__)
     parser.add_argument("table", help="CSV, parquet or JSON file, a folder, or the folder of a Hugging Face dataset")
     parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")

@@ -11,7 +11,6 @@ Set VAE3D_WEIGHTS=DIR where the networks are used. DIR/manifest.json lists the f
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import math
 import sys
@@ -20,6 +19,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from vae3d.argparse_types import Parser
 from vae3d.errors import UserError
 from vae3d.io import atomic_write, naming, read_json, write_json
 from vae3d.pretrained.pip_weights import write_from_pip
@@ -29,7 +29,7 @@ from vae3d.weight_files import FP32, SavedTensor, open_tree, safetensors_header
 
 def main(argv: list[str] | None = None) -> int:
     metrics = sorted({metric for file in FILES.values() for metric in file.used_for})
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("fetch-weights", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {' '.join(FILES)}")
     parser.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help=f"some of {' '.join(metrics)}")
     parser.add_argument("--dest", type=Path, default=search_path()[0], help="folder; default %(default)s")

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import re
-import shlex
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from vae3d.argparse_types import byte_size, finite_float, non_negative_int, positive_float, positive_int
+from vae3d.argparse_types import Parser, byte_size, finite_float, non_negative_int, positive_float, positive_int
 from vae3d.metric_names import ALIAS, PRESET_METRICS, SUMMARIES
 
 LAYOUTS = (
@@ -32,29 +28,9 @@ LAYOUTS = (
 )  # that convert writes
 
 
-class _Parser(argparse.ArgumentParser):
-    """Flags are spelt --two_words, as keys of the configuration are; --two-words is taken too. name: of the command."""
-
-    def __init__(self, name: str, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.name = name
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        words = [*(sys.argv[1:] if args is None else args)]
-        end = words.index("--") if "--" in words else len(words)
-        flags = [re.sub("^--[^=]+", lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in words[:end]]
-        found, rest = super().parse_known_args([*flags, *words[end:]], namespace)
-        found.command = shlex.join(["vae3d", self.name, *words])
-        return found, rest
-
-
-def _parser(parse: Callable[..., Namespace], epilog: str | None = None) -> argparse.ArgumentParser:
-    return _Parser(
-        parse.__name__.removeprefix("parse_").replace("_", "-"),
-        description=inspect.cleandoc(parse.__doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=epilog,
-    )
+def _parser(parse: Callable[..., Namespace], epilog: str | None = None) -> Parser:
+    name = parse.__name__.removeprefix("parse_").replace("_", "-")
+    return Parser(name, description=inspect.cleandoc(parse.__doc__), epilog=epilog)
 
 
 def parse_try(argv: Sequence[str] | None = None) -> Namespace:
