@@ -325,6 +325,8 @@ def test_a_fetched_file_is_made_slim_and_the_whole_one_dropped(fetch_weights, se
 
 def test_an_unreachable_server_and_unknown_names_are_told(fetch_weights, tmp_path, capsys):
     assert fetch_weights.main(["net.pth", "--dest", str(tmp_path), "--mirror", "http://127.0.0.1:9"]) == 1
+    with pytest.raises(SystemExit):
+        fetch_weights.main(["net.pth", "--dest", str(tmp_path), "--mirror", "a/folder"])
     assert fetch_weights.main(["vgg"]) == 2
     assert "unknown file vgg; use all, net.pth" in capsys.readouterr().err
     assert fetch_weights.main(["--metrics", "psnr", "vmaf"]) == 2

@@ -11,6 +11,7 @@ Set VAE3D_WEIGHTS=DIR where the networks are used. DIR/manifest.json lists the f
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import math
 import sys
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help=f"some of {' '.join(metrics)}")
     parser.add_argument("--dest", type=Path, default=search_path()[0], help="folder; default %(default)s")
     parser.add_argument("--check", action="store_true", help="only verify; download nothing")
-    parser.add_argument("--mirror", help="URL of a folder that has the files, instead of the original URLs")
+    parser.add_argument("--mirror", type=url, help="URL of a folder that has the files, instead of the original URLs")
     parser.add_argument("--from", dest="origin", choices=("url", "pip"), help="default: url, and pip where that fails")
     parser.add_argument("--slim", action="store_true", help="keep only the tensors that LPIPS uses of VGG and AlexNet")
     args = parser.parse_args(argv)
@@ -54,6 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         return run(provide, [(file, args.dest, args.mirror, args.slim, args.origin) for file in wanted])
     list_files()
     return 0
+
+
+def url(text: str) -> str:
+    if "://" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no URL, such as https://HOST/FOLDER or file:///FOLDER")
+    return text
 
 
 def run(action: Callable[..., None], cases: list[tuple]) -> int:
