@@ -204,7 +204,10 @@ def test_vae3d_train_is_train_py(console, videos, tmp_path):
     done = tiny.run(*console, "train", *words, "run.name=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert [json.loads(line)["step"] for line in (tmp_path / "runs/run/metrics.jsonl").open()] == [1, 2]
-    assert (tmp_path / "runs/run/.hydra/rank0/config.yaml").is_file()
+    written = (tmp_path / "runs/run/.hydra/rank0/config.yaml").read_text()
+    refused = tiny.run(*console, "train", *words, "run.name=run", "run.seed=5", cwd=tmp_path)
+    assert refused.returncode == 2, refused.stdout
+    assert (tmp_path / "runs/run/.hydra/rank0/config.yaml").read_text() == written  # of the run, which has another seed
     wrong = [tiny.run(*start, *words, "run.nmae=run", cwd=tmp_path) for start in ([*console, "train"], SCRIPT)]
     assert [done.returncode for done in wrong] == [2, 2]
     assert wrong[0].stdout == wrong[1].stdout

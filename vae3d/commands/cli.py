@@ -372,9 +372,10 @@ def train_here(module: str, config: Any, cfg: DictConfig) -> None:
         no_log_file()
         command.describe(config)
         return
-    folder = launch.prepare_run_folder(cfg)
+    folder = launch.run_directory()
     with process_group_scope():
         trainer = command.build_trainer(config, folder)
+        launch.write_configuration(folder, cfg)
         first_step, start = trainer.step, time.monotonic()
         signum = launch.fit(trainer)
         seconds = time.monotonic() - start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,13 +24,13 @@ from vae3d.commands.sweep import JOB, SETTINGS, begin_sweep, metric_rows, record
 from vae3d.config.overrides import quoted
 from vae3d.config.schema import Launcher
 from vae3d.errors import UserError
-from vae3d.io import check_run_folder, naming, remove_empty, write_text
+from vae3d.io import naming, remove_empty, write_text
 
 if TYPE_CHECKING:
     from vae3d.training.trainer import Trainer
 
 R = TypeVar("R")
-BEFORE_TRAINING = re.compile(rf"\.hydra|rank\d+\.log|{re.escape(JOB)}")  # names in a run's folder
+BEFORE_TRAINING = re.compile(rf"rank\d+\.log|{re.escape(JOB)}")  # names in a run's folder
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # torchrun without the traceback that it prints after a signal; by then all ranks have ended.
 TORCHRUN = """\
@@ -49,20 +48,18 @@ def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def prepare_run_folder(cfg: DictConfig) -> Path:
-    """Write the configuration into the run's folder, as .hydra/rank<N>/*.yaml; returns the folder.
+def write_configuration(folder: Path, cfg: DictConfig) -> None:
+    """Write the configuration into the folder of a run that begins, as .hydra/rank<N>/*.yaml. Raises FileError.
 
-    Hydra's own writer is off (output_subdir: null), since it follows symbolic links. Raises FileError if the folder
-    holds links, see check_run_folder, or cannot be written.
+    Hydra's own writer is off (output_subdir: null): it follows symbolic links, and would replace the configuration of
+    a run that this process may not resume.
     """
-    folder, info = run_directory(), HydraConfig.instance().cfg
-    check_run_folder(folder)
+    info = HydraConfig.instance().cfg
     target = folder / ".hydra" / f"rank{rank()}"
     with naming(target):
         target.mkdir(parents=True, exist_ok=True)
         for name, content in (("config", cfg), ("hydra", info), ("overrides", info.hydra.overrides.task)):
             write_text(target / f"{name}.yaml", OmegaConf.to_yaml(content))
-    return folder
 
 
 def remove_unbegun(folder: Path) -> None:
@@ -70,11 +67,10 @@ def remove_unbegun(folder: Path) -> None:
     run, and the folders that are empty then."""
     if not folder.is_dir() or any(not BEFORE_TRAINING.fullmatch(path.name) for path in folder.iterdir()):
         return
-    shutil.rmtree(folder / ".hydra" / f"rank{rank()}", ignore_errors=True)
     (folder / f"rank{rank()}.log").unlink(missing_ok=True)
     is_inside = RunFolders.root in folder.parents
     above = takewhile(lambda parent: parent != RunFolders.root, folder.parents) if is_inside else ()
-    remove_empty(folder / ".hydra", folder, *above, *RunFolders.made)
+    remove_empty(folder, *above, *RunFolders.made)
 
 
 class RunFolders(Callback):
