@@ -139,7 +139,7 @@ def test_page_videos_keeps_the_worst_and_the_best_and_says_so_in_the_other_rows(
     videos = content(folder)[0]["chapters"][0]["videos"]
     assert [video["name"] for video in videos if video["clip"]] == ["v0", "v3", "v6"]
     assert all("--page_videos 3" in video["why"] for video in videos if not video["clip"])
-    assert sorted(path.name for path in (folder / "videos").iterdir()) == [
+    assert sorted(path.name for path in (folder / "index_clips").iterdir()) == [
         f"v{i}.{s}" for i in (0, 3, 6) for s in ("jpg", "js")
     ]
 

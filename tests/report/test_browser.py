@@ -68,8 +68,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report_page, "SINGLE_FILE_BYTES", 0)
         report_sample.write_sample(folder)
-    (folder / "videos" / "missing.js").unlink()
-    damaged = folder / "videos" / "damaged.js"
+    (folder / "index_clips" / "missing.js").unlink()
+    damaged = folder / "index_clips" / "damaged.js"
     damaged.write_text(re.sub("base64,.{2000}", "base64," + "AAAA" * 500, damaged.read_text()))
     return folder / "index.html"
 
@@ -332,7 +332,11 @@ def test_names_of_any_text_stay_text(opened):
 
 def test_clips_that_do_not_play_say_why(opened):
     page = opened()
-    for id, message in [("missing", "videos/missing.js is missing"), ("damaged", "damaged"), ("none", "another size")]:
+    for id, message in [
+        ("missing", "index_clips/missing.js is missing"),
+        ("damaged", "damaged"),
+        ("none", "another size"),
+    ]:
         page.locator(f"tr[data-id={id}] button").click()
         page.locator(".missing[role=alert]", has_text=message).wait_for()
         assert page.locator(".player").first.locator("canvas").count() == 0
@@ -366,7 +370,7 @@ def test_panorama_turns_in_all_views(opened):
 
 def test_one_file_narrow_themes_and_help(opened, tmp_path):
     report_sample.write_sample(tmp_path)
-    assert not (tmp_path / "videos").exists()
+    assert not (tmp_path / "index_clips").exists()
     page = opened(path=tmp_path / "index.html", viewport={"width": 360, "height": 700}, color_scheme="dark")
     assert_shows(page, 0)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

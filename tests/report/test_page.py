@@ -28,6 +28,7 @@ from vae3d.report.page import (
     clip_ids,
     encode_clip,
     read_clip,
+    remove_page,
     take_videos,
     to_json,
     unpack_page,
@@ -226,7 +227,7 @@ def test_names_cannot_leave_the_folder_nor_become_markup(tmp_path, clip):
 
 def test_small_clips_are_moved_into_the_page_and_come_out_again(tmp_path, clip, monkeypatch):
     report = written(tmp_path, clip, ["a", "b"])
-    script = (tmp_path / "videos/a.js").read_text()
+    script = (tmp_path / "index_clips/a.js").read_text()
     entry = json.loads(script.removeprefix("vae3dClip(").removesuffix(");\n"))
     assert entry["curves"] == {"rec": {"psnr": [1.23457, None]}}
     assert base64.b64decode(entry["media"].removeprefix("data:image/png;base64,")) == clip.media
@@ -235,14 +236,18 @@ def test_small_clips_are_moved_into_the_page_and_come_out_again(tmp_path, clip, 
     assert report_of(tmp_path)["chapters"][0]["videos"][0]["thumb"].startswith("data:image/jpeg;base64,")
     assert (tmp_path / "index.html").read_text().count('class="clip" data-id="a"') == 1
     unpack_page(tmp_path)
-    assert (tmp_path / "videos/a.js").read_text() == script
+    assert (tmp_path / "index_clips/a.js").read_text() == script
     assert read_clip(tmp_path, "b", "k") == clip
     assert read_clip(tmp_path, "b", "other") is read_clip(tmp_path, "c", "k") is None
     monkeypatch.setattr(pages, "SINGLE_FILE_BYTES", 10)
     report.chapters[0].videos = report.chapters[0].videos[:1]
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/b.jpg").touch()  # of the user, who wants the page here
     write_page(tmp_path, report)
-    assert sorted(path.name for path in (tmp_path / "videos").iterdir()) == ["a.jpg", "a.js"]
-    assert report_of(tmp_path)["chapters"][0]["videos"][0]["thumb"] == "videos/a.jpg"
+    assert sorted(path.name for path in (tmp_path / "index_clips").iterdir()) == ["a.jpg", "a.js"]
+    assert report_of(tmp_path)["chapters"][0]["videos"][0]["thumb"] == "index_clips/a.jpg"
+    remove_page(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["videos", "b.jpg"]
 
 
 @pytest.mark.parametrize("single", [True, False])
@@ -280,7 +285,7 @@ def test_a_page_takes_the_videos_of_another_one(tmp_path, clip, monkeypatch, sin
     assert read_clip(page, "x-a", "key") == clip
     write_page(page, Report("all", [taken]))
     assert unpack_page(page) is None
-    script = (page / "videos/x-a.js").read_text()
+    script = (page / "index_clips/x-a.js").read_text()
     assert json.loads(script.removeprefix("vae3dClip(").removesuffix(");\n"))["curves"] == {
         "rec": {"psnr": [30.0, 31.0]}
     }
@@ -312,7 +317,7 @@ def test_videos_are_ordered_by_the_mean_of_what_is_known(better, order):
 
 def test_a_damaged_clip_is_none(tmp_path, clip):
     write_clip(tmp_path, "a", clip, key="k")
-    file = tmp_path / "videos/a.js"
+    file = tmp_path / "index_clips/a.js"
     file.write_bytes(file.read_bytes()[:-40])
     assert read_clip(tmp_path, "a", "k") is None
 
@@ -334,7 +339,7 @@ def test_a_full_disk_names_the_file(tmp_path, clip, monkeypatch):
     for write in (lambda: write_clip(tmp_path, "b", clip), lambda: write_page(tmp_path, Report("r", []))):
         with pytest.raises(FileError, match=f"{tmp_path}.*No space left"):
             write()
-    assert [path.name for path in tmp_path.iterdir()] == ["videos"]
+    assert [path.name for path in tmp_path.iterdir()] == ["index_clips"]
 
 
 def test_json_keeps_six_digits_and_refuses_what_is_no_data():

@@ -26,7 +26,7 @@ from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.progress import progress
-from vae3d.report.page import PAGE, VIDEOS, remove_page, unpack_page, write_page
+from vae3d.report.page import CLIPS, PAGE, remove_page, unpack_page, write_page
 
 COMPARISON = "comparison.json"
 
@@ -114,7 +114,7 @@ def in_use(folder: Path, ranks: PartialState) -> AbstractContextManager[None]:
 def prepare_page(folder: Path, ranks: PartialState, *, fresh: bool) -> None:
     """Make the clips of an earlier page ready to be kept, or with `fresh` delete them."""
     if ranks.is_main_process:
-        remove_unfinished(folder / VIDEOS)
+        remove_unfinished(folder / CLIPS)
         if fresh:
             remove_page(folder)
         unpack_page(folder)

@@ -21,7 +21,7 @@ from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor
 from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
 from vae3d.metrics import Score, VideoResult
-from vae3d.report.page import VIDEOS, remove_page, unpack_page
+from vae3d.report.page import CLIPS, remove_page, unpack_page
 
 DONE = ".done"
 SUFFIXES = (".mp4", ".mkv", ".png")  # of outputs
@@ -46,7 +46,7 @@ class Results:
         with result_folder.locked(self.folder("rec"), self.setting):
             for kind in (*KINDS, *PAGES):
                 remove_unfinished(self.folder(kind))
-                remove_unfinished(self.folder(kind) / VIDEOS)
+                remove_unfinished(self.folder(kind) / CLIPS)
             remove_unfinished(self.records)
             yield
 

@@ -3,8 +3,8 @@
 A page is a folder that opens from disk without a server, and requests nothing from a network:
 
     index.html            the page, its style and scripts, and the report as JSON
-    videos/ID.js          one clip: its moving pictures and its curves over frames, loaded when it is looked at
-    videos/ID.jpg         its thumbnail
+    index_clips/ID.js     one clip: its moving pictures and its curves over frames, loaded when it is looked at
+    index_clips/ID.jpg    its thumbnail
 
 or, if all clips together are small, index.html alone, which holds them too. Clips are scripts, since browsers let a
 page from disk neither read JSON beside it nor draw its videos where pixels can be read.
@@ -40,7 +40,8 @@ from vae3d.report.clip import Clip, Panel
 from vae3d.report.clip import encode_clip as encode_clip
 from vae3d.report.html import data_uri
 
-PAGE, VIDEOS = "index.html", "videos"
+# Not `videos`, which a user may have where a page is written; clips of earlier pages are deleted.
+PAGE, CLIPS = "index.html", "index_clips"
 SINGLE_FILE_BYTES = 24_000_000  # of all clips and thumbnails
 MAX_ID = 60  # characters
 MAX_MARKED = 3  # videos on each side, worst and best
@@ -71,8 +72,8 @@ class Metric:
 class Video:
     """A row of a chapter's table. id: part of a file name, unique within a page. name: any text.
 
-    scores: reconstruction -> metric -> value. links: label -> path, relative to the page. clip: whether videos/ID.js
-    exists; else `why` says why not. panorama: equirectangular, so that it can be looked at from inside.
+    scores: reconstruction -> metric -> value. links: label -> path, relative to the page. clip: whether it has one;
+    else `why` says why not. panorama: equirectangular, so that it can be looked at from inside.
     """
 
     id: str
@@ -199,7 +200,7 @@ def write_clip(
     curves: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     key: str = "",
 ) -> None:
-    """Write videos/ID.js and videos/ID.jpg, atomically. curves: reconstruction -> metric -> value of each frame. key:
+    """Write index_clips/ID.js and .jpg, atomically. curves: reconstruction -> metric -> value of each frame. key:
     see read_clip. Raises FileError, and ValueError for an id that is none of a file's name.
     """
     entry = {"key": key, "id": id, "panels": clip.panels, "fps": clip.fps, "frames": clip.frames, "scale": clip.scale}
@@ -246,7 +247,7 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
         for video in chapter["videos"]:
             _, thumbnail = shown.get(video["id"], (None, None))
             video["thumb"] = thumbnail and (
-                data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{VIDEOS}/{thumbnail.name}"
+                data_uri(thumbnail.read_bytes(), "image/jpeg") if single else f"{CLIPS}/{thumbnail.name}"
             )
     clips = {id: _read_clip(folder, id)[0] for id in shown} if single else {}
     page = _environment.get_template("index.html").render(
@@ -256,12 +257,12 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
         source=lambda path: Markup((FOLDER / path).read_text("utf-8")),
     )
     write_text(folder / PAGE, page)
-    _remove_others(folder / VIDEOS, set() if single else {file.name for files in shown.values() for file in files})
-    remove_empty(folder / VIDEOS)
+    _remove_others(folder / CLIPS, set() if single else {file.name for files in shown.values() for file in files})
+    remove_empty(folder / CLIPS)
 
 
 def unpack_page(folder: Path) -> None:
-    """Write the clips inside index.html as videos/ID.js and .jpg again, where these are missing.
+    """Write the clips inside index.html as index_clips/ID.js and .jpg again, where these are missing.
 
     So read_clip finds those of an earlier page."""
     try:
@@ -334,8 +335,8 @@ def has_clip(folder: Path, id: str) -> bool:
 def remove_page(folder: Path) -> None:
     """Delete index.html and its clips, and nothing else."""
     remove(folder / PAGE)
-    _remove_others(folder / VIDEOS, set())
-    remove_empty(folder / VIDEOS)
+    _remove_others(folder / CLIPS, set())
+    remove_empty(folder / CLIPS)
 
 
 def to_json(value: Any) -> str:
@@ -364,7 +365,7 @@ def _plain(value: Any) -> Any:
 def _clip_files(folder: Path, id: str) -> tuple[Path, Path]:
     """The script and the thumbnail."""
     _check_id(id)
-    return folder / VIDEOS / f"{id}.js", folder / VIDEOS / f"{id}.jpg"
+    return folder / CLIPS / f"{id}.js", folder / CLIPS / f"{id}.jpg"
 
 
 def _read_clip(folder: Path, id: str) -> tuple[str, bytes]:
@@ -406,8 +407,8 @@ def _check_id(id: str) -> None:
         raise ValueError(f"the id {id!r} is no name of a file; use clip_ids")
 
 
-def _remove_others(videos: Path, names: set[str]) -> None:
+def _remove_others(clips: Path, names: set[str]) -> None:
     """Delete clips of an earlier page, which nothing refers to any more."""
-    for file in videos.iterdir() if videos.is_dir() else ():
+    for file in clips.iterdir() if clips.is_dir() else ():
         if file.name not in names and file.suffix in (".js", ".jpg"):
             remove(file)

@@ -3,7 +3,7 @@
 
 const waiting = new Map(); // id of a clip -> resolve
 
-// Called by videos/ID.js: scripts, since a page from disk may not read JSON beside it.
+// Called by index_clips/ID.js: scripts, since a page from disk may not read JSON beside it.
 function vae3dClip(clip) {
   waiting.get(clip.id)?.(clip);
 }
@@ -12,7 +12,7 @@ function loadClip(id) {
   for (const inlined of document.querySelectorAll("script.clip")) {
     if (inlined.dataset.id === id) return Promise.resolve().then(() => JSON.parse(inlined.textContent));
   }
-  const path = `videos/${encodeURIComponent(id)}.js`;
+  const path = `index_clips/${encodeURIComponent(id)}.js`;
   return new Promise((resolve, reject) => {
     const script = el("script", { src: path });
     const close = () => {
