@@ -340,6 +340,9 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp
     assert "VAE3D_TRACEBACK=1" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # no error of a disk
         console.exit_on_user_error((tmp_path / "none").read_text)
+    with pytest.raises(SystemExit, match="2"):
+        console.exit_on_user_error(lambda: (tmp_path / "page").write_text("of a\udcff.mp4", encoding="utf-8"))
+    assert "UTF-8" in capsys.readouterr().err
 
 
 def test_an_autoencoder_of_the_hubs_cache_is_found(of_images, vae, tmp_path, monkeypatch):

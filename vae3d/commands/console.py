@@ -83,14 +83,15 @@ def in_sweep() -> bool:
 
 
 def exit_on_user_error(run: Callable[[], R]) -> R:
-    """Call run(); for a UserError, or a path that cannot be written, print one message and exit with status 2.
+    """Call run(); for a UserError, or a path that cannot be written or is not UTF-8, print one message and exit with
+    status 2.
 
     In a sweep the job ends with an error that Hydra prints without a traceback, and the next job runs.
     VAE3D_TRACEBACK=1 shows the traceback.
     """
     try:
         return run()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeEncodeError) as error:
         if os.environ.get("VAE3D_TRACEBACK") == "1":
             raise
         if isinstance(error, OSError):
@@ -98,6 +99,9 @@ def exit_on_user_error(run: Callable[[], R]) -> R:
                 raise
             path = error.filename or "a file cannot be written (VAE3D_TRACEBACK=1 shows which)"
             print(f"error: {path}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
+        elif isinstance(error, UnicodeEncodeError):  # of Arrow, CSV or a page
+            text = error.object[max(0, error.start - 40) : error.end + 40]
+            print(f"error: the name of a file or folder is not UTF-8, rename it: {text!r}", file=sys.stderr, flush=True)
         else:
             print_error(error)
         if in_sweep():
