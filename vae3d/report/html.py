@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 from PIL import Image
@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def img(image: Image.Image, attributes: str = "", **save_options: Any) -> Markup:
-    """An <img> that holds the picture. save_options: of PIL's save; PNG by default."""
+def img(image: Image.Image) -> Markup:
+    """An <img> that holds the picture, as PNG."""
     file = io.BytesIO()
-    options = {"format": "PNG", **save_options}
-    image.save(file, **options)
-    return _img(file.getvalue(), options["format"].lower(), attributes)
+    image.save(file, "PNG")
+    return _img(file.getvalue())
 
 
 def resize_to_width(image: Image.Image, width: int) -> Image.Image:
@@ -56,11 +55,11 @@ def png(figure: Figure) -> Markup:
     """A plot as an <img>."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
-    return _img(file.getvalue(), "png")
+    return _img(file.getvalue())
 
 
-def _img(data: bytes, kind: str, attributes: str = "") -> Markup:
-    return Markup(f'<img src="{data_uri(data, f"image/{kind}")}" {attributes}'.rstrip() + ">")
+def _img(png: bytes) -> Markup:
+    return Markup(f'<img src="{data_uri(png, "image/png")}">')
 
 
 def data_uri(data: bytes, kind: str) -> str:
