@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -80,6 +81,20 @@ def test_an_empty_argument_is_not_the_working_directory(parse, words, capsys):
         parse(words)
     assert end.value.code == 2
     assert "is empty" in capsys.readouterr().err
+
+
+def test_a_reader_that_ends_first_leaves_no_traceback_but_another_process_does(monkeypatch, capsys):
+    broken = BrokenPipeError, BrokenPipeError(), None
+    sys.excepthook(*broken)
+    assert "BrokenPipeError" in capsys.readouterr().err
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit, match="141"):
+            sys.excepthook(*broken)
+        stream.write("nothing reads this")
+    assert capsys.readouterr().err == ""
 
 
 def test_flags_are_read_once(tmp_path, monkeypatch, capsys):
