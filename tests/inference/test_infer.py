@@ -130,6 +130,9 @@ def test_selection_of_frames_rate_and_size(export, videos, tmp_path):
     run(export, videos, tmp_path / "slow", "num_samples=1", "fps=8")
     assert open_media(tmp_path / "slow_ori/000001_clip0.mp4").info.fps == pytest.approx(8.0)
     assert pd.read_csv(tmp_path / "slow_rec/index.csv")["frames"].tolist() == [4]
+    tiny.write_video(tmp_path / "long.mp4", tiny.frames(72, 16, 16))  # 72 / (3 * 24 / 5) is 5.000000000000001
+    run(export, tmp_path / "long.mp4", tmp_path / "long", "stride=3", "fps=5")
+    assert pd.read_csv(tmp_path / "long_rec/index.csv")["frames"].tolist() == [5]
 
 
 def test_odd_sizes_come_back_whole_and_the_padding_is_told(export, tmp_path):

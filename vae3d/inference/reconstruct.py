@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vae3d.data.batches.clips import read_resized, resize_crop_params, to_video
+from vae3d.data.batches.clips import ClipSettings, read_resized, resize_crop_params, to_video
 from vae3d.data.decoding.images import is_sequence
 from vae3d.data.decoding.readers import MediaError, MediaInfo, Reader, Size, open_media
 from vae3d.data.storage.paths import is_stored, name_of
@@ -200,10 +199,11 @@ class Reconstructor:
     def _select(self, source: str, info: MediaInfo) -> tuple[list[int], float, Size]:
         """Indices, rate and size of the selected frames."""
         config = self.config
-        step = config.stride * (max(1.0, info.fps / config.fps) if config.fps and info.fps else 1.0)
+        thinning = ClipSettings(1, 1, config.stride, config.fps)  # the size does not matter here
         if config.start >= info.num_frames:
             raise MediaError(source, f"has {plural(info.num_frames, 'frame')}; start={config.start} is past its end")
-        available = math.ceil((info.num_frames - config.start) / step)
+        step = float(thinning.step(info.fps))
+        available = int(thinning.length(info.num_frames - config.start, info.fps))
         wanted = available if config.num_frames is None else config.num_frames
         if wanted > available:
             raise MediaError(
