@@ -92,6 +92,12 @@ def test_links_are_followed_and_never_in_circles(tmp_path):
     (tmp_path / "elsewhere/cat/up").symlink_to(tmp_path / "elsewhere")
     assert files_under(tmp_path / "set") == ["train/cat/a.png"]
     assert len(Folder(tmp_path / "set").table()) == 1
+    (tmp_path / "set/back").symlink_to(tmp_path / "other")
+    save(tmp_path / "other/b.png")
+    (tmp_path / "other/there").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/cat/other").symlink_to(tmp_path / "other")  # in a circle of two links
+    once = ["back/b.png", "back/there/cat/a.png", "train/cat/a.png", "train/cat/other/b.png"]
+    assert files_under(tmp_path / "set") == once
 
 
 def test_a_table_may_name_them(tmp_path):

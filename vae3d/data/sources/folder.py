@@ -101,14 +101,17 @@ def files_under(folder: str | Path) -> list[str]:
 
 
 def _is_left_out(here: str, name: str) -> bool:
-    """Whether a folder is hidden, a link to one that contains it, or has the results of probing a table."""
-    return name.startswith(".") or name.endswith(".probe") or _links_to_parent(here, name)
+    """Whether a folder is hidden, has the results of probing a table, or leads back to a folder on the way to it."""
+    return name.startswith(".") or name.endswith(".probe") or _leads_back(here, name)
 
 
-def _links_to_parent(here: str, name: str) -> bool:
-    """Whether a folder is a link to one that contains it."""
+def _leads_back(here: str, name: str) -> bool:
+    """Whether a folder in `here` is a link to one that contains `here`, by whatever links `here` was reached."""
     path = os.path.join(here, name)
-    return os.path.islink(path) and f"{os.path.realpath(here)}/".startswith(f"{os.path.realpath(path)}/")
+    if not os.path.islink(path):
+        return False
+    target = os.path.join(os.path.realpath(path), "")
+    return any(os.path.join(os.path.realpath(parent), "").startswith(target) for parent in (here, *Path(here).parents))
 
 
 def is_media(name: str) -> bool:
