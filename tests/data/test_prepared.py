@@ -92,6 +92,7 @@ def test_a_large_table_gives_what_a_small_one_gives(tmp_path, large, kind):
         table["num_frames"] = table["num_frames"].map(lambda count: f"{count} ")  # accepted as a number
     if kind == "quotes":
         table["text"] = [f"clip {i}" + ', with "marks"\nand lines' * (i > 40) for i in range(len(table))]
+        table[" "], table["  "] = "note", None  # columns without a name, as spreadsheets write
     if kind == "split":
         table["split"] = ["val", "train", "train", "test"] * 15
     if kind == "odd":  # rows without a path, with wrong numbers and other names of one file

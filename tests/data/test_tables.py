@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import time
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vae3d.data.media import DataError
@@ -21,6 +24,14 @@ CSV = "path,text,num_frames\na.mp4,ein Café,5\nb.mp4,,\n"
 TSV = CSV.replace(",", "\t")
 LIST = [{"path": "a.mp4", "text": "ein Café", "frames": 5}, {"path": "b.mp4"}]
 LINES = "\n".join(map(json.dumps, LIST)) + "\n\n"
+
+
+def parquet(columns: list[tuple[str, pa.Array]]) -> bytes:
+    names, arrays = zip(*columns, strict=True)
+    pq.write_table(pa.Table.from_arrays(arrays, names), sink := io.BytesIO())
+    return sink.getvalue()
+
+
 FILES = {
     "t.csv": CSV.encode(),
     "bom.csv": CSV.encode("utf-8-sig"),
@@ -34,6 +45,13 @@ FILES = {
     "T.JSON": json.dumps(LIST, indent=1).encode(),
     "t.jsonl": LINES.encode(),
     "t.jsonl.gz": gzip.compress(LINES.encode()),
+    "bytes.parquet": parquet(
+        [  # texts as older writers store them: bytes, not marked as text
+            ("path", pa.array([b"a.mp4", b"b.mp4"])),
+            ("text", pa.array(["ein Café".encode(), None])),
+            ("num_frames", pa.array([5, None])),
+        ]
+    ),
 }
 
 
@@ -91,6 +109,8 @@ REFUSED = {
     "cut.csv.gz": (gzip.compress(CSV.encode() * 99)[:-20], ["cut.csv.gz"]),
     "plain.csv.gz": (CSV.encode(), ["plain.csv.gz"]),
     "t.parquet": (b"PAR1 not really", ["not a readable parquet file"]),
+    "twice.parquet": (parquet([("path", pa.array(["a"])), ("path", pa.array(["b"]))]), ["two columns `path`"]),
+    "binary.parquet": (parquet([("path", pa.array(["a"])), ("text", pa.array([b"\xff"]))]), ["`text`", "not UTF-8"]),
     "bad.jsonl": (b'{"path": "a.mp4"}\n{"path": \n', ["line 2"]),
     "lines.json": (LINES.encode(), ["line 2", ".jsonl"]),
     "deep.json": (b"[" * 100_000, ["deep.json"]),

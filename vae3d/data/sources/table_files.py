@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -105,8 +105,7 @@ class _CsvReader:
         self.header_lines = self._lines.line_num
         if not self.header:
             raise DataError(f"{path} is empty")
-        if duplicates := [name for name, count in Counter(self.header).items() if count > 1 and name]:
-            raise DataError(f"{path} has two columns `{duplicates[0]}`; keep one")
+        _check_names(path, self.header)
         if len(self.header) == 1 and (others := [mark for mark in (",", ";", "\t") if mark in self.header[0]]):
             raise DataError(
                 f"{path}: its fields are separated by {others[0]!r}; expected {delimiter!r}: commas in .csv, tabs in "
@@ -155,6 +154,12 @@ class _CsvReader:
             raise DataError(f"{self.path}, line {line}: is not a readable table: {error}{hint}") from error
 
 
+def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError for two columns of one name. Columns without a name are left out, and may be many."""
+    if duplicates := [name for name, count in Counter(names).items() if count > 1 and name]:
+        raise DataError(f"{path} has two columns `{duplicates[0]}`; keep one")
+
+
 # --- large tables, in pieces
 
 
@@ -187,6 +192,7 @@ def _parquet_pieces(path: Path) -> Iterator[pa.Table]:
 
     with _reading_parquet(path):
         file = pq.ParquetFile(path, memory_map=True)
+        _check_names(path, file.schema_arrow.names)
         pandas_index = (file.schema_arrow.pandas_metadata or {}).get("index_columns", [])
         names = [name for name in file.schema_arrow.names if name not in (*pandas_index, ERROR)]
         for name in {*TEXT_COLUMNS, *NUMBER_COLUMNS} & set(names):
@@ -195,9 +201,23 @@ def _parquet_pieces(path: Path) -> Iterator[pa.Table]:
         made = False
         for batch in file.iter_batches(CHUNK, columns=names):
             made = True
-            yield pa.Table.from_batches([batch]).replace_schema_metadata()
+            yield _with_texts(path, pa.Table.from_batches([batch]).replace_schema_metadata())
         if not made:
             yield file.schema_arrow.empty_table().select(names).replace_schema_metadata()
+
+
+def _with_texts(path: Path, table: pa.Table) -> pa.Table:
+    """The table with texts where the file holds bytes, as older writers do. Raises DataError if they are not UTF-8."""
+    import pyarrow as pa
+
+    for name in set(TEXT_COLUMNS) & set(table.column_names):
+        if pa.types.is_binary(table[name].type) or pa.types.is_large_binary(table[name].type):
+            try:
+                texts = table[name].cast(pa.large_string())
+            except pa.ArrowInvalid as error:
+                raise DataError(f"{path}: its column `{name}` holds bytes that are not UTF-8 text") from error
+            table = table.set_column(table.column_names.index(name), name, texts)
+    return table
 
 
 @contextmanager
@@ -218,7 +238,8 @@ def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
 
     def careful(position: int, line: int) -> Iterator[pa.Table]:
         for frame in reader.frames_from(position, line, CHUNK):
-            yield pa.Table.from_pandas(frame, preserve_index=False)
+            named = frame.drop(columns="", errors="ignore")  # Arrow takes no two columns of one name, not even of none
+            yield pa.Table.from_pandas(named, preserve_index=False)
 
     made = False
     with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
