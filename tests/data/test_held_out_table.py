@@ -27,10 +27,15 @@ def written(folder, *sources: HeldOutFiles) -> pd.DataFrame:
 
 
 def test_it_has_the_absolute_paths_parts_and_texts_of_its_rows(tmp_path):
-    rows = 'path,start,end,text,label\na.mp4,1.5,,"one, ""two""\nlines",NA\n/b/c.tar@512+9/x.mp4,,0.1,,2\nhttps://h/d.mp4,,,None,\n'
+    rows = 'path,start,end,text,label\na.mp4,1.5,,"one, ""two""\nlines",NA\n/b/c.tar@512+9/x.mp4,,0.1,,2\nhttps://h/d.mp4,,,None,\ne.mp4,,,"a\rb",\n'
     given = table(tmp_path, rows).table()
     again = written(tmp_path, HeldOutFiles("", as_file_table(given)))
-    assert again["path"].tolist() == [f"{tmp_path}/a.mp4", "/b/c.tar@512+9/x.mp4", "https://h/d.mp4"]
+    assert again["path"].tolist() == [
+        f"{tmp_path}/a.mp4",
+        "/b/c.tar@512+9/x.mp4",
+        "https://h/d.mp4",
+        f"{tmp_path}/e.mp4",
+    ]
     for column in ("path", "start", "end", "text", "label"):
         pd.testing.assert_series_equal(again[column], given[column])
     assert set(again["split"]) == {"val"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -168,4 +169,6 @@ def write_held_out(file: Path, sources: Iterable[HeldOutFiles]) -> None:
                 for first in range(0, len(table), CHUNK):
                     rows = table.to_pandas(np.arange(first, min(first + CHUNK, len(table))))
                     rows = rows.assign(split="val", source=name)
-                    stream.write(rows.to_csv(columns=COLUMNS, header=False, index=False, lineterminator="\n").encode())
+                    # Quoted, since a caption may have a carriage return, which the csv module would leave bare.
+                    quoted = {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\n"}
+                    stream.write(rows.to_csv(columns=COLUMNS, header=False, index=False, **quoted).encode())
