@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import re
@@ -258,7 +259,8 @@ def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, ca
     source = broken_table(tmp_path, videos, 3)
     table = pd.read_csv(source.path)
     table["num_frames"] = [12, 99] + [None] * (len(table) - 2)
-    table.to_csv(source.path, index=False)
+    table["text"] = "a\rb"
+    table.to_csv(source.path, index=False, quoting=csv.QUOTE_NONNUMERIC)
     assert check(parse([str(source.path), "--clean", str(tmp_path / "good.csv"), "--workers", "1"])) == 1
     out = capsys.readouterr().out
     assert f"row 2: {videos.parent}/clip1.mp4: num_frames is 99 in the table, 13 in the file" in out
@@ -267,6 +269,7 @@ def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, ca
     assert "11 of 15 rows are good, 4 bad" in out
     good = pd.read_csv(tmp_path / "good.csv")
     assert good["num_frames"].tolist() == [12, *range(14, 22), 1, 1]
+    assert set(Table(tmp_path / "good.csv").table()["text"]) == {"a\rb"}
     assert check(parse([str(tmp_path / "good.csv"), "--full", "--workers", "1"])) == 0
 
 

@@ -11,6 +11,7 @@ if FILE cannot be read. --alpha checks files for a model of RGBA (model.pixel_ch
 from __future__ import annotations
 
 import argparse
+import csv
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -147,6 +148,8 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
     if clean:
         optional = [name for name in (*SEGMENT, "split", "text", "label") if table[name].notna().any()]
         with naming(clean):
-            pd.DataFrame(good, columns=["path", *NUMBERS, *optional]).to_csv(clean, index=False)
+            found = pd.DataFrame(good, columns=["path", *NUMBERS, *optional])
+            # Quoted, since a caption may have a carriage return, which the csv module would leave bare.
+            found.to_csv(clean, index=False, quoting=csv.QUOTE_NONNUMERIC)
         print(f"wrote the good rows to {clean}")
     return 0 if len(good) == len(table) else 1
