@@ -234,8 +234,8 @@ def test_sidecars_give_the_columns_of_a_table(tmp_path):
     values = {"num_frames": 9, "height": 4, "width": 6, "fps": 29.97, "caption": "two\nlines", "label": 7, "other": [1]}
     members = [
         ("0.json", json.dumps(values)), ("0.mp4", "x"),
-        ("1.cls", "12\n"), ("1.jpg", "x"), ("1.txt", "a text"),
-        ("2.json", json.dumps({"start": 1, "end": 2.5, "split": "val", "text": "t", "caption": "c", "fps": None})), ("2.mkv", "x"),
+        ("1.cls", "\ufeff12\n"), ("1.jpg", "x"), ("1.txt", "\ufeffa text"),
+        ("2.json", "\ufeff" + json.dumps({"start": 1, "end": 2.5, "split": "val", "text": "t", "caption": "c", "fps": None})), ("2.mkv", "x"),
         ("3.json", '{"height": "4"}'), ("3.mp4", "x"), ("4.json", "[1]"), ("4.mp4", "x"), ("5.mp4", ""),
         ("6.json", '{"split": "all"}'), ("6.mp4", "x"), ("7.json", '{"start": 2, "end": 1}'), ("7.mp4", "x"), ("8.json", "{"), ("8.mp4", "x"),
     ]  # fmt: skip

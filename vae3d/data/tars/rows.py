@@ -92,7 +92,7 @@ def values_of(sample: Sample) -> tuple[dict[str, Any], str | None]:
     for extension in SIDECARS:
         if (member := sample.members.get(extension)) is not None:
             try:
-                texts[extension] = member.content.decode()
+                texts[extension] = member.content.decode("utf-8-sig")  # as Windows writes it
             except UnicodeDecodeError:
                 return {}, f"{member.name} is not UTF-8 text"
     values: dict[str, Any] = {}
