@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import os
 import re
 import shutil
 import threading
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -461,6 +463,10 @@ def test_merged_parts_keep_the_last_result_of_a_file(tmp_path, monkeypatch):
         results.add({"/a.png": {"num_frames": count, "height": 1, "width": 1, "fps": 0}}, {"/a.png": [count, 7]})
     results.load()
     assert results.find(["/a.png"], {"/a.png": [3, 7]})["/a.png"]["num_frames"] == 3  # by its stamp
+    with monkeypatch.context() as full:
+        full.setattr(parts, "write_part", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        results.merge()  # nothing is lost, and the run goes on
+    assert len(results.table) == 3
     results.merge()
     assert len(results.table) == 1
     assert results.find(["/a.png", "/b.png"], {})["/a.png"]["num_frames"] == 5

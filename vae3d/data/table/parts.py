@@ -6,7 +6,8 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,12 +36,13 @@ class PartFolders:
     def parts(self, kind: str) -> list[Path]:
         return [part for folder in self.folders for part in parts_of(folder, kind)]
 
-    def to_merge(self, kind: str) -> Iterator[list[Path]]:
-        """The parts of each folder that has more than MAX_PARTS and can be written."""
+    def merge(self, kind: str, merge: Callable[[list[Path]], None]) -> None:
+        """merge(parts) of each folder that has more than MAX_PARTS and can be written. On a full disk they stay."""
         for folder in self.folders:
             parts = parts_of(folder, kind)
             if len(parts) > MAX_PARTS and os.access(folder, os.W_OK):
-                yield parts
+                with suppress(OSError):
+                    merge(parts)
 
     def write(self, kind: str, schema: pa.Schema, tables: Sequence[pa.Table]) -> None:
         for number, folder in enumerate(self.folders):

@@ -251,8 +251,7 @@ class ProbeResults:
 
     def merge(self) -> None:
         """Make one part of many, in the folder that holds them."""
-        for parts in self.folders.to_merge(KIND):
-            _merge(parts)
+        self.folders.merge(KIND, _merge)
         if self.indices is not None:
             self.indices.merge()
         self.load()

@@ -71,8 +71,7 @@ class SharedIndices:
 
     def merge(self) -> None:
         """Make one part of many, in the folder that holds them."""
-        for parts in self.folders.to_merge(KIND):
-            _merge(parts)
+        self.folders.merge(KIND, _merge)
         self._tables = None
 
 
