@@ -23,9 +23,9 @@ from vae3d.data.batches.clips import (
 from vae3d.data.batches.held_out import long_enough, read_held_out, validation_clips
 from vae3d.data.batches.selection import clip_lengths
 from vae3d.data.decoding.images import resize_circular
-from vae3d.data.decoding.readers import MediaError, open_media
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.loader import TrainingData
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.folder import Folder
 from vae3d.data.sources.table import Table
 from vae3d.data.table.probe import fill_metadata

@@ -10,8 +10,8 @@ import pytest
 
 from tests import tiny
 from vae3d.config.issues import ConfigError
-from vae3d.data.decoding.readers import MediaError, is_image, open_media
-from vae3d.data.media import DataError
+from vae3d.data.decoding.readers import is_image, open_media
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources import dataset_rows
 from vae3d.data.sources.dataset_rows import how_to_download, member_name, open_splits
 from vae3d.data.sources.folder import Folder

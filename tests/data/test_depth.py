@@ -18,7 +18,7 @@ from vae3d.data.decoding.depth import (
     nearest,
     to_metres,
 )
-from vae3d.data.decoding.readers import MediaError
+from vae3d.data.media import MediaError
 from vae3d.types import ClipBatch
 
 MAPPINGS = ("log", "inverse")

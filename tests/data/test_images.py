@@ -14,8 +14,8 @@ from tests import tiny
 from vae3d.commands.check_data import main as check
 from vae3d.commands.check_data import parse
 from vae3d.data.decoding.images import resize_circular
-from vae3d.data.decoding.readers import MediaError, open_media
-from vae3d.data.media import DataError
+from vae3d.data.decoding.readers import open_media
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.folder import Folder
 from vae3d.data.sources.table import Table
 from vae3d.data.table import probe

@@ -21,9 +21,9 @@ from vae3d.data.batches.batch_schedule import BatchSchedule, ClipIndex, FrameCou
 from vae3d.data.batches.clips import ClipDataset, ClipSettings, open_frames
 from vae3d.data.batches.held_out import validation_clips
 from vae3d.data.batches.selection import clip_lengths
-from vae3d.data.decoding.readers import MediaError, open_media
+from vae3d.data.decoding.readers import open_media
 from vae3d.data.loader import read_tables
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.json_clips import JsonClips
 from vae3d.data.sources.table import Table
 from vae3d.data.table.probe import fill_metadata

@@ -16,7 +16,8 @@ from tests import tiny
 from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.batches.clips import ClipDataset, ClipSettings
 from vae3d.data.decoding.images import ImageReader
-from vae3d.data.decoding.readers import MediaError, is_image, media_info, open_media
+from vae3d.data.decoding.readers import is_image, media_info, open_media
+from vae3d.data.media import MediaError
 
 PICTURE = tiny.frames(1, 24, 40)[0]
 RGB = Image.fromarray(PICTURE)

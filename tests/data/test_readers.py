@@ -24,9 +24,9 @@ from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts
 from vae3d.data.batches.clips import ClipSettings, Stream
 from vae3d.data.decoding.frame_source import FrameSource
 from vae3d.data.decoding.kept_sources import KEPT, _kept, close_kept_sources
-from vae3d.data.decoding.readers import MediaError, PyAVReader, check_reader, open_media
+from vae3d.data.decoding.readers import PyAVReader, check_reader, open_media
 from vae3d.data.loader import TrainingData
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
 
 KINDS = {
     "b_frames.mp4": {"bf": "3", "g": "8"},

@@ -22,9 +22,9 @@ from vae3d.commands.check_data import main as check
 from vae3d.commands.check_data import parse
 from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.decoding import readers
-from vae3d.data.decoding.readers import MediaError, media_info
+from vae3d.data.decoding.readers import media_info
 from vae3d.data.loader import check_files_exist, read_tables
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.folder import Folder, files_under
 from vae3d.data.sources.table import Table
 from vae3d.data.table import parts, probe

@@ -16,8 +16,8 @@ import vae3d
 from tests import tiny
 from vae3d.commands import infer
 from vae3d.config.validate import check_inference
-from vae3d.data.decoding.readers import MediaError, open_media
-from vae3d.data.media import DataError
+from vae3d.data.decoding.readers import open_media
+from vae3d.data.media import DataError, MediaError
 from vae3d.errors import UserError
 from vae3d.host_memory import keep_freed_memory
 from vae3d.inference.cost import timed

@@ -13,7 +13,7 @@ from tests.inference.test_infer import read
 from tests.stream_stub import StreamStub
 from vae3d.commands import infer
 from vae3d.config.validate import check_inference
-from vae3d.data.decoding.readers import MediaError
+from vae3d.data.media import MediaError
 from vae3d.inference import reconstruct
 from vae3d.inference.reconstruct import FileResult, Reconstructor
 

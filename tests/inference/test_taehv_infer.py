@@ -10,7 +10,8 @@ from tests import tiny
 from tests.inference.test_infer import read, run
 from tests.inference.test_wan_infer import reconstructed, whole, write
 from vae3d.checkpoints.formats import CheckpointError
-from vae3d.data.decoding.readers import MediaError, Reader, open_media
+from vae3d.data.decoding.readers import open_media
+from vae3d.data.media import MediaError, Reader
 
 
 @pytest.mark.parametrize("variant", ["taew2_1", "taecvx"])

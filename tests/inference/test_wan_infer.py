@@ -15,7 +15,7 @@ from tests import tiny
 from tests.inference.test_infer import read, run
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
-from vae3d.data.decoding.readers import MediaError
+from vae3d.data.media import MediaError
 from vae3d.errors import UserError
 from vae3d.loading import model_config
 from vae3d.models.wan import WanVAE

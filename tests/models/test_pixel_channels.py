@@ -10,13 +10,12 @@ import vae3d
 from tests import tiny
 from vae3d.checkpoints.location import CheckpointError
 from vae3d.errors import UserError
-from vae3d.inference.pictures import displayable
 from vae3d.loading import initialize
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1
 from vae3d.models.pixel_channels import fit_channels
-from vae3d.pixels import PixelError, as_rgb
+from vae3d.pixels import PixelError, as_rgb, displayable
 from vae3d.types import ClipBatch
 
 NAMES = ("wan", "wan22", "taehv", "spatial", "taesd", "temporal_vae")

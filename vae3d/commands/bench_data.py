@@ -41,7 +41,7 @@ from vae3d.text import plural
 # Functions import what takes long (torch, pandas, PyAV), so that --help and a wrong flag are answered at once.
 if TYPE_CHECKING:
     from vae3d.data.batches.clips import ClipSettings
-    from vae3d.data.decoding.readers import MediaInfo
+    from vae3d.data.media import MediaInfo
 
 READER_NAMES = ("pyav", "decord", "torchcodec", "torchcodec_cuda")
 WIDTH = 16  # of a column of names

@@ -29,7 +29,7 @@ from vae3d.text import plural
 if TYPE_CHECKING:
     import pandas as pd
 
-    from vae3d.data.decoding.readers import MediaInfo
+    from vae3d.data.media import MediaInfo
     from vae3d.data.table.segments import Bounds
 
 
@@ -38,7 +38,8 @@ AT_A_TIME = 10_000  # files that a pool is given
 
 def examine(path: str, bounds: Bounds, full: bool, alpha: bool = False) -> MediaInfo | str:
     """Metadata of a file, or the reason why it, or its part within `bounds`, cannot be used: with alpha, as RGBA."""
-    from vae3d.data.decoding.readers import MediaError, open_media
+    from vae3d.data.decoding.readers import open_media
+    from vae3d.data.media import MediaError
     from vae3d.data.table.segments import Segment
 
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vae3d import __version__
-from vae3d.data.decoding.readers import MediaError
+from vae3d.data.media import MediaError
 from vae3d.evaluation.pairs import PairReader, Protocol
 from vae3d.evaluation.score import ScoringJob
 from vae3d.evaluation.store import VideoScore

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.data.decoding.readers import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaInfo, Size, open_pair
+from vae3d.data.decoding.images import IMAGE_SUFFIXES
+from vae3d.data.decoding.readers import VIDEO_SUFFIXES, open_pair
+from vae3d.data.media import MediaInfo, Size
 from vae3d.errors import UserError
 from vae3d.pixels import quantize
 from vae3d.text import plural

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vae3d.data.decoding.readers import MediaError
+from vae3d.data.media import MediaError
 from vae3d.evaluation.pairs import Pair, PairError, PairInfo, PairReader, Protocol, first_lines, inspect
 from vae3d.evaluation.store import Store, VideoScore, pair_key
 from vae3d.metrics import MetricError, MetricSet, VideoResult

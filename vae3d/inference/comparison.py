@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.data.batches.clips import to_video
-from vae3d.data.decoding.readers import MediaError, Size
+from vae3d.data.media import MediaError, Size
 from vae3d.data.table.segments import WHOLE, Bounds
 from vae3d.errors import UserError
 from vae3d.inference.cost import measure_cost, timed

@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from vae3d.data.decoding.readers import MediaError
-from vae3d.data.media import DataError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.open_source import open_source
 from vae3d.data.table.rows import SPLITS
 from vae3d.data.table.segments import SEGMENT_ERROR, bounds_of

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vae3d.data.batches.clips import ClipSettings, read_resized, resize_crop_params, to_video
 from vae3d.data.decoding.images import is_sequence
-from vae3d.data.decoding.readers import MediaError, MediaInfo, Reader, Size, open_media
+from vae3d.data.decoding.readers import open_media
+from vae3d.data.media import MediaError, MediaInfo, Reader, Size
 from vae3d.data.storage.paths import is_stored, name_of
 from vae3d.data.table.segments import WHOLE, Bounds, Segment
 from vae3d.inference.pictures import scorable

@@ -24,10 +24,11 @@ from vae3d.diffusion.export import DataScale, check_config, write_export
 from vae3d.diffusion.processes import QUARTILES, Process, drop_labels, quartile_sums, training_losses
 from vae3d.diffusion.quality import sliced_wasserstein
 from vae3d.diffusion.sampling import decoded, sample_latents
-from vae3d.inference.pictures import captioned_grid, displayable
+from vae3d.inference.pictures import captioned_grid
 from vae3d.latents.scale import ScaleError, check_normalised
 from vae3d.layout import place
 from vae3d.optim import adamw
+from vae3d.pixels import displayable
 from vae3d.precision import DTYPES
 from vae3d.seeding import generator_of
 from vae3d.training.ema import MultiEma

@@ -13,20 +13,13 @@ import torch
 from torch import nn
 
 from vae3d.data.decoding.depth import depth_of, to_metres
-from vae3d.inference.pictures import (
-    ERROR_LABEL,
-    displayable,
-    error_maps,
-    latent_colours,
-    scorable,
-    strip,
-)
+from vae3d.inference.pictures import ERROR_LABEL, error_maps, latent_colours, scorable, strip
 from vae3d.metrics import MetricSet, VideoResult
 from vae3d.metrics.depth import depth_errors
 from vae3d.metrics.distribution import SetMetric
 from vae3d.metrics.frame import decibel
 from vae3d.metrics.panorama import roll_consistency
-from vae3d.pixels import NotFiniteError, as_unit, to_uint8
+from vae3d.pixels import NotFiniteError, as_unit, displayable, to_uint8
 from vae3d.report import score_names
 from vae3d.training.runlog import RunLog, short
 from vae3d.types import ClipBatch
