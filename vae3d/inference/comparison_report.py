@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -105,13 +105,12 @@ def make_page(comparer: Comparer, report: dict[str, Any], folder: Path, json_fil
     pairs = list(map(pair_name, PAIRS))
     mse = Metric("mse", "lower", "Mean square error of pixels in [0, 1], over all frames and colours.")
     metrics = {"mse": mse} | page_metrics(comparer.metrics.columns)
-    outputs = {"original": "ori", "student -> student": "rec"}
     chapter = Chapter(
         "Student and teacher",
         "Every encoder with every decoder, encoder -> decoder, on the same frames.",
         reconstructions=pairs,
         metrics=metrics,
-        videos=[_video(comparer, file, folder, outputs) for file in report["files"]],
+        videos=[_video(comparer, file, folder) for file in report["files"]],
         ranked_by=rank_column(comparer.metrics.columns),
         tables=[
             Table("Means", *_pair_table(report)),
@@ -131,11 +130,10 @@ def make_page(comparer: Comparer, report: dict[str, Any], folder: Path, json_fil
     )
 
 
-def _video(comparer: Comparer, file: dict[str, Any], folder: Path, outputs: Mapping[str, str]) -> Video:
-    links = {}
-    for label, kind in outputs.items():
-        paths = (comparer.reconstructor.folder(kind) / f"{file['file']}{suffix}" for suffix in (".mp4", ".mkv", ".png"))
-        links |= {f"{label}, all frames": os.path.relpath(path, folder) for path in paths if path.is_file()}
+def _video(comparer: Comparer, file: dict[str, Any], folder: Path) -> Video:
+    labels = {"ori": "original, all frames", "rec": "student -> student, all frames"}
+    outputs = comparer.reconstructor.outputs(file["file"])
+    links = {labels[kind]: os.path.relpath(path, folder) for kind, path in outputs if kind in labels}
     latents = file["latents"]
     facts = {"source": file["source"], "latents": f"MSE {latents['mse']:.6f}, cosine {latents['cosine']:.4f}"}
     if file["frames"] < file["frames_reconstructed"]:

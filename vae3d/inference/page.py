@@ -16,7 +16,7 @@ from vae3d.evaluation.page import page_metrics, rank_column
 from vae3d.evaluation.pairs import CHUNK_PIXELS
 from vae3d.hashing import json_hash
 from vae3d.inference.reconstruct import FileResult, Reconstructor
-from vae3d.inference.results import SUFFIXES, Results
+from vae3d.inference.results import Results
 from vae3d.io import read_json
 from vae3d.metrics.base import frame_curves
 from vae3d.pixels import displayable
@@ -31,7 +31,7 @@ def write_clips(reconstructor: Reconstructor, files: Iterable[FileResult]) -> No
     """Encode the clips of files from their outputs, or keep those of the same outputs. Raises MediaError, FileError."""
     folder = reconstructor.folder("report")
     for file in files:
-        outputs = output_files(reconstructor, file)
+        outputs = dict(reconstructor.outputs(file.id))
         stamps = {kind: (path.name, path.stat().st_size, path.stat().st_mtime_ns) for kind, path in outputs.items()}
         key = json_hash([__version__, stamps])
         clip = read_clip(folder, clip_id(file.id), key)
@@ -41,12 +41,6 @@ def write_clips(reconstructor: Reconstructor, files: Iterable[FileResult]) -> No
             clip = encode_clip(original, videos, file.fps)
         curves = {"rec": frame_curves(file.result.scores)}
         write_clip(folder, clip_id(file.id), clip, curves, key)
-
-
-def output_files(reconstructor: Reconstructor, file: FileResult) -> dict[str, Path]:
-    """Kind -> file, of originals and reconstructions that are there."""
-    paths = {kind: [reconstructor.folder(kind) / f"{file.id}{s}" for s in SUFFIXES] for kind in LABELS}
-    return {kind: path for kind, options in paths.items() for path in options if path.is_file()}
 
 
 def read_displayable(path: Path) -> Iterator[np.ndarray]:
@@ -69,7 +63,7 @@ def make_report(
     """The page of <save_dir>_report. means: of the metrics. cost: of measure_cost. failed: files left out, and why."""
     reconstructor = results.reconstructor
     folder, rec, columns = reconstructor.folder("report"), reconstructor.folder("rec"), reconstructor.metrics.columns
-    shown = {LABELS[kind]: None for file in files for kind in output_files(reconstructor, file)}
+    shown = {LABELS[kind]: None for file in files for kind, _ in reconstructor.outputs(file.id)}
     tables = []
     if means:
         tables.append(Table("Means", ["metric", "mean"], [[name, number(mean)] for name, mean in means.items()]))
@@ -112,7 +106,7 @@ def _video(reconstructor: Reconstructor, file: FileResult, folder: Path) -> Vide
         file.id,
         scores={"rec": scores} if scores else {},
         facts=facts,
-        links={LABELS[k]: os.path.relpath(path, folder) for k, path in output_files(reconstructor, file).items()},
+        links={LABELS[k]: os.path.relpath(path, folder) for k, path in reconstructor.outputs(file.id)},
         panorama=file.width == 2 * file.height,
         warnings=["the source is smaller and was enlarged, which smooths errors"] if file.enlarged else [],
     )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vae3d.config.schema import InferConfig
 
 KINDS = ("ori", "rec", "spatial")  # folders <save_dir>_<kind> of outputs
+SUFFIXES = (".mp4", ".mkv", ".png")  # of outputs
 PAGES = ("report", "compare")  # folders <save_dir>_<kind> of pages; see inference.page and inference.comparison
 MAX_STEM = 160  # bytes; with the row, suffixes and the affixes of temporary files, names have at most 255
 Chunk = tuple[np.ndarray, int]  # frames [T, H, W, 3 or 4] uint8, of which the first so many are coded now; see Stream
@@ -132,6 +133,11 @@ class Reconstructor:
 
     def folder(self, kind: str) -> Path:
         return Path(f"{self.config.save_dir}_{kind}")
+
+    def outputs(self, name: str) -> list[tuple[str, Path]]:
+        """Kind and path of every output of a file that is there. name: see identifier."""
+        paths = [(kind, self.folder(kind) / f"{name}{suffix}") for kind in KINDS for suffix in SUFFIXES]
+        return [(kind, path) for kind, path in paths if path.is_file()]
 
     def file(self, source: str, row: int, bounds: Bounds = WHOLE) -> FileResult:
         """Reconstruct one file, or the part between two times; the selection then counts from the first.

@@ -24,7 +24,6 @@ from vae3d.metrics import Score, VideoResult
 from vae3d.report.page import CLIPS, remove_page, unpack_page
 
 DONE = ".done"
-SUFFIXES = (".mp4", ".mkv", ".png")  # of outputs
 OUTPUT = r"\.?\d{6,}_.*\.(mp4|mkv|png)"
 REPORTS = r"index\.csv|(metrics|comparison|command)\.json"
 Finished = tuple[FileResult, dict[str, Any] | None]  # a file and its comparison, see Comparer.file
@@ -108,12 +107,12 @@ class Results:
     def discard(self, name: str) -> None:
         """Delete the outputs of a file before it is reconstructed."""
         self._record(name).unlink(missing_ok=True)
-        for _, path in self._outputs(name):
-            path.unlink(missing_ok=True)
+        for _, path in self.reconstructor.outputs(name):
+            path.unlink()
 
     def write(self, source: str, version: Any, file: FileResult, comparison: dict[str, Any] | None) -> None:
         """Record a file as finished, after its outputs. version: of the source, taken before it was read."""
-        outputs = [[kind, path.name, path.stat().st_size] for kind, path in self._outputs(file.id) if path.is_file()]
+        outputs = [[kind, path.name, path.stat().st_size] for kind, path in self.reconstructor.outputs(file.id)]
         self.records.mkdir(exist_ok=True)
         for metric, features in file.result.features.items():
             write_features(self.features_file(file.id, metric), features)
@@ -127,10 +126,6 @@ class Results:
             "comparison": comparison,
         }
         write_json(self._record(file.id), record)
-
-    def _outputs(self, name: str) -> list[tuple[str, Path]]:
-        """Kind and path of every output that a file may have."""
-        return [(kind, self.folder(kind) / f"{name}{suffix}") for kind in KINDS for suffix in SUFFIXES]
 
     def _record(self, name: str) -> Path:
         return self.records / f"{name}.json"
