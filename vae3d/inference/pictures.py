@@ -133,10 +133,10 @@ def latent_colours(z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
     return to_uint8(2 * F.interpolate(unit[None], size, mode="nearest")[0] - 1)
 
 
-def grid(frames: np.ndarray, columns: int | None = None, even: bool = True) -> np.ndarray:
+def grid(frames: np.ndarray, columns: int | None = None) -> np.ndarray:
     """[N, T, H, W, C] uint8 -> [T, H', W', 3], row by row, by default in about as many rows as columns.
 
-    Of other than three channels as `displayable`. even: make both sides even, as most video players need them.
+    Of other than three channels as `displayable`. Both sides are even, as most video players need them.
     """
     if frames.shape[-1] != 3:
         frames = np.stack([displayable(video) for video in frames])
@@ -144,9 +144,7 @@ def grid(frames: np.ndarray, columns: int | None = None, even: bool = True) -> n
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = -(-count // columns)
     total_height, total_width = rows * (height + GAP) - GAP, columns * (width + GAP) - GAP
-    if even:
-        total_height, total_width = total_height + total_height % 2, total_width + total_width % 2
-    picture = np.zeros((length, total_height, total_width, 3), np.uint8)
+    picture = np.zeros((length, total_height + total_height % 2, total_width + total_width % 2, 3), np.uint8)
     for index, sample in enumerate(frames):
         top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         picture[:, top : top + height, left : left + width] = sample

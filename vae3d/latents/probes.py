@@ -130,10 +130,10 @@ def _slope(frequency: Tensor, power: Tensor) -> float | None:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-def local_correlation(z: Tensor, window: tuple[int, int, int] = (2, 2, 2)) -> dict[str, float | None]:
-    """Mean correlation of the channel vectors of all pairs of positions in a window (time, rows, columns).
+def local_correlation(z: Tensor) -> dict[str, float | None]:
+    """Mean correlation of the channel vectors of all pairs of positions in windows of 2 x 2 x 2.
 
-    first: of the first frame, with windows of one frame; rest: of the other frames; mean: of both.
+    first: of the first frame, in windows of 1 x 2 x 2; rest: of the other frames; mean: of both.
     SSVAE (arXiv 2512.05394; zai-org/SSVAE, calc_local_corr.py), whose loss demands at least 0.75. Channels are
     standardised first; positions behind the last whole window are dropped. None for a single channel.
     """
@@ -142,13 +142,14 @@ def local_correlation(z: Tensor, window: tuple[int, int, int] = (2, 2, 2)) -> di
     z = z.double() - z.double().mean((0, 2, 3, 4), keepdim=True)
     std = z.square().mean((0, 2, 3, 4), keepdim=True).sqrt()
     z = z / torch.where(std > 0, std, 1.0)
-    first = _window_correlation(z[:, :, :1], (1, *window[1:]))
-    rest = _window_correlation(z[:, :, 1:], window)
+    first = _window_correlation(z[:, :, :1], (1, 2, 2))
+    rest = _window_correlation(z[:, :, 1:], (2, 2, 2))
     defined = [value for value in (first, rest) if value is not None]
     return {"first": first, "rest": rest, "mean": sum(defined) / len(defined) if defined else None}
 
 
 def _window_correlation(z: Tensor, window: tuple[int, int, int]) -> float | None:
+    """window: frames, rows and columns. None if no whole window fits."""
     whole = [size // side * side for size, side in zip(z.shape[2:], window, strict=True)]
     if 0 in whole:
         return None
