@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from vae3d.data.table.versions import source_version
 from vae3d.evaluation.store import write_features
 from vae3d.inference.comparison import Comparer
 from vae3d.inference.reconstruct import KINDS, PAGES, FileResult, Reconstructor
-from vae3d.io import FileError, read_json, remove, remove_unfinished, write_json
+from vae3d.io import FileError, read_text, remove, remove_unfinished, write_json
 from vae3d.metrics import Score, VideoResult
 from vae3d.report.page import CLIPS, remove_page, unpack_page
 
@@ -85,8 +86,8 @@ class Results:
         record_file = self._record(name)
         if not record_file.is_file():
             return None
-        record = read_json(record_file, MAX_BYTES)
         try:
+            record = json.loads(read_text(record_file, MAX_BYTES))  # not by read_json: a name of a file may have `${`
             if record["source"] != source_version(source):
                 return None
             for kind, output, size in record["outputs"]:
@@ -101,7 +102,7 @@ class Results:
                 return file, None
             comparison = {key: record["comparison"][key] for key in ("file", "cost")}
             return (file, comparison) if self.comparer.has_clip(name) else None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise FileError(f"{record_file}: is damaged ({error!r}); delete it to reconstruct {source} again") from None
 
     def discard(self, name: str) -> None:
