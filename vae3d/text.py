@@ -1,4 +1,4 @@
-"""Words of messages."""
+"""Words of messages, and which texts can be written."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def byte_text(count: int) -> str:
     """Bytes in the largest unit of 1000 that they fill: 512 B, 20.5 kB, 1.02 GB."""
     power = min(4, (len(str(count)) - 1) // 3)
     return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written. Lone surrogates cannot, which JSON can hold, and names of files of other bytes."""
+    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)

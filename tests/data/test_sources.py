@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -320,6 +321,12 @@ def test_a_file_name_that_is_not_utf8_is_one_error(tmp_path):
     os.rename(tmp_path / "a.mp4", os.fsencode(tmp_path) + b"/\xff.mp4")
     with pytest.raises(DataError, match=r"\\xff\.mp4.* is not UTF-8"):
         Folder(tmp_path).table()
+    os.mkdir(folder := os.fsdecode(os.fsencode(tmp_path) + b"/\xfe"))
+    tiny.write_video(Path(folder, "a.mp4"), tiny.frames(2))
+    Path(folder, "t.csv").write_text("path\na.mp4\n")
+    for source in (Folder(folder), Table(Path(folder, "t.csv"))):
+        with pytest.raises(DataError, match=r"\\xfe.* is not UTF-8"):
+            source.table()
 
 
 def test_parts_that_no_probe_wrote_are_left_out(tmp_path, monkeypatch):

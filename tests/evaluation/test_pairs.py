@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,6 +44,9 @@ def test_missing_and_empty_folders_are_refused_and_not_made(folders, tmp_path, c
     (tmp_path / "void").mkdir()
     assert f"{tmp_path}/void holds no video or image" in refused(capsys, ori, tmp_path / "void")
     assert "is given as original and as reconstruction" in refused(capsys, ori, ori)
+    for folder in folders:
+        (folder / "v1.mp4").rename(os.fsdecode(os.fsencode(folder) + b"/\xff.mp4"))
+    assert r"\xff.mp4' is not UTF-8" in refused(capsys, *folders)
 
 
 def test_files_without_partner_are_listed_and_left_out_on_request(folders, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -20,7 +21,7 @@ from vae3d.data.decoding.readers import VIDEO_SUFFIXES, open_pair
 from vae3d.data.media import MediaInfo, Size
 from vae3d.errors import UserError
 from vae3d.pixels import quantize
-from vae3d.text import plural
+from vae3d.text import is_utf8, plural
 
 RGB_FORMATS = ("rgb24", "gbrp", "bgr24", "bgr0", "rgb0", "RGB", "RGBA", "L", "LA", "P", "PA")
 RGBA_FORMATS = ("bgra", "argb", "rgba", "abgr", "gbrap")  # of videos
@@ -139,6 +140,9 @@ def _media(folder: Path) -> list[Path]:
     files = [f for f in visible if f.suffix.lower() in media]
     if not files:
         raise PairError(f"{folder} holds no video or image")
+    for file in files:  # now, not when all are scored and the tables are written
+        if not is_utf8(str(file)):
+            raise PairError(f"{os.fsencode(file)!r} is not UTF-8; rename it")
     return files
 
 

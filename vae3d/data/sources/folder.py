@@ -85,18 +85,12 @@ def objects_under(url: str) -> tuple[list[str], list[str]]:
 
 def files_under(folder: str | Path) -> list[str]:
     """Relative names of all files under a folder, sorted. Links are followed. Hidden files and folders are skipped, and
-    what a probe wrote.
-
-    Raises DataError for a name that is not UTF-8.
-    """
+    what a probe wrote."""
     found = []
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _is_left_out(here, name)]
         inside = os.path.relpath(here, folder)
         found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
-    for name in found:
-        if not name.isprintable() and any("\ud800" <= c <= "\udfff" for c in name):
-            raise DataError(f"{folder}: the name of the file {os.fsencode(name)!r} is not UTF-8; rename it")
     return sorted(found, key=lambda name: name.split(os.sep))
 
 

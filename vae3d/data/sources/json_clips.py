@@ -17,7 +17,7 @@ from vae3d.data.sources.table_files import JsonLines, kind_of, of_copy, read_ent
 from vae3d.data.storage.paths import folder_of, is_stored
 from vae3d.data.table.rows import SPLITS, file_hashes, mark_missing_files, normalise_rows
 from vae3d.data.table.segments import SEGMENT, SEGMENT_ERROR
-from vae3d.text import plural
+from vae3d.text import is_utf8, plural
 
 TEXT, NUMBER = (str, "a text"), ((int, float), "a number")
 KINDS = {
@@ -184,5 +184,5 @@ def _is_valid(value: Any, kinds: type | tuple[type, ...]) -> bool:
     if not isinstance(value, kinds) or isinstance(value, bool):
         return False
     if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)
+        return is_utf8(value)
     return abs(value) < 2**63 if isinstance(value, int) else value == value

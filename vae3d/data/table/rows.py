@@ -25,11 +25,12 @@ import numpy as np
 import pandas as pd
 
 from vae3d.data.decoding.images import is_sequence
-from vae3d.data.media import MediaError
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.storage.files import size_and_version
 from vae3d.data.storage.paths import is_stored, is_url, resolve
 from vae3d.data.table.segments import SEGMENT, SEGMENT_ERROR
 from vae3d.seeding import seed_of
+from vae3d.text import is_utf8
 
 T = TypeVar("T")
 NUMBERS = ("num_frames", "height", "width", "fps")
@@ -95,8 +96,10 @@ def _is_too_long(name: str) -> bool:
 def absolute_paths(root: str | Path, names: Iterable[str]) -> list[str]:
     """os.path.abspath(root / name) of each name. pathlib takes ten times as long, of a million names 5 s.
 
-    root: a folder or a URL. A name may be a URL or a member of a tar.
+    root: a folder or a URL. A name may be a URL or a member of a tar. Raises DataError for a folder that is not UTF-8.
     """
+    if not is_utf8(os.fspath(root)):
+        raise DataError(f"the folder {os.fsencode(root)!r} is not UTF-8; rename it")
     if is_url(root):
         return [resolve(root, name) for name in names]
     folder = os.path.join(os.path.abspath(root), "")
@@ -110,7 +113,10 @@ def absolute_paths(root: str | Path, names: Iterable[str]) -> list[str]:
 
 
 def rows_from_paths(paths: list[str], names: list[str]) -> pd.DataFrame:
-    """The table of files of which nothing else is known."""
+    """The table of files of which nothing else is known. Raises DataError for a path that is not UTF-8."""
+    for path in paths:
+        if not is_utf8(path):
+            raise DataError(f"{os.fsencode(path)!r} is not UTF-8; rename it")
     table = pd.DataFrame({"path": paths, "name": names, "row": np.arange(1, len(paths) + 1)})
     return table.assign(**dict.fromkeys([*NUMBERS, *SEGMENT], np.nan), text=None, label=None, split=None, error=None)
 

@@ -22,6 +22,7 @@ from vae3d.data.table.probe import read_metadata
 from vae3d.data.table.rows import SPLITS
 from vae3d.data.table.segments import SEGMENT_ERROR
 from vae3d.data.tars.samples import SIDECARS, Member, Sample, Shard, samples_of
+from vae3d.text import is_utf8
 
 KEY = b"vae3d"  # of the schema's metadata
 NAME = "__name__"  # key of a .json member: the sample's name in the source that it was written from
@@ -135,7 +136,7 @@ def _wrong(column: str, value: Any) -> str | None:
         return "which is below 0" if value < 0 else None
     if column == "label" and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return None
-    if not isinstance(value, str) or any("\ud800" <= character <= "\udfff" for character in value):
+    if not isinstance(value, str) or not is_utf8(value):
         return "which is not a text"
     return f"which is none of {', '.join(SPLITS)}" if column == "split" and value not in SPLITS else None
 
