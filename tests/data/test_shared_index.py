@@ -18,6 +18,7 @@ from vae3d.data.decoding import index_cache, video_index
 from vae3d.data.decoding.readers import open_media
 from vae3d.data.loader import read_tables
 from vae3d.data.sources.table import Table
+from vae3d.data.storage.files import local_range
 from vae3d.data.table import parts, probe, shared_index
 from vae3d.data.table.parts import parts_of
 
@@ -152,6 +153,6 @@ def test_merged_parts_are_found(folder, monkeypatch):
     names.clear()
     results = probe.results_for_table(folder / "t.csv")
     for name in [*(f"{i}.mp4" for i in range(5)), *(f"new{i}.mp4" for i in range(3))]:
-        assert results.indices.find(index_cache.key_of(index_cache.as_range(str(folder / name)))) is not None
+        assert results.indices.find(index_cache.key_of(local_range(folder / name))) is not None
         assert open_media(str(folder / name)).info.num_frames
     assert names == []

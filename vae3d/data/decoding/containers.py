@@ -12,7 +12,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from vae3d.data.media import MediaError, one_line
-from vae3d.data.storage.files import FileRange, local_range
+from vae3d.data.storage.files import FileRange
 from vae3d.errors import UserError
 
 # What libav and PyAV raise for a damaged file. Other exceptions are bugs of ours.
@@ -35,16 +35,11 @@ METADATA = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) <
 DISCARD_ALL = 48  # AVDiscard
 
 
-def open_container(path: str | Path | FileRange) -> InputContainer:
-    file = as_range(path)
+def open_container(file: FileRange) -> InputContainer:
     if not file.is_plain:  # libav reads through Python, and opens nothing itself
         return av.open(file.open(), options=RANGE_OPTIONS, **METADATA)
     # Absolute, because ffmpeg takes the part before a colon for a protocol.
     return av.open(os.path.abspath(file.file), options=OPEN_OPTIONS, **METADATA)
-
-
-def as_range(path: str | Path | FileRange) -> FileRange:
-    return path if isinstance(path, FileRange) else local_range(path)
 
 
 def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:

@@ -6,7 +6,6 @@ import itertools
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import av
 from av.container import InputContainer
@@ -14,7 +13,6 @@ from av.video.frame import VideoFrame
 
 from vae3d.data.decoding.containers import (
     DECODER_ERRORS,
-    as_range,
     demux,
     media_error,
     media_errors,
@@ -55,8 +53,8 @@ class Wanted:
 class FrameSource:
     """Decodes a file from a given packet on. Its file and decoder stay open, so that the next start costs less."""
 
-    def __init__(self, path: str | Path | FileRange, index: VideoIndex, threads: int = 1) -> None:
-        self.range = as_range(path)
+    def __init__(self, file: FileRange, index: VideoIndex, threads: int = 1) -> None:
+        self.range = file
         self.path, self.index, self.threads = self.range.name, index, threads
         self.file: RangeFile | None = None
         self.container: InputContainer | None = None

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -19,7 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vae3d.data.decoding.containers import as_range, demux, media_errors, numbered, open_container
+from vae3d.data.decoding.containers import demux, media_errors, numbered, open_container
 from vae3d.data.decoding.frame_source import BYTE_SEEK, KEYS_BACK, FrameSource
 from vae3d.data.decoding.frames import check_frame, has_alpha, orientation_of, to_rgb
 from vae3d.data.decoding.video_index import FRAME, PACKET, SEEK, Decoder, Header, VideoIndex
@@ -37,14 +36,13 @@ RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
 CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
 
 
-def build(path: str | Path | FileRange) -> VideoIndex:
-    """The index of a file, or of a range of one.
+def build(file: FileRange) -> VideoIndex:
+    """The index of a video.
 
     Reads all packets, and decodes as much as it takes to confirm the order of frames: the beginning; or the whole file,
     twice, if timestamps are missing, repeat, run backwards or are made up by the container.
     Raises MediaError if the file is damaged, or has content that cannot be read faithfully.
     """
-    file = as_range(path)
     path = file.name
     with media_errors(path, "is not a readable video"), closing(open_container(file)) as container:
         names = set(container.format.name.split(","))

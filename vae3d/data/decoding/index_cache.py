@@ -7,22 +7,20 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vae3d.data.decoding.containers import as_range
 from vae3d.data.decoding.index_build import build
 from vae3d.data.decoding.video_index import VideoIndex, pack, parse
 from vae3d.data.media import MediaError
-from vae3d.data.storage.files import FileRange
+from vae3d.data.storage.files import FileRange, local_range
 from vae3d.data.storage.paths import cache_folder, warn_cache_unwritable
 from vae3d.io import atomic_write
 
 look_in: dict[Path, Callable[[Sequence], bytes | None]] = {}  # beside tables: key of a video -> a file of the cache
 
 
-def open_index(path: str | Path | FileRange) -> VideoIndex:
+def open_index(video: FileRange) -> VideoIndex:
     """The index of a video: from the cache, from beside a table of this process, or built if the size or time of the
     file, tar or object changed. Raises MediaError.
     """
-    video = as_range(path)
     key = key_of(video)
     file = _cache_file(key)
     index = _load(file, key)
@@ -38,7 +36,7 @@ def open_index(path: str | Path | FileRange) -> VideoIndex:
 def cached(path: str) -> tuple[list, bytes] | None:
     """Key and content of the cache's file of a video; None: there is none, or it is outdated."""
     try:
-        key = key_of(as_range(path))
+        key = key_of(local_range(path))
         content = _cache_file(key).read_bytes()
     except (OSError, MediaError):
         return None

@@ -9,11 +9,10 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from vae3d.data.decoding.containers import as_range
 from vae3d.data.decoding.frame_source import FrameSource
 from vae3d.data.decoding.index_build import build
 from vae3d.data.decoding.index_cache import open_index
-from vae3d.data.storage.files import FileRange
+from vae3d.data.storage.files import FileRange, local_range
 from vae3d.data.storage.paths import cache_folder
 
 KEPT = 8  # files per process
@@ -22,9 +21,9 @@ _kept: OrderedDict[tuple, FrameSource] = OrderedDict()  # by file and its versio
 _kept_lock = threading.Lock()
 
 
-def open_source(path: str | Path | FileRange, threads: int = 1) -> FrameSource:
+def open_frame_source(path: str | Path | FileRange, threads: int = 1) -> FrameSource:
     """The source of a path: one that was kept, if its file, tar or object has not changed since. Raises MediaError."""
-    file = as_range(path)
+    file = path if isinstance(path, FileRange) else local_range(path)
     if not file.version:  # by which to find it again
         return FrameSource(file, build(file), threads)
     name = os.path.abspath(file.file) if file.is_plain else file.name

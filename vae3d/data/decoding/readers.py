@@ -30,7 +30,7 @@ from vae3d.data.decoding.frame_source import KEYS_BACK, FrameSource, Wanted
 from vae3d.data.decoding.frames import check_frame, has_alpha, to_rgb
 from vae3d.data.decoding.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
 from vae3d.data.decoding.images import resize as resize_image
-from vae3d.data.decoding.kept_sources import keep_source, open_source
+from vae3d.data.decoding.kept_sources import keep_source, open_frame_source
 from vae3d.data.decoding.video_index import VideoIndex
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
 from vae3d.data.storage.files import FileRange, RangeFile, local_range, size_and_version
@@ -127,7 +127,7 @@ class PyAVReader:
 
     def __init__(self, path: str | Path | FileRange, threads: int = 1, alpha: bool | None = False) -> None:
         self.path = path
-        self._source: FrameSource | None = open_source(path, threads)
+        self._source: FrameSource | None = open_frame_source(path, threads)
         self.index = self._source.index
         self.header, self.info, self.times = self.index.header, self.index.header.info, self.index.times
         stores_alpha = has_alpha(VideoFormat(self.info.pixels))
