@@ -40,7 +40,7 @@ THREADS = 16
 PATHS_PER_TASK = 200  # of a thread
 MAX_NAME = 255  # bytes of a file name, on every file system
 MISSING_NUMBERS = ("", "nan", "na", "n/a", "none", "null")  # in columns of numbers; in text columns these are text
-WHOLE = ("num_frames", "height", "width")
+WHOLE_NUMBERS = ("num_frames", "height", "width")
 MAX_WHOLE = 2**31 - 1  # of which columns and lengths are made
 MINIMUM = {"fps": 0, "start": 0, "end": 0}  # of a column; 1 for the others. fps is 0 of an image
 
@@ -73,9 +73,9 @@ def normalise_rows(raw: pd.DataFrame, root: str | Path) -> pd.DataFrame:
             texts = raw.loc[bad, column].astype(str).str.strip().str.lower()
             bad[bad] = ~texts.isin(MISSING_NUMBERS).to_numpy(bool)
             bad |= table[column] < MINIMUM.get(column, 1)
-            if column in WHOLE:
+            if column in WHOLE_NUMBERS:
                 bad |= (table[column] > MAX_WHOLE) | (table[column] % 1 > 0)
-            kind = "whole number" if column in WHOLE else "number"
+            kind = "whole number" if column in WHOLE_NUMBERS else "number"
             mark(bad, SEGMENT_ERROR if column in SEGMENT else f"`{column}` is no positive {kind}")
     mark(table["end"] <= table["start"].fillna(0), SEGMENT_ERROR)
     if "split" in raw.columns:
