@@ -29,6 +29,7 @@ CONNECTIONS = 16  # at a time
 
 
 def storage_of(cache: str | Path) -> LocalStorage | ObjectStorage:
+    """cache: a folder or a URL."""
     return ObjectStorage(str(cache)) if is_url(cache) else LocalStorage(Path(cache))
 
 

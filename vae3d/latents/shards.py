@@ -245,7 +245,7 @@ def _load_statistics(file: Path) -> LatentStatistics:
 
 def write_npy(cache: Path, number: int, shard: Shard) -> None:
     """Write each tensor as a .npy file."""
-    target = cache / "npy" / f"{number:05d}"
+    target = cache / "npy" / name_of(number)
     with naming(target), atomic_dir(target) as folder:
         for row in shard.rows:
             for kind, tensor in shard.entry(row).items():
@@ -256,7 +256,7 @@ def write_webdataset(cache: Path, number: int, shard: Shard) -> None:
     """Write a tar file for webdataset: per entry its tensors as .npy and its row of index.csv as .json."""
     from webdataset import TarWriter  # slow to import
 
-    target = cache / "webdataset" / f"{number:05d}.tar"
+    target = cache / "webdataset" / f"{name_of(number)}.tar"
     with naming(target):
         target.parent.mkdir(exist_ok=True)
         # A fixed time, so that the same content gives the same bytes.

@@ -36,6 +36,7 @@ DISCARD_ALL = 48  # AVDiscard
 
 
 def open_container(file: FileRange) -> InputContainer:
+    """Open a video by libav, which opens no other file. Raises DECODER_ERRORS."""
     if not file.is_plain:  # libav reads through Python, and opens nothing itself
         return av.open(file.open(), options=RANGE_OPTIONS, **METADATA)
     # Absolute, because ffmpeg takes the part before a colon for a protocol.
@@ -51,6 +52,7 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]
 
 
 def numbered(packet: av.Packet, number: int) -> av.Packet:
+    """The packet with its number in place of its timestamps, which the decoder passes on to its frame."""
     packet.pts = packet.dts = number
     return packet
 
@@ -67,5 +69,6 @@ def media_errors(path: str | Path, what: str) -> Iterator[None]:
 
 
 def media_error(path: str | Path, what: str, error: Exception) -> MediaError:
+    """The MediaError of one of DECODER_ERRORS. what: failed, such as "cannot be decoded"."""
     text = "out of memory" if isinstance(error, MemoryError) else getattr(error, "strerror", None)
     return MediaError(path, f"{what}: {text or one_line(error, 200)}")

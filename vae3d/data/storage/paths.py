@@ -31,6 +31,7 @@ def cache_folder() -> Path:
 
 
 def warn_cache_unwritable(error: OSError, consequence: str) -> None:
+    """Warn that something is not kept. consequence: what is done again instead each time."""
     warnings.warn(
         f"cannot write to the cache folder {cache_folder()} ({error.strerror}): {consequence}; set VAE3D_CACHE to a "
         "writable folder",

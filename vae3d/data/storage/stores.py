@@ -120,6 +120,8 @@ def check_current(url: str, name: str) -> None:
 
 
 def remote_version(url: str, name: str) -> tuple[int, str]:
+    """Bytes of an object and its version, see version_of; asked for once per process. name: for messages. Raises
+    MediaError, StorageError."""
     with _lock:
         known = _versions.get(url)
     return known or _remember(url, *_ask_version(url, name))

@@ -31,9 +31,11 @@ class PartFolders:
         self.folders, self.above = list(folders), above and os.path.join(above, "")
 
     def key(self, path: str) -> bytes:
+        """The name of a file in parts."""
         return os.fsencode(path.removeprefix(self.above) if self.above else path)
 
     def parts(self, kind: str) -> list[Path]:
+        """Of all folders; of each the oldest first."""
         return [part for folder in self.folders for part in parts_of(folder, kind)]
 
     def merge(self, kind: str, merge: Callable[[list[Path]], None]) -> None:
@@ -45,6 +47,7 @@ class PartFolders:
                     merge(parts)
 
     def write(self, kind: str, schema: pa.Schema, tables: Sequence[pa.Table]) -> None:
+        """Write a part into the first folder that can be written. Warns if that is not the first, or there is none."""
         for number, folder in enumerate(self.folders):
             try:
                 write_part(folder, kind, schema, tables)

@@ -82,6 +82,7 @@ def with_labels(table: FileTable, rows: np.ndarray) -> pd.DataFrame:
 
 
 def path_hashes(paths: Iterable[str]) -> np.ndarray:
+    """[paths] int64, see parts.path_hash."""
     return np.array([path_hash(os.fsencode(path)) for path in paths], np.int64)
 
 

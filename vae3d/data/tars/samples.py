@@ -110,6 +110,7 @@ class RangeReader(io.RawIOBase):
 
 @contextmanager
 def open_shard(shard: Shard) -> Iterator[BinaryIO]:
+    """The bytes of a tar, local or at a URL, within the block. Raises OSError, MediaError, StorageError."""
     if is_url(shard.path):
         yield RangeReader(shard.path, shard.bytes)
     else:
