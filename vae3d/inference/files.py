@@ -93,31 +93,17 @@ def reconstruct_files(
     share = table.iloc[rank::world_size]
     for _, entry in progress(share.iterrows(), total=len(share), unit="file", hidden=rank != 0):
         try:
-            if not entry["name"]:
-                raise MediaError(f"row {entry['row']}", "has no `path`")
-            if entry["error"] == SEGMENT_ERROR:  # other errors are about metadata that is not needed here
-                raise MediaError(f"row {entry['row']} ({entry['path']})", SEGMENT_ERROR)
-            source, row, bounds = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
-            finished = results.read(identifier(row, source), source)
-            if finished is None:
-                results.discard(identifier(row, source))
-                version = source_version(source)
-                finished = reconstructor.file(source, row, bounds), comparer and comparer.file(source, row, bounds)
-                results.write(source, version, *finished)
-                finished[0].result.features.clear()  # `report` reads them from the disk, file by file
-            else:
-                kept += 1
-            if comparer is not None and finished[1]["cost"]:
-                comparer.measures = False
-            done.append(finished)
-        except (MediaError, MetricError) as error:
-            results.discard(identifier(int(entry["row"]), entry["path"]))  # those of a file that cannot be scored
-            if isinstance(error, MetricError):
-                error = MediaError(entry["path"], str(error))
+            finished, was_there = finish_file(results, entry)
+        except MediaError as error:
             if not skip_errors:
-                raise error from None
+                raise
             log.warning("skipped: %s", error)
             failed.append(str(error))
+            continue
+        if comparer is not None and finished[1]["cost"]:
+            comparer.measures = False
+        done.append(finished)
+        kept += was_there
     failed = [error for errors in all_gather_object(failed) for error in errors]
     ranks = gather_to_main((done, kept))
     items = sorted((item for done, _ in ranks for item in done), key=lambda item: item[0].id)
@@ -139,6 +125,32 @@ def reconstruct_files(
     if failed:
         reasons = "\n".join(f"  {reason}" for reason in failed)
         raise UserError(f"{len(failed)} of {len(table)} files could not be reconstructed:\n{reasons}")
+
+
+def finish_file(results: Results, entry: pd.Series) -> tuple[Finished, bool]:
+    """Reconstruct the file of a row, unless an earlier run finished it; and whether one did.
+
+    Raises MediaError if it cannot be read or scored; its outputs are deleted then.
+    """
+    reconstructor, comparer = results.reconstructor, results.comparer
+    source, row, bounds = entry["path"], int(entry["row"]), (entry["start"], entry["end"])
+    name = identifier(row, source)
+    try:
+        if not entry["name"]:
+            raise MediaError(f"row {row}", "has no `path`")
+        if entry["error"] == SEGMENT_ERROR:  # other errors are about metadata that is not needed here
+            raise MediaError(f"row {row} ({source})", SEGMENT_ERROR)
+        if (found := results.read(name, source)) is not None:
+            return found, True
+        results.discard(name)
+        version = source_version(source)
+        finished = reconstructor.file(source, row, bounds), comparer and comparer.file(source, row, bounds)
+        results.write(source, version, *finished)
+    except (MediaError, MetricError) as error:
+        results.discard(name)
+        raise (error if isinstance(error, MediaError) else MediaError(source, str(error))) from None
+    finished[0].result.features.clear()  # `report` reads them from the disk, file by file
+    return finished, False
 
 
 def measure_first_file(
