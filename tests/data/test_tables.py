@@ -69,7 +69,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert not table["error"].notna().any()
 
 
-@pytest.mark.parametrize("word", ["None", "NA", "null", "nan", "N/A", "NaN"])
+@pytest.mark.parametrize("word", ["None", "NA", "null", "nan", "-nan", "N/A", "NaN"])
 def test_no_word_stands_for_a_missing_label(tmp_path, word):
     (tmp_path / "t.csv").write_text(f"path,label,text,fps\n{word},{word},{word},{word}\n")
     row = Table(tmp_path / "t.csv").table().iloc[0]
