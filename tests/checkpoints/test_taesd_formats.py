@@ -116,6 +116,16 @@ def test_diffusers_has_no_network_for_the_other_variants(tmp_path, variant):
         WRITERS["diffusers"](saved(variant, tmp_path), tmp_path / "out")
 
 
+def test_latents_of_another_space_are_noted(tmp_path):
+    raw = saved("taesd", tmp_path)
+    raw.config["latent"] = "raw"
+    for layout in ("taesd", "diffusers"):
+        raw.notes.clear()
+        WRITERS[layout](raw, tmp_path / layout)
+        assert [note.split()[0] for note in raw.notes] == ["latent=raw"]
+        assert vae3d.load(tmp_path / layout).latent == "normalized"
+
+
 SMALLER = {"decoder_channels": [8, 6, 5, 4], "decoder_blocks": [2, 0, 1, 1], "decoder_hidden": [3, 6, 7, 4]}
 
 

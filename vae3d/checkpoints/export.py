@@ -32,7 +32,7 @@ LDM_GROUPS = 32  # of the normalisation, hard-coded in latent-diffusion
 LOST: dict[type[nn.Module], Sequence[str]] = {
     WanVAE: ("pad_w", "pad_h"),
     TAEHV: ("decoder_space_upscale",),
-    TAESD: ("latents_mean", "latents_std"),
+    TAESD: ("latent", "latents_mean", "latents_std"),
     DiffusersVAE: ("pad_w", "decode_timestep"),
 }
 SIZES = ("channels", "decoder_channels", "decoder_blocks", "decoder_hidden")  # of TAEHV and TAESD
