@@ -126,6 +126,12 @@ def test_latents_of_another_space_are_noted(tmp_path):
         assert vae3d.load(tmp_path / layout).latent == "normalized"
 
 
+@pytest.mark.parametrize("layout", ["taesd", "diffusers"])
+def test_rgba_is_refused(tmp_path, layout):
+    with pytest.raises(CheckpointError, match=f"4 channels of pixels, which the {layout} layout"):
+        vae3d.save(TAESD(variant="taesd", pixel_channels=4), tmp_path / "rgba", layout=layout)
+
+
 SMALLER = {"decoder_channels": [8, 6, 5, 4], "decoder_blocks": [2, 0, 1, 1], "decoder_hidden": [3, 6, 7, 4]}
 
 

@@ -87,8 +87,9 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         state = wan.to_diffusers(checkpoint.state)
         config_json = wan.diffusers_config(_wan_config(checkpoint))
     elif _is_a(checkpoint, TAESD):
+        config = _require(checkpoint, TAESD, "diffusers")
         try:
-            config_json = taesd.diffusers_config(checkpoint.config)
+            config_json = taesd.diffusers_config(config)
         except ValueError as error:
             raise CheckpointError(f"{checkpoint.path}: {error}") from error
         state = taesd.to_diffusers(checkpoint.state)
