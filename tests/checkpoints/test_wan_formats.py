@@ -270,6 +270,14 @@ def test_networks_that_are_not_qwen_images_are_refused(tmp_path, style, changes,
     assert not (tmp_path / "vae").exists()
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "qwen_image"])
+def test_frames_that_diffusers_does_not_code_are_noted(tmp_path, layout):
+    for downsample, frames in (([False, False, True], 2), ([False, True, True], 4), ([True, True, True], 8)):
+        saved = checkpoint("wan", tmp_path, downsample=downsample)
+        WRITERS[layout](saved, tmp_path / f"{frames}")
+        assert [f"has {frames}" in note for note in saved.notes] == ([] if frames == 4 else [True])
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -86,6 +86,7 @@ def write_diffusers(checkpoint: Checkpoint, folder: Path) -> None:
         _require_whole_decoder(checkpoint, "diffusers")
         state = wan.to_diffusers(checkpoint.state)
         config_json = wan.diffusers_config(_wan_config(checkpoint))
+        checkpoint.notes += _chunk_notes(checkpoint)
     elif _is_a(checkpoint, TAESD):
         config = _require(checkpoint, TAESD, "diffusers")
         try:
@@ -115,9 +116,19 @@ def write_qwen_image(checkpoint: Checkpoint, folder: Path) -> None:
         config_json = wan.qwen_image_config(_wan_config(checkpoint))
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}; use the layout diffusers") from error
-    checkpoint.notes += lost_settings(checkpoint)
+    checkpoint.notes += [*lost_settings(checkpoint), *_chunk_notes(checkpoint)]
     _save(wan.to_diffusers(checkpoint.state), folder / "diffusion_pytorch_model.safetensors")
     write_json(folder / "config.json", config_json)
+
+
+def _chunk_notes(checkpoint: Checkpoint) -> list[str]:
+    """A note if diffusers codes a WanVAE's clips wrongly: its classes take 4 frames at a time, whatever config.json
+    says."""
+    if (frames := 2 ** sum(_wan_config(checkpoint)["downsample"])) == 4:
+        return []
+    return [
+        f"diffusers codes 4 frames at a time and this model has {frames} to a latent: there clips lose frames, or fail"
+    ]
 
 
 def _diffusers_factors(config: dict[str, Any]) -> dict[str, Any]:
