@@ -31,6 +31,7 @@ OUTPUTS = re.compile(
 LATENTS = ".latents"  # folder of the latents, until all files are written
 MAX_RMS_RATIO = 2.0  # samples whose latents are larger or smaller than the data's by this factor cause a warning
 MAX_IN_GRID = 100  # samples
+DECODED_AT_ONCE = 16  # samples
 MAX_LABEL = 200  # bytes; a file name has at most 255, some of them for temporary ones
 
 
@@ -109,20 +110,18 @@ def guided(
     return evaluate
 
 
-def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16) -> np.ndarray:
+def decoded(codec: LatentCodec, z: Tensor, size: tuple[int, int, int]) -> np.ndarray:
     """Normalised latents [N, C, t, h, w] -> [N, T, H, W, C] uint8. size: frames, height, width.
 
     Raises NotFiniteError.
     """
-    parts = on_host(decode_parts(codec, z, size, batch_size), codec.device)
+    parts = on_host(decode_parts(codec, z, size), codec.device)
     return np.concatenate([part.numpy(codec.output_name).copy() for part in parts])
 
 
-def decode_parts(
-    codec: LatentCodec, z: Tensor, size: tuple[int, int, int], batch_size: int = 16
-) -> Iterator[Quantized]:
+def decode_parts(codec: LatentCodec, z: Tensor, size: tuple[int, int, int]) -> Iterator[Quantized]:
     """As `decoded`, batch by batch on the codec's device, and not checked."""
-    for part in z.split(batch_size):
+    for part in z.split(DECODED_AT_ONCE):
         yield codec.decode_unchecked(part, size[0], size[1:])
 
 

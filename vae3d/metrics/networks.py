@@ -53,7 +53,7 @@ def batch_frames(frames: Tensor) -> int:
 
 
 def lpips_features(chunk: Chunk, net: nn.Module, which: str) -> list[Tensor]:
-    """Normalised AlexNet features of all frames. which: ref or rec."""
+    """Features of all frames, of each layer and normalised; see LPIPSNet. which: ref or rec."""
     frames = getattr(chunk, which)
 
     def compute() -> list[Tensor]:

@@ -132,22 +132,18 @@ class CubeLpips(SeriesMetric):
 
 
 @torch.no_grad()
-def roll_consistency(model: nn.Module, video: Tensor, columns: int | None = None) -> float:
+def roll_consistency(model: nn.Module, video: Tensor) -> float:
     """PSNR in dB between the reconstruction of a rolled panorama and the rolled reconstruction. 100 if MSE < 1e-10.
 
-    A model without a seam commutes with rolling, so the two are equal.
-    model: a VideoAutoencoder in eval mode. video: [B, 3, T, H, W] in [-1, 1]. columns: shift, by default half the
-    width, rounded down to a multiple of the model's stride, since strided convolutions commute with no other.
-    Raises ValueError for another shift, or a width without a valid one.
+    A model without a seam commutes with rolling, so the two are equal. It rolls by half the width, rounded down to a
+    multiple of the model's stride, since strided convolutions commute with no other shift.
+    model: a VideoAutoencoder in eval mode. video: [B, 3, T, H, W] in [-1, 1].
+    Raises ValueError for a width of less than two strides.
     """
     width, stride = video.shape[-1], model.spec.space_stride
-    if columns is None:
-        columns = width // 2 // stride * stride
-    if columns % width == 0 or columns % stride:
-        raise ValueError(
-            f"columns={columns} of {width} does not test a model of stride {stride}; "
-            f"use a multiple of {stride} that is not a full turn"
-        )
+    columns = width // 2 // stride * stride
+    if not columns:
+        raise ValueError(f"a panorama of {width} columns cannot be rolled by the stride {stride}; use {2 * stride}")
     rolled = model(roll(video, columns), sample=False).video
     expected = roll(model(video, sample=False).video, columns)
     # / 2: PSNR is defined on pixels in [0, 1].

@@ -70,9 +70,9 @@ class OpenSoraVAE(VideoAutoencoder):
             **self.latent_stats(),
         )
 
-    def encode(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Posterior:
-        """[B, 3, T, H, W] -> posterior over raw latents. sample: sample the 2D latents instead of taking their mode."""
-        return self.encode_temporal(self.encode_spatial(video, sample=sample, generator=generator))
+    def encode(self, video: Tensor) -> Posterior:
+        """[B, 3, T, H, W] -> posterior over raw latents, from the mode of the 2D latents."""
+        return self.encode_temporal(self.encode_spatial(video))
 
     def decode(self, z: Tensor, num_frames: int | None = None) -> Tensor:
         check_latents(z, self.temporal_vae.latent_channels)
@@ -102,7 +102,7 @@ class OpenSoraVAE(VideoAutoencoder):
         return Reconstruction(rec, posterior, z, SpatialPath(latent, latent_rec))
 
     def encode_spatial(self, video: Tensor, *, sample: bool = False, generator: Generators = None) -> Tensor:
-        """Normalised 2D latents [B, C, T, h, w] of every frame."""
+        """Normalised 2D latents [B, C, T, h, w] of every frame. sample: their posterior, instead of taking its mode."""
         return self.spatial_vae.normalize(choose_latents(self.spatial_vae.encode(video), None, sample, generator))
 
     def decode_spatial(self, latent: Tensor) -> Tensor:
