@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from torch import Tensor
 
 import vae3d
@@ -37,13 +37,23 @@ def pull(**arguments: Any) -> dict[str, str]:
     return {"weights": digest(model.state_dict()), "class": type(model).__name__}
 
 
+def load(path: str) -> dict[str, str]:
+    return {"weights": digest(vae3d.load(path).state_dict())}
+
+
+def download(repository: str, pattern: str) -> dict[str, str]:
+    """As `hf download REPOSITORY --include PATTERN` does."""
+    snapshot_download(repository, allow_patterns=pattern)
+    return {}
+
+
 def offline(on: bool) -> dict[str, str]:
     """What HF_HUB_OFFLINE=1 sets when huggingface_hub is imported."""
     constants.HF_HUB_OFFLINE = on
     return {}
 
 
-CALLS = {"push": push, "pull": pull, "offline": offline}
+CALLS = {"push": push, "pull": pull, "load": load, "download": download, "offline": offline}
 
 
 def main() -> None:

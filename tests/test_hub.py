@@ -237,6 +237,18 @@ def test_a_hub_that_is_down_or_offline_is_replaced_by_the_cache(hub, client, sav
     assert len(hub.downloads) == asked
 
 
+def test_a_pipeline_of_which_only_the_autoencoder_is_in_the_cache_is_loaded(hub, client, saved, weights):
+    files = {f"vae/{name}": content for name, content in read(saved).items()}
+    hub.commit("me/pipeline", {**files, "model_index.json": b"{}", "transformer/model.safetensors": b"large"}, tag="v1")
+    client("download", repository="me/pipeline", pattern="vae/*")
+    assert client("load", path="me/pipeline")["weights"] == weights
+    client("offline", on=True)
+    try:
+        assert client("pull", path="me/pipeline")["weights"] == weights
+    finally:
+        client("offline", on=False)
+
+
 def test_a_folder_here_is_not_looked_up(saved):
     assert isinstance(vae3d.from_pretrained(saved), vae3d.VideoAutoencoder)
     with pytest.raises(UserError, match="WanVAE, not a TAESD"):

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, scan_cache_dir
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
-    CacheNotFound,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -22,7 +21,7 @@ from huggingface_hub.errors import (
 
 from vae3d import __version__
 from vae3d.checkpoints.formats import CheckpointError
-from vae3d.checkpoints.location import EXPORT_CONFIG, exists, find_weights, halves
+from vae3d.checkpoints.location import EXPORT_CONFIG, cached_repository, exists, find_weights, halves
 from vae3d.checkpoints.taehv import INFO_FILE
 from vae3d.errors import UserError
 from vae3d.io import write_text
@@ -156,7 +155,7 @@ def download(
             raise UserError(f"{repository}: is no file or folder here, nor the name of a repository") from error
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise UserError(f"{repository}: is no file or folder here, and the hub says: {reason(error)}") from error
-        folder = cached_snapshot(repository, revision)
+        folder = cached_repository(repository, revision)
         if folder is None:
             raise UserError(
                 f"{repository}: is no file or folder here, not in the hub's cache, and the hub cannot be asked: "
@@ -210,21 +209,6 @@ def _is_inside(name: str) -> bool:
     """Whether the path `name` stays in its folder."""
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
-
-
-def cached_snapshot(repository: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository in the hub's cache, of this revision; None if it is not there."""
-    wanted = revision or "main"
-    try:
-        repositories = scan_cache_dir().repos
-    except CacheNotFound:
-        return None
-    for repo in repositories:
-        if repo.repo_id == repository and repo.repo_type == "model":
-            for cached in repo.revisions:
-                if wanted in cached.refs or wanted == cached.commit_hash:
-                    return cached.snapshot_path
-    return None
 
 
 def reason(error: BaseException) -> str:

@@ -65,8 +65,9 @@ def hub_hint(path: str | Path) -> str:
     )
 
 
-def cached_repository(path: str | Path) -> Path | None:
-    """The folder of `owner/name` in the Hugging Face hub's cache; None if it is not there, or no such name."""
+def cached_repository(path: str | Path, revision: str | None = None) -> Path | None:
+    """The folder of `owner/name` in the Hugging Face hub's cache, which may hold only some of its files; None if it is
+    not there, or no such name. revision: a branch, tag or commit; None: main."""
     text = str(path)
     if not HUB_NAME.fullmatch(text) or os.path.lexists(text):
         return None
@@ -74,9 +75,11 @@ def cached_repository(path: str | Path) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
+        return Path(snapshot_download(text, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        # Newer versions refuse the folder of a repository that was downloaded in part, such as its VAE alone.
+        partial = getattr(error, "snapshot_path", None)
+        return None if partial is None else Path(partial)
 
 
 def absolute_path(path: str) -> str:
