@@ -159,6 +159,11 @@ def test_loss_files_hold_the_numbers_of_their_sources():
     assert ours.terms["kl"].reduction is None
     assert {name: term.weight for name, term in theirs.terms.items()} == {"mse": 1.0, "lpips": 0.5, "kl": 1e-6}
     assert theirs.terms["kl"].reduction == "sum"
+    lightning = read(tiny.compose("experiment=sd_vae_gan_lightning"), TrainConfig)[0]
+    disc_weight, disc_factor, gradient_clip_val = 1.0, 0.5, 1.0  # its configs/train_config.json
+    assert lightning.adversary["weight"] == disc_weight * disc_factor
+    assert lightning.adversary["grad_clip"] == gradient_clip_val / disc_factor  # the loss there is halved, too
+    assert (lightning.adversary["adaptive_max"], lightning.data.crop, lightning.data.flip) == (10.0, "center", True)
 
 
 def test_a_run_says_its_absolute_learning_rate_and_effective_batch(videos, tmp_path, caplog):
