@@ -17,8 +17,10 @@ from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import closing as end
 from vae3d.commands import train
 from vae3d.commands.closing import closing, longer
-from vae3d.commands.summary import data_summary, never_reached
+from vae3d.commands.summary import data_summary, loss_summary, never_reached
+from vae3d.config.check import read
 from vae3d.config.issues import ConfigError
+from vae3d.config.schema import TrainConfig
 from vae3d.text import epoch_text
 from vae3d.training.runlog import Countdown, duration, fields
 
@@ -45,6 +47,14 @@ def test_a_line_names_what_is_unusual():
         "loss 1237: l1 0.4026 (75%), kl 1.89 (0%), gan -0.2 (25%)", "discriminator 0.7", "lr 1e-05 encoder",
         "lr 0.0001 decoder", "grad norm 3427", "25.2 clips/s", "0.8 GiB", "3 steps skipped",
     ]  # fmt: skip
+
+
+def test_the_start_says_which_terms_are_sums_and_which_are_means():
+    def first(loss: str) -> str:
+        return loss_summary(read(tiny.compose(f"loss={loss}"), TrainConfig)[0].loss).partition(". ")[0]
+
+    assert first("erp") == "loss: 1 l1 + 0.5 edge + 0.1 lpips + 1e-06 kl (sum); means over elements"
+    assert first("recon_kl") == "loss: 1 l1 + 1e-06 kl; summed over the elements of a frame (KL: of a clip)"
 
 
 def test_a_validation_is_one_line_and_frames_that_are_videos_are_not_listed_twice():

@@ -22,7 +22,7 @@ from vae3d.text import epoch_text, plural
 from vae3d.training.freeze import ALL
 
 if TYPE_CHECKING:
-    from vae3d.config.schema import TrainConfig
+    from vae3d.config.schema import Loss, LossTerm, TrainConfig
 
 SHOWN_FILES = 4  # held-out files that are named
 LATENTS = {"teacher": "the teacher's", "own": "its own", "mixed": "the teacher's or its own"}  # of teacher.decode
@@ -49,9 +49,7 @@ def summary(config: TrainConfig, model: nn.Module, ranks: int) -> list[str]:
         latent = "x".join(map(str, model.latent_shape(*size)))
         of = f"{name}: " if name else ""
         lines.append(f"  {of}{plural(size[0], 'frame')} of {size[1]}x{size[2]} -> latent {latent}")
-    terms = " + ".join(f"{term.weight:g} {name}" for name, term in config.loss.terms.items() if term.weight)
-    reduced = {"sum": "summed over the elements of a frame", "mean": "means over elements"}[config.loss.reduction]
-    lines.append(f"loss: {terms}; {reduced}. Logged per element, with each term's share of the loss")
+    lines.append(loss_summary(config.loss))
     if config.teacher.path is not None:
         teacher = config.teacher
         decoded = LATENTS[teacher.decode]
@@ -67,6 +65,18 @@ def summary(config: TrainConfig, model: nn.Module, ranks: int) -> list[str]:
     if len(batches) == 1 and "" in sources:
         return [*lines, f"{batches[0]}; {steps}"]
     return [*lines, *batches, steps]
+
+
+def loss_summary(loss: Loss) -> str:
+    """Terms with their weights, and whether they are sums or means."""
+
+    def written(name: str, term: LossTerm) -> str:
+        differs = term.reduction not in (None, loss.reduction)
+        return f"{term.weight:g} {name}{f' ({term.reduction})' if differs else ''}"
+
+    terms = " + ".join(written(name, term) for name, term in loss.terms.items() if term.weight)
+    reduced = {"sum": "summed over the elements of a frame (KL: of a clip)", "mean": "means over elements"}
+    return f"loss: {terms}; {reduced[loss.reduction]}. Logged per element, with each term's share of the loss"
 
 
 def never_reached(config: TrainConfig) -> list[str]:
