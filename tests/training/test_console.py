@@ -153,10 +153,11 @@ def test_on_start_is_a_switch(videos):
 
 def test_what_begins_after_the_last_step_is_warned_of(videos, tmp_path, caplog):
     late = ["adversary.start=3", "optim.warmup_steps=3", "loss.terms.kl.ramp=[3,5]", "loss.terms.l1.ramp=[2,5]"]
+    late += ["optim.decay_start=4", "optim.schedule=cosine"]
     images = ["stage=finetune", "stage.init_from=random", "loss=recon_kl", "data.frames.min=1", "data.frames.max=1"]
     config = tiny.training("spatial", videos, *images, *tiny.GAN, *late, "trainer.max_steps=3")
     assert [line.partition("=")[0] for line in never_reached(config)] == [
-        "optim.warmup_steps", "loss.terms.kl.ramp", "adversary.start",
+        "optim.warmup_steps", "optim.decay_start", "loss.terms.kl.ramp", "adversary.start",
     ]  # fmt: skip
     train.build_trainer(config, tmp_path).log.close()
     assert "adversary.start=3: the run ends before, at trainer.max_steps=3" in caplog.text

@@ -82,6 +82,8 @@ def loss_summary(loss: Loss) -> str:
 def never_reached(config: TrainConfig) -> list[str]:
     """Settings that would begin after the last step, such as a GAN of a run that was made shorter; for a warning."""
     starts = {"optim.warmup_steps": config.optim.warmup_steps}
+    if not config.optim.schedule.startswith("constant"):
+        starts["optim.decay_start"] = config.optim.decay_start or 0
     starts |= {f"loss.terms.{name}.ramp": term.ramp[0] for name, term in config.loss.terms.items() if term.weight}
     if isinstance(config.adversary, dict):
         starts["adversary.start"] = config.adversary.get("start") or 0
