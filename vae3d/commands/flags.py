@@ -325,7 +325,7 @@ def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
         vae3d eval --base OUT --metric ssim psnr lpips   # OUT_ori, OUT_rec and OUT_spatial
         vae3d eval --batch_size 2 --real_video_dir OUT_ori --generated_video_dir OUT_rec \\
             --device cuda --sample_fps 24 --crop_size 256 --resolution 256 --num_frames 17 --sample_rate 1 \\
-            --metric ssim psnr lpips flolpips                                   # Open-Sora's own protocol
+            --metric ssim psnr lpips flolpips --preset opensora12               # Open-Sora's own protocol
         vae3d eval --ref OUT_ori --compare A_rec B_rec   # which is better
         torchrun --nproc_per_node=8 eval/eval_common_metric.py ...              # the same, shared among processes
 
