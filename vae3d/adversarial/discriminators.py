@@ -30,7 +30,14 @@ class Conv2d(nn.Conv2d):
 class Conv3d(nn.Conv3d):
     """See Conv2d."""
 
-    forward = Conv2d.forward
+    def forward(self, x: Tensor) -> Tensor:
+        with autocast_off(x.device):
+            weight = self.weight
+        time, *space = self.padding
+        if x.shape[2] < self.kernel_size[0]:
+            # oneDNN pads fewer frames than the kernel has wrongly: in bf16 on CPUs, the weight's gradient is garbage.
+            x, time = F.pad(x, (0, 0, 0, 0, time, time)), 0
+        return F.conv3d(x, weight, self.bias, self.stride, (time, *space))
 
 
 class PatchGAN(nn.Module):
