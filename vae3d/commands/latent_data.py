@@ -60,6 +60,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
     counts = {group.size: len(group.entries) for group in groups}
     validated = diffusion_data.take_turns(held_out, (group.entries for group in cache.sizes(held_out)))
     validated = validated[: validation.clips if validation.every else 0]
+    mine = list(enumerate(validated.tolist()))[rank::world_size]  # numbered as by clip_data, for the same noise
     every = CachedLatents(cache, range(len(cache)), labelled)
     if labelled and rank == 0:
         labels = np.array(cache.labels)
@@ -75,7 +76,7 @@ def cache_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_siz
         size=diffusion_data.choose_size(counts, validation.height, validation.width),
         classes=cache.classes if labelled else [],
         trained_classes=sorted({cache.labels[place] for place in train}) if labelled else [],
-        held_out=[every[ClipIndex(place, place, 1)] for place in validated[rank::world_size].tolist()],
+        held_out=[every[ClipIndex(number, place, 1)] for number, place in mine],
         held_out_sizes=diffusion_data.distinct_sizes(codec, (group.size for group in cache.sizes(validated))),
         fingerprint=fingerprint_of_cache(cache.index.iloc[[*train, *held_out]], cache.meta["digest"]),
         notes=[f"{config.cache}: {plural(len(train), 'latent')} to train on ({cache.mode}), {len(held_out)} held out"],
