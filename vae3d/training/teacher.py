@@ -114,10 +114,9 @@ class Distillation:
             with capture_activations(self.teacher, list(self.features.values()), len(video)) as activations:
                 self.teacher.decode(z.to(self.dtype), video.shape[2])
             features = {name: one_per_latent(activations(inner), z.shape[2]) for name, inner in self.features.items()}
-        latents = convert_latents(z.float(), self.teacher, self.student).contiguous()  # as a cache returns them: the
-        features = {
-            name: tensor.float().contiguous() for name, tensor in features.items()
-        }  # order of sums depends on it
+        # Contiguous, as a cache returns them: the order of sums depends on it.
+        latents = convert_latents(z.float(), self.teacher, self.student).contiguous()
+        features = {name: tensor.float().contiguous() for name, tensor in features.items()}
         return replace(batch, targets=TeacherTargets(latents, features))
 
     def latents(self, batch: ClipBatch, step: int) -> Tensor | None:
