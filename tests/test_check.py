@@ -27,6 +27,11 @@ from vae3d.config.validate import check_inference, training_issues
 # Name -> overrides, what the error begins with (key=value), and what it says, too.
 FAULTS = {
     "unknown key": (["trainer.max_step=5"], "trainer.max_step", "did you mean trainer.max_steps?"),
+    "key of another section": (["optim.max_steps=5"], "optim.max_steps", "did you mean trainer.max_steps?"),
+    "key of a section within": (["data.path=a.csv"], "data.path", "did you mean data.source.path?"),
+    "key without its section": (["lr=1"], "lr", "did you mean optim.lr?"),
+    "key of several sections": (["frames=5"], "frames", "did you mean data.frames or validation.frames?"),
+    "keys of an unknown section": (["train.max_steps=5"], "train", "did you mean trainer?"),
     "unknown group": (["stages=stage1"], "stages", "did you mean stage?"),
     "unknown key of a term": (["loss.terms.l1.wieght=2"], "loss.terms.l1.wieght", "did you mean loss.terms.l1.weight?"),
     "missing value": (["data.source.path=???"], "data.source.path", "set data.source.path=/path/to/videos.csv"),
@@ -465,6 +470,7 @@ def test_the_defaults_of_the_schema_are_sound(name):
     """pydantic does not check defaults."""
     for issue in read(tiny.compose("run.name=x", config=name), SCHEMAS[name])[1]:
         assert issue.message == "required" or issue.key == "run", issue
+        assert "=VALUE" not in issue.hint, issue  # says what the value is
 
 
 TARGETS = sorted(

@@ -48,6 +48,8 @@ EXAMPLES = {
     "checkpoint": "checkpoint=PATH (a run folder, an export, published weights)",
     "source": "source=PATH (a CSV, parquet or JSON file, a folder, or one video)",
     "cache": "cache=FOLDER of the latents (the same command resumes)",
+    "out": "out=FOLDER of the samples (the same command resumes)",
+    "vae.path": "vae.path=PATH (a run folder, an export, published weights)",
     "save_dir": "save_dir=PREFIX of the folders PREFIX_ori, PREFIX_rec, PREFIX_spatial",
 }
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -205,9 +207,11 @@ def _typed(tree: Any, schema: type[C]) -> tuple[C, list[ConfigIssue]]:
     try:
         return adapter.validate_python(present), []
     except ValidationError as error:
-        issues = []
-        for item in error.errors(include_url=False):
-            issue, path = _issue(schema, item)
+        issues, errors = [], error.errors(include_url=False)
+        unknown = [_dotted(e["loc"]) for e in errors if e["type"] == "unexpected_keyword_argument"]
+        keys = [key for key, _ in walk(tree) if not any(is_within(key, other) for other in unknown)]
+        for item in errors:
+            issue, path = _issue(schema, item, keys)
             if issue.value != MISSING:
                 issues.append(issue)
             parent = present
@@ -226,8 +230,11 @@ def _adapter(schema: type[C]) -> TypeAdapter[C]:
     return TypeAdapter(schema)
 
 
-def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str]]:
-    """A pydantic error as an issue, and the path of the field or dict entry that is wrong."""
+def _issue(schema: Any, error: Mapping[str, Any], keys: Sequence[str]) -> tuple[ConfigIssue, list[str]]:
+    """A pydantic error as an issue, and the path of the field or dict entry that is wrong.
+
+    keys: those of the configuration, without the unknown ones.
+    """
     loc, path, given = [*map(str, error["loc"])], [], error["input"]
     while schema and loc:
         fields, name = fields_of(schema), loc.pop(0)
@@ -238,7 +245,8 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
             hint = "to compare with a teacher, run vae3d compare teacher=PATH ..."
             return ConfigIssue("teacher", value, "unknown key", hint, malformed=True), path
         if name not in fields:
-            hint = nearest(name, fields, prefix)
+            elsewhere = "" if isinstance(given, dict) else _elsewhere(name, prefix, keys)
+            hint = elsewhere or nearest(name, fields, prefix)
             return ConfigIssue(f"{prefix}{name}", NO_VALUE, "unknown key", hint, malformed=True), path
         field = fields[name]
         schema, container = nested_schema(field.annotation), typing.get_origin(bare(field.annotation))
@@ -259,6 +267,18 @@ def _issue(schema: Any, error: Mapping[str, Any]) -> tuple[ConfigIssue, list[str
     return ConfigIssue(key, given, message, hint, malformed=error["type"].endswith(("_type", "_parsing"))), path
 
 
+def _dotted(loc: Sequence[str | int]) -> str:
+    """A place in a tree as `walk` calls it."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+
+
+def _elsewhere(name: str, prefix: str, keys: Sequence[str]) -> str:
+    """A hint at the keys of this name below `prefix`, else in any section; nothing if there are none, or over three."""
+    found = [key for key in keys if key.endswith(f".{name}")]
+    found = [key for key in found if prefix and key.startswith(prefix)] or found
+    return f"did you mean {' or '.join(found)}?" if 0 < len(found) <= 3 else ""
+
+
 def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
     """Values that are required: MISSING in the tree, or in the objects because the tree lacks them."""
     entries = [*walk(dataclasses.asdict(config)), *walk(tree)]
@@ -266,6 +286,8 @@ def _missing(tree: Any, config: Any) -> Iterator[ConfigIssue]:
         example = EXAMPLES.get(key, f"{key}=VALUE")
         if key.startswith("data.sources.") and key.endswith((".source.path", ".source.root")):
             example = f"{key}=PATH"
+        if key == "data.source.path" and hasattr(config, "cache"):  # a training on latents
+            example += " or cache=FOLDER of vae3d encode"
         if key == "stage.init_from" and "all" in config.stage.train:  # no part would stay random
             example += " or random"
         if key == "teacher.path" and hasattr(config, "stage"):  # a training, which needs none
