@@ -49,8 +49,9 @@ def test_help_lists_every_command_without_torch():
         assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, command.summary]]
 
 
-def test_the_version_is_that_of_the_package(capsys):
-    assert cli.main(["--version"]) == 0
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"]])
+def test_the_version_is_that_of_the_package(capsys, command):
+    assert cli.main([*command, "--version"]) == 0
     assert capsys.readouterr().out == f"vae3d {vae3d.__version__}\n"
 
 
@@ -95,6 +96,13 @@ def test_a_reader_that_ends_first_leaves_no_traceback_but_another_process_does(m
             sys.excepthook(*broken)
         stream.write("nothing reads this")
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_is_not_converted_to_under_the_name_of_a_file(capsys):
+    assert flags.parse_convert(["run", "a.pth", "--to", "taehv"]).target == Path("a.pth")
+    with pytest.raises(SystemExit):
+        flags.parse_convert(["run", "a.pth", "--to", "taesd"])
+    assert "a.pth is the name of a file, and the layout taesd is a folder" in capsys.readouterr().err
 
 
 def test_flags_are_read_once(tmp_path, monkeypatch, capsys):

@@ -144,5 +144,9 @@ def test_a_smaller_decoder_is_read_back_with_its_shape(tmp_path, shape):
         read = vae3d.load(tmp_path / path)
         assert {name: list(read.init_arguments[name]) for name in shape} == shape
         assert_equal_states(read.state_dict(), model.state_dict())
-    with pytest.raises(CheckpointError, match="AutoencoderTiny has no network like taesd3 with decoder_channels"):
-        vae3d.save(TAESD(variant="taesd3", decoder_channels=[8] * 4), tmp_path / "diffusers", layout="diffusers")
+    with pytest.raises(CheckpointError, match="like taesd3 with decoder_channels, decoder_hidden;"):
+        vae3d.save(
+            TAESD(variant="taesd3", decoder_channels=[8] * 4, decoder_hidden=[8] * 4),
+            tmp_path / "diffusers",
+            layout="diffusers",
+        )

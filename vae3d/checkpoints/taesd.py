@@ -111,7 +111,7 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = VARIANTS[config["variant"]]
     changed = [name for name in ("decoder_channels", "decoder_blocks", "decoder_hidden") if config.get(name)]
     if kind.pool or len(kind.widths) != 3 or changed:
-        network = " with ".join([config["variant"], *changed])
+        network = config["variant"] + (f" with {', '.join(changed)}" if changed else "")
         raise ValueError(f"diffusers' AutoencoderTiny has no network like {network}; use the layout taesd")
     return {
         "_class_name": "AutoencoderTiny",

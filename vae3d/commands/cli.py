@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     if name in ("-h", "--help"):
         print(usage())
         return 0
-    if name == "--version":
+    if name == "--version" or (name in COMMANDS and rest == ["--version"]):  # Hydra would answer with its own
         print(f"vae3d {vae3d.__version__}")
         return 0
     if name not in COMMANDS:
