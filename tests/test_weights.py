@@ -274,6 +274,11 @@ def test_a_file_that_is_there_is_not_fetched_again(fetch_weights, serve, places)
     assert asked == []
 
 
+def test_the_list_of_files_ends_with_the_command_that_downloads_them(fetch_weights, capsys):
+    assert fetch_weights.main([]) == 0
+    assert "vae3d fetch-weights --metrics NAME" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_an_interrupted_download_goes_on_where_it_stopped(fetch_weights, serve, places, capsys):
     address, asked = serve(CONTENT, 1000)
     command = ["net.pth", "--dest", str(places[0]), "--mirror", address]

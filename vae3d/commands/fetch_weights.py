@@ -86,6 +86,9 @@ def list_files() -> None:
         here = next((str(path) for folder in search_path() for path in held(folder, file)), "not here")
         size = f"{file.size:,} bytes" if file.size else "size unknown"
         print(f"{file.name}  {size}  {file.licence}\n  for {', '.join(file.used_for)}\n  {here}")
+    print(
+        "\nvae3d fetch-weights --metrics NAME ... downloads what metrics and losses need, vae3d fetch-weights all all"
+    )
 
 
 def held(folder: Path, file: WeightFile) -> list[Path]:
