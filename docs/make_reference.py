@@ -40,7 +40,7 @@ GROUPS = {
     "process": "process",
 }
 INTRO = """\
-# Every setting
+# All keys
 
 [vae3d](../README.md) | [All pages](../README.md#where-to-go-next)
 

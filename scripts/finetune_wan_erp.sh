@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune the Wan2.1 VAE on panoramas with the options of finetune_vae_rgb.py; see docs/wan.md:
+# Fine-tune the Wan2.1 VAE on panoramas with the options of finetune_vae_rgb.py; see docs/panoramas.md:
 #
 #   scripts/finetune_wan_erp.sh --vae_path Wan2.1_VAE.pth --data_root DATA --output_dir results/vae_rgb_finetuned \
 #     --height 128 --width 256 --max_frames 5 --lr 1e-5 --max_steps 5000 --gradient_checkpointing

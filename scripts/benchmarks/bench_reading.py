@@ -19,7 +19,7 @@ torchvision's read_video where torchvision still has it (up to 0.25). From a tar
 both ways of its users: each video is decoded whole (by its torch_video, or by PyAV where there is no read_video) and
 the clip cut out, or decord or torchcodec take the clip from its bytes. All read the same clips, and the frames must be
 equal. The methods take turns, in another order each round; of each the fastest of --repeats rounds counts. Prints a
-table for docs/train.md.
+table for docs/speed.md.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class BucketShape:
 @dataclass(config=STRICT)
 class Buckets:
     """Shapes of clips, one per step, at about equal cost per step: `shapes`, or every size with every frame count.
-    data.buckets=[...] is short for data.buckets.shapes=[...]. See docs/train.md."""
+    data.buckets=[...] is short for data.buckets.shapes=[...]. See docs/data.md."""
 
     shapes: list[BucketShape] | None = setting(None, "The buckets. null: by the rule of the other keys.")
     aspects: Aspects = setting(
