@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,9 @@ from vae3d.config.fields import allowed, fields_of, nested_schema
 from vae3d.config.issues import MISSING
 from vae3d.config.latents import EncodeConfig
 from vae3d.config.schema import CONF, Clips, CompareConfig, InferConfig, MixedSource, TrainConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from site_hooks import as_list
 
 COMMANDS = {
     "vae3d train": TrainConfig,
@@ -71,6 +75,9 @@ def _tables(schema: Any, prefix: str, documented: set[tuple[str, Any]]) -> Itera
         inherited = [name for name in fields if name in fields_of(Clips)]
         rows.append(f"| {', '.join(f'`{name}`' for name in inherited)} | those of `data` | | as `data.*` |")
         fields = {name: field for name, field in fields.items() if name not in inherited}
+    if schema is CompareConfig:
+        rows.append("| all keys of `vae3d infer` | | | as there |")
+        fields = {name: field for name, field in fields.items() if name not in fields_of(InferConfig)}
     for name, field in fields.items():
         section = nested_schema(field.annotation)
         key = f"{prefix}{name}.NAME" if typing.get_origin(field.annotation) is dict else f"{prefix}{name}"
@@ -108,14 +115,16 @@ def targets(folder: Path) -> list[str]:
 def _class(target: str) -> str:
     module, _, name = target.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
-    rows = []
-    for argument in inspect.signature(kind).parameters.values():
+    arguments, rows = inspect.signature(kind).parameters, []
+    for argument in arguments.values():
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):  # of a Protocol, until its first instance
             continue
         default = "**required**" if argument.default is argument.empty else f"`{argument.default!r}`"
         rows.append(f"| `{argument.name}` | {default} | {_type(argument.annotation)} |")
     table = ["| argument | default | type |", "|---|---|---|", *rows, ""] if rows else []
-    return "\n".join([f"#### `{target}`", "", inspect.cleandoc(kind.__doc__ or ""), "", *table])
+    paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+    text = "\n\n".join(as_list(paragraph, set(arguments)) for paragraph in paragraphs)
+    return "\n".join([f"#### `{target}`", "", text, "", *table])
 
 
 def _type(annotation: str) -> str:

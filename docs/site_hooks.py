@@ -97,4 +97,4 @@ def as_list(paragraph: str, names: set[str]) -> str:
     text = re.sub(r"(?:^|(?<=[.:] ))Raises (?=\w)", "\n\nRaises ", text)
     item = rf"(?:^|(?<=\. )|(?<=\n\n))((?:{name})(?:, (?:{name}))*): "
     listed = re.sub(item, lambda m: "\n\n- " + ", ".join(f"`{n}`" for n in m[1].split(", ")) + ": ", text)
-    return listed.strip() if listed != text or "\n\nRaises" in text else paragraph
+    return re.sub(" +\n", "\n", listed).strip() if listed != text or "\n\nRaises" in text else paragraph

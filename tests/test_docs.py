@@ -173,5 +173,4 @@ def test_links_of_the_repository_lead_to_the_same_file_of_the_site(page, link, e
     ],
 )
 def test_arguments_of_a_docstring_become_a_list(paragraph, expected):
-    found = re.sub(r" *\n\n+", "\n\n", site_hooks.as_list(paragraph, {"path", "a", "b", "video"}))
-    assert found == expected
+    assert re.sub(r"\n\n+", "\n\n", site_hooks.as_list(paragraph, {"path", "a", "b", "video"})) == expected
