@@ -10,8 +10,8 @@ from pathlib import Path
 from vae3d.data.decoding.index_build import build
 from vae3d.data.decoding.video_index import VideoIndex, pack, parse
 from vae3d.data.media import MediaError
+from vae3d.data.storage.cache import cache_folder, warn_cache_unwritable
 from vae3d.data.storage.files import FileRange, local_range
-from vae3d.data.storage.paths import cache_folder, warn_cache_unwritable
 from vae3d.io import atomic_write
 
 look_in: dict[Path, Callable[[Sequence], bytes | None]] = {}  # beside tables: key of a video -> a file of the cache

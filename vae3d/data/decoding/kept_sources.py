@@ -12,8 +12,8 @@ from pathlib import Path
 from vae3d.data.decoding.frame_source import FrameSource
 from vae3d.data.decoding.index_build import build
 from vae3d.data.decoding.index_cache import open_index
+from vae3d.data.storage.cache import cache_folder
 from vae3d.data.storage.files import FileRange, local_range
-from vae3d.data.storage.paths import cache_folder
 
 KEPT = 8  # files per process
 KEPT_PIXELS = 2**24  # of one frame of each of them together: eight of 1080p

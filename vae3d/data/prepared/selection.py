@@ -14,7 +14,7 @@ import pyarrow as pa
 from vae3d.data.batches.selection import SHOWN, Choice, Pairs, Rules, check_broken_share, choose, pieces, skipped_files
 from vae3d.data.prepared.rows import results_of
 from vae3d.data.prepared.table import KEPT, Large
-from vae3d.data.storage.cache_lock import alone
+from vae3d.data.storage.cache import alone
 from vae3d.data.table.file_table import CHUNK, NAMES, TEXT, ArrowFile, FileTable, write_arrow
 from vae3d.data.table.fingerprint import GroupedFingerprint, grouped
 from vae3d.data.table.probe import PART, ProbeResults, Ranks, read_files, read_metadata

@@ -29,8 +29,7 @@ import numpy as np
 from vae3d.data.media import DataError
 from vae3d.data.prepared.rows import FolderRows, Rows, is_folder, rows_of
 from vae3d.data.sources.open_source import Source
-from vae3d.data.storage.cache_lock import alone
-from vae3d.data.storage.paths import cache_folder
+from vae3d.data.storage.cache import alone, cache_folder
 from vae3d.data.table.file_table import ArrowFile, FileTable
 from vae3d.data.table.probe import Ranks
 from vae3d.data.table.rows import Listing, exists, in_threads

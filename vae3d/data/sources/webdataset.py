@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 
 from vae3d.data.decoding.readers import is_image
 from vae3d.data.media import DataError, MediaError, StreamItem
-from vae3d.data.storage.cache_lock import alone
-from vae3d.data.storage.paths import cache_folder, is_http, is_url, local_name, member_path
+from vae3d.data.storage.cache import alone, cache_folder
+from vae3d.data.storage.paths import is_http, is_url, local_name, member_path
 from vae3d.data.storage.stores import find_objects, list_urls
 from vae3d.data.table.rows import NUMBERS, exists, joined, rows_from_paths
 from vae3d.data.table.segments import SEGMENT

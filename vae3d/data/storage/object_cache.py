@@ -19,7 +19,8 @@ from pathlib import Path
 
 from vae3d.data.media import DataError
 from vae3d.data.storage import stores
-from vae3d.data.storage.paths import cache_folder, suffix_of
+from vae3d.data.storage.cache import cache_folder
+from vae3d.data.storage.paths import suffix_of
 from vae3d.data.storage.stores import StorageError
 
 DEFAULT_GIB = 20.0

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,21 +21,6 @@ from vae3d.data.media import DataError
 HF_IMAGE, HF_VIDEO = ".hfimage", ".hfvideo"  # suffixes of rows of datasets
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 MEMBER = re.compile(r"(.+?\.(?:tar|arrow)(?:\?.*?)?)@([0-9]{1,18})\+([0-9]{1,18})/(.+)", re.DOTALL)
-
-
-def cache_folder() -> Path:
-    """$VAE3D_CACHE, or vae3d in the user's cache folder."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
-
-
-def warn_cache_unwritable(error: OSError, consequence: str) -> None:
-    """Warn that something is not kept. consequence: what is done again instead each time."""
-    warnings.warn(
-        f"cannot write to the cache folder {cache_folder()} ({error.strerror}): {consequence}; set VAE3D_CACHE to a "
-        "writable folder",
-        stacklevel=3,
-    )
 
 
 def is_url(path: str | Path) -> bool:

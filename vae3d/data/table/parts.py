@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from vae3d.data.storage.paths import warn_cache_unwritable
+from vae3d.data.storage.cache import warn_cache_unwritable
 from vae3d.data.table.file_table import ArrowFile
 from vae3d.hashing import file_hash
 from vae3d.io import atomic_path

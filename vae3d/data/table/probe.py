@@ -23,7 +23,8 @@ import pyarrow as pa
 from vae3d.data.decoding.index_cache import look_in
 from vae3d.data.decoding.readers import media_info
 from vae3d.data.media import MediaError, MediaInfo
-from vae3d.data.storage.paths import cache_folder, is_stored, is_url
+from vae3d.data.storage.cache import cache_folder
+from vae3d.data.storage.paths import is_stored, is_url
 from vae3d.data.table.file_table import NAMES, take
 from vae3d.data.table.parts import PartFolders, path_hash, read_part, replace_parts
 from vae3d.data.table.rows import NUMBERS, THREADS, invalid_rows

@@ -39,7 +39,8 @@ SPLITS = ("train", "val", "test")
 THREADS = 16
 PATHS_PER_TASK = 200  # of a thread
 MAX_NAME = 255  # bytes of a file name, on every file system
-MISSING_NUMBERS = ("", "nan", "-nan", "na", "n/a", "none", "null")  # in columns of numbers; in text columns these are text
+# In columns of numbers; in text columns these are text. C programs write -nan.
+MISSING_NUMBERS = ("", "nan", "-nan", "na", "n/a", "none", "null")
 WHOLE_NUMBERS = ("num_frames", "height", "width")
 MAX_WHOLE = 2**31 - 1  # of which columns and lengths are made
 MINIMUM = {"fps": 0, "start": 0, "end": 0}  # of a column; 1 for the others. fps is 0 of an image

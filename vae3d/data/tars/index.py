@@ -26,9 +26,9 @@ import pyarrow.compute as pc
 
 from vae3d.arguments import Range, check_fields
 from vae3d.data.media import DataError, one_line
-from vae3d.data.storage.cache_lock import alone
+from vae3d.data.storage.cache import alone, cache_folder
 from vae3d.data.storage.files import local_copy
-from vae3d.data.storage.paths import cache_folder, is_url, local_name
+from vae3d.data.storage.paths import is_url, local_name
 from vae3d.data.storage.stores import StorageError
 from vae3d.data.tars.rows import FLOATS, INTEGERS, KEY, SCHEMA, media_rows
 from vae3d.data.tars.samples import Shard, find_shard

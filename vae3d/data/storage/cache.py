@@ -1,14 +1,29 @@
-"""A lock of the cache folder, so that what is made there is made once."""
+"""The cache folder, and a lock, so that what is made there is made once."""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
 from vae3d.io import FileError
+
+
+def cache_folder() -> Path:
+    """$VAE3D_CACHE, or vae3d in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("VAE3D_CACHE", home / "vae3d"))
+
+
+def warn_cache_unwritable(error: OSError, consequence: str) -> None:
+    """Warn that something is not kept. consequence: what is done again instead each time."""
+    warnings.warn(
+        f"cannot write to the cache folder {cache_folder()} ({error.strerror}): {consequence}; set VAE3D_CACHE to a "
+        "writable folder",
+        stacklevel=3,
+    )
 
 
 @contextmanager
@@ -17,6 +32,8 @@ def alone(path: Path, kept: str) -> Iterator[None]:
 
     kept: what the folder keeps, for the message. Raises FileError if the cache folder cannot be written.
     """
+    from filelock import FileLock  # imports asyncio
+
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
