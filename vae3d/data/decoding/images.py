@@ -97,6 +97,7 @@ class ImageReader:
                 _check_has_alpha(self.path, image)
                 return ImageOps.exif_transpose(image).convert("RGBA")
             _check_opaque(self.path, image)
+            _check_range(self.path, image)
             if size is None:
                 return _to_8_bits(self.path, ImageOps.exif_transpose(image)).convert("RGB")
             stored = size[::-1] if _is_turned(image) else size
@@ -201,6 +202,13 @@ def _check_opaque(path: str | Path, image: Image.Image) -> None:
         raise MediaError(path, "has transparent pixels; flatten it onto a background of your choice")
 
 
+def _check_range(path: str | Path, image: Image.Image) -> None:
+    """Raise MediaError for pixels of 32 bits: the file does not say which values are black and white."""
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # mode I of a PNG or PGM has 16 bits
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise MediaError(path, f"holds {kind} pixels of unknown range; store it with 8 or 16 bits")
+
+
 def _check_has_alpha(path: str | Path, image: Image.Image) -> None:
     """Raise MediaError for images without alpha, and with one that has other than 8 bits."""
     if not image.has_transparency_data:
@@ -235,8 +243,6 @@ def _is_turned(image: Image.Image) -> bool:
 
 def _to_8_bits(path: str | Path, image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits; Pillow's own conversion clips nearly everything to white."""
-    if image.mode == "F":
-        raise MediaError(path, "holds floating-point pixels of unknown range; store it with 8 or 16 bits")
     if image.mode.startswith("I"):
         return Image.fromarray(((grey_levels(path, image) + 128) // 257).astype(np.uint8))
     return image
