@@ -116,7 +116,7 @@ def _port(text: str) -> int:
 
 
 def parse_index(argv: Sequence[str] | None = None) -> Namespace:
-    """Index tar shards, so that every sample of them is one range read; see docs/data.md.
+    """Index tar shards, so that every sample of them is one range read; see docs/large_data.md.
 
         vae3d index "shards/{000000..000999}.tar"
         vae3d index shards --probe
@@ -143,7 +143,7 @@ def parse_index(argv: Sequence[str] | None = None) -> Namespace:
 
 
 def parse_make_shards(argv: Sequence[str] | None = None) -> Namespace:
-    """Write tar shards, in the layout of webdataset, from any source; see docs/data.md.
+    """Write tar shards, in the layout of webdataset, from any source; see docs/large_data.md.
 
         vae3d make-shards videos.csv shards --size 1GB
         vae3d make-shards photos shards --samples 10000 --shuffle 0 --probe

@@ -1,4 +1,4 @@
-"""Index tar shards, so that every sample is one range read; see docs/data.md. Flags: vae3d.commands.flags."""
+"""Index tar shards, so that every sample is one range read; see docs/large_data.md. Flags: vae3d.commands.flags."""
 
 from __future__ import annotations
 

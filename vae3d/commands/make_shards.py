@@ -1,4 +1,4 @@
-"""Write tar shards from any source; see docs/data.md. Flags: vae3d.commands.flags."""
+"""Write tar shards from any source; see docs/large_data.md. Flags: vae3d.commands.flags."""
 
 from __future__ import annotations
 

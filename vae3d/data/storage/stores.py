@@ -365,7 +365,7 @@ def _lasting(error: Exception, url: str, name: str) -> Exception:
     if denied or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         protocol = url.partition(":")[0].upper()
         public = f"; for a public bucket: export FSSPEC_{protocol}='{{\"anon\": true}}'" if protocol == "S3" else ""
-        reason = f"access is denied: {_described(error)}. Credentials are those of fsspec (docs/data.md){public}"
+        reason = f"access is denied: {_described(error)}. Credentials are those of fsspec (docs/large_data.md){public}"
         return MediaError(name, reason) if denied else StorageError(f"{name}: {reason}")
     if isinstance(error, OSError | ValueError) or status or _is_of_backend(error):
         return MediaError(name, f"cannot be read: {_described(error)}")
