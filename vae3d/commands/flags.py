@@ -48,8 +48,10 @@ def parse_try(argv: Sequence[str] | None = None) -> Namespace:
         "checkpoint", nargs="?", help="a run, an export, published weights, or owner/name on the Hugging Face hub"
     )
     parser.add_argument("--out", type=Path, help="folder; default try_VIDEO or try_VIDEO_CHECKPOINT")
-    parser.add_argument("--frames", type=positive_int, default=33, help="at most so many, default %(default)s")
-    parser.add_argument("--height", type=positive_int, default=256, help="reduce higher videos, default %(default)s")
+    parser.add_argument("--frames", type=positive_int, default=33, help="first frames to take, default %(default)s")
+    parser.add_argument(
+        "--height", type=positive_int, default=256, help="reduce higher videos to this, default %(default)s"
+    )
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     return parser.parse_args(argv)
 
@@ -89,7 +91,9 @@ def parse_app(argv: Sequence[str] | None = None) -> Namespace:
         metavar="NAME",
         help="another name by which browsers reach the page",
     )
-    parser.add_argument("--max_upload", type=positive_float, default=500.0, metavar="MB", help="default %(default)g")
+    parser.add_argument(
+        "--max_upload", type=positive_float, default=500.0, metavar="MB", help="of a file, default %(default)g"
+    )
     parser.add_argument("--max_frames", type=positive_int, default=129, help="of a job, default %(default)s")
     parser.add_argument("--max_height", type=positive_int, default=1080, help="in pixels, default %(default)s")
     parser.add_argument(
@@ -103,7 +107,7 @@ def parse_app(argv: Sequence[str] | None = None) -> Namespace:
         type=positive_float,
         default=60.0,
         metavar="MIN",
-        help="unused uploads and results, default %(default)g",
+        help="for unused uploads and results, default %(default)g",
     )
     return parser.parse_args(argv)
 
@@ -123,8 +127,8 @@ def parse_index(argv: Sequence[str] | None = None) -> Namespace:
         vae3d index "https://host/shards/{000000..000999}.tar" --out shards.arrow
 
     Reads the headers of all shards, not the videos. Writes index.arrow beside the shards; of shards at a URL into
-    $VAE3D_CACHE/shards, where data=webdataset finds it. A killed run goes on; shards that have not changed since the
-    last index are not read again. Shards of latents (writers=[webdataset] of vae3d encode) are indexed too.
+    $VAE3D_CACHE/shards, where data=webdataset finds it. The same command resumes; shards that have not changed since
+    the last index are not read again. Shards of latents (writers=[webdataset] of vae3d encode) are indexed too.
     """
     parser = _parser(parse_index)
     parser.add_argument(
@@ -149,21 +153,23 @@ def parse_make_shards(argv: Sequence[str] | None = None) -> Namespace:
         vae3d make-shards photos shards --samples 10000 --shuffle 0 --probe
 
     A sample has the file as it is (nothing is encoded again) and a .json with its text, label, split, start, end and,
-    where they are known, num_frames, height, width and fps. The same source and settings give the same bytes. A killed
-    run goes on. Writes index.arrow too. Train on the shards with data=webdataset data.source.path=OUT.
+    where they are known, num_frames, height, width and fps. The same source and settings give the same bytes. The same
+    command resumes. Writes index.arrow too. Train on the shards with data=webdataset data.source.path=OUT.
     """
     parser = _parser(parse_make_shards)
     parser.add_argument(
         "source", help="a table (.csv, .tsv, .parquet), a list (.json, .jsonl), a folder, a dataset, shards, or a URL"
     )
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--size", type=byte_size, help="at most so large is a shard, such as 500MB (1GB)")
-    parser.add_argument("--samples", type=positive_int, help="at most so many samples are in a shard")
-    parser.add_argument("--shuffle", type=non_negative_int, metavar="SEED", help="in a random order")
-    parser.add_argument("--probe", action="store_true", help="open files whose frames, size or rate are not given")
-    parser.add_argument("--root", help="folder of relative paths in a table or list (its own)")
+    parser.add_argument("--size", type=byte_size, help="largest size of a shard, such as 500MB (1GB)")
+    parser.add_argument("--samples", type=positive_int, help="largest number of samples in a shard")
+    parser.add_argument("--shuffle", type=non_negative_int, metavar="SEED", help="write samples in a random order")
     parser.add_argument(
-        "--max_broken", type=_share, default=0.0, help="leave out up to this share of files, if they cannot be read (0)"
+        "--probe", action="store_true", help="read frames, size and rate that are not given from the files"
+    )
+    parser.add_argument("--root", help="folder of relative paths in a table or list (default: its own)")
+    parser.add_argument(
+        "--max_broken", type=_share, default=0.0, help="leave out up to this share of files that cannot be read (0)"
     )
     parser.add_argument("--workers", type=positive_int, default=4, help="shards to write at a time (4)")
     args = parser.parse_args(argv)
@@ -218,11 +224,11 @@ def parse_measure_scale(argv: Sequence[str] | None = None) -> Namespace:
         vae3d measure-scale sd_vae_folder photos --out sd_vae_measured
 
     Encodes the centre clip of COUNT files, evenly spread over the source, in fp32, and samples from the posteriors
-    (--of_means: takes their means, for diffusion models that train on them). An image VAE gets one scaling_factor,
-    1 / standard deviation of all values, as Stable Diffusion has it (--shift: also shift_factor, the mean;
-    --per_channel: both for each channel). Other models get latents_mean and latents_std for each channel. `normalize`
-    then returns latents of unit variance, also in files that vae3d convert writes from the export. Without --out the
-    export is rewritten; of a run, the newest.
+    (with --of_means it takes their means, for diffusion models that train on them). An image VAE gets one
+    scaling_factor, 1 / standard deviation of all values, as Stable Diffusion has it (--shift: also shift_factor, the
+    mean; --per_channel: both for each channel). Other models get latents_mean and latents_std for each channel.
+    `normalize` then returns latents of unit variance, also in files that vae3d convert writes from the export. Without
+    --out the export is rewritten; of a run, the newest.
 
     --by_pixels sets the deviation of each channel so that equal errors of normalised latents change the decoded pixels
     equally, for losses on latents (stages 1 and 2 of a temporal VAE on top). An image VAE also needs --per_channel.
@@ -286,7 +292,7 @@ def parse_encode_status(argv: Sequence[str] | None = None) -> Namespace:
     parser = _parser(parse_encode_status)
     parser.add_argument("cache", help="a folder, or the URL of one in a store")
     parser.add_argument(
-        "--stale", type=positive_float, default=120.0, help="as that setting of the encoding processes (120)"
+        "--stale", type=positive_float, default=120.0, help="seconds, as stale= of the encoding processes (120)"
     )
     return parser.parse_args(argv)
 
@@ -388,7 +394,12 @@ def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
     add("--on_missing", choices=("stop", "skip"), default="stop", help="skip: leave out metrics without their weights")
     add = parser.add_argument_group("run and report").add_argument
     add("--device", default="cuda", help="cuda or cpu; without a GPU the CPU computes the same numbers")
-    add("--output", type=Path, metavar="DIR", help="of several, with a folder of each; default: RECONSTRUCTIONS_eval")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder to write, of several with a folder for each; default: RECONSTRUCTIONS_eval",
+    )
     add("--fresh", action="store_true", help="discard the scores of earlier runs")
     add("--per_frame", action="store_true", help="also write per_frame.csv")
     add("--no_page", action="store_true", help="no index.html with moving pictures")
