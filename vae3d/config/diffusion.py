@@ -44,7 +44,7 @@ class Averages:
     """Exponential moving averages of the weights. Validation, samples and exports use the first rate; exports also keep
     the others."""
 
-    rates: Rates = setting(lambda: [0.9999], "Decays.")
+    rates: Rates = setting(lambda: [0.9999], "Decays of the averages.")
     warmup: bool = setting(True, "Limit the decays to (1 + step) / (10 + step).")
     every: Int = setting(1, "Steps between updates.", ge=1)
     device: Literal["model", "cpu"] = setting("model", "model: on the weights' device; cpu: in pinned host memory.")
@@ -66,19 +66,19 @@ class DiffusionValidation:
     """Loss of held-out latents, and samples."""
 
     every: Int = setting(1000, "Steps between validations. 0: no validation.", ge=0)
-    on_start: bool = setting(True, "Also before the first step, to compare with. A resume does not repeat it.")
+    on_start: bool = setting(True, "Also validate before the first step. A resume does not repeat it.")
     clips: Int = setting(64, "Held-out latents.", ge=1)
     draws: Int = setting(8, "Times and noises for each latent, the same in every validation.", ge=1)
     frames: Int | None = setting(
-        None, "Of held-out clips and samples. null: data.frames.max. Not used for a cache.", ge=1
+        None, "Frames of held-out clips and of samples. null: data.frames.max. Not used for a cache.", ge=1
     )
-    height: Int | None = setting(None, "Of samples: a size that is trained on. null: the commonest.", ge=1)
-    width: Int | None = setting(None, "Of samples: a size that is trained on. null: the commonest.", ge=1)
+    height: Int | None = setting(None, "Height of samples: a size that is trained on. null: the commonest.", ge=1)
+    width: Int | None = setting(None, "Width of samples: a size that is trained on. null: the commonest.", ge=1)
     samples: Int = setting(16, "Samples drawn.", ge=1)
     steps: Int = setting(50, "Steps of the sampler.", ge=1)
     method: Method | None = setting(None, "ddpm or ddim for Gaussian diffusion, euler for flow. null: the first.")
     guidance: Float = setting(1.0, "Scale of classifier-free guidance. 1: off.", ge=0)
-    shift: Float = setting(1.0, "Of flow's times. Above 1: more steps at high noise.", gt=0)
+    shift: Float = setting(1.0, "Shift of flow's times. Above 1: more steps at high noise.", gt=0)
 
 
 @dataclass(config=STRICT)
@@ -114,9 +114,9 @@ class SampleConfig:
     count: Int = setting(16, "Number of samples.", ge=1)
     classes: Strings = setting(list, "Class names, used in turn. []: all classes.")
     seed: Int = setting(0, "Seed of the samples.", ge=0)
-    num_frames: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
-    height: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
-    width: Int | None = setting(None, "null: as in the run's own samples.", ge=1)
+    num_frames: Int | None = setting(None, "Frames of samples. null: as in the run's own samples.", ge=1)
+    height: Int | None = setting(None, "Height of samples. null: as in the run's own samples.", ge=1)
+    width: Int | None = setting(None, "Width of samples. null: as in the run's own samples.", ge=1)
     every_size: bool = setting(False, "`count` samples of each size that was trained on, in a folder for each.")
     method: Method | None = setting(None, "ddpm or ddim for Gaussian diffusion, euler for flow. null: the first.")
     steps: Int = setting(50, "Steps of the sampler.", ge=1)
@@ -128,7 +128,7 @@ class SampleConfig:
         None, "Pixels of overlap, blended linearly. null: exact, for networks that can be.", ge=0
     )
     eta: Float = setting(0.0, "Noise of ddim. 0: none; 1: as much as ddpm.", ge=0, le=1)
-    shift: Float = setting(1.0, "Of flow's times. Above 1: more steps at high noise.", gt=0)
+    shift: Float = setting(1.0, "Shift of flow's times. Above 1: more steps at high noise.", gt=0)
     write: Annotated[list[Literal["grid", "files", "npz"]], BeforeValidator(as_list), Field(min_length=1)] = setting(
         lambda: ["grid", "files", "npz"], "grid: of the first 100; files: one per sample; npz: of images only."
     )
@@ -137,7 +137,7 @@ class SampleConfig:
     fps: Float = setting(8.0, "Frame rate of the written videos.", gt=0)
     batch_size: Int = setting(16, "Samples per forward pass.", ge=1)
     precision: Literal["fp32", "bf16"] = setting("fp32", "Autocast over fp32 weights, of network and autoencoder.")
-    device: str | None = setting(None, "null: cuda if there is a GPU.")
+    device: str | None = setting(None, "Where to compute. null: cuda if there is a GPU, else cpu.")
 
 
 def _is_node(value: Any) -> bool:

@@ -23,7 +23,8 @@ class EncodeConfig(FilesConfig):
 
     source: Any = setting(MISSING, "A table, a JSON list, a folder or one file; or a `_target_` node, as in conf/data.")
     cache: Folder = setting(
-        MISSING, "Folder to write, or s3:// or gs://. The same command resumes, and started again meanwhile it helps."
+        MISSING,
+        "Folder to write, or s3:// or gs://. The same command resumes; run several times at once, it shares the work.",
     )
     shard: str | None = setting(
         None, "i/n, also --shard i/n: this is the i-th of n processes, as of a job array. null: the only one."
@@ -48,7 +49,7 @@ class EncodeConfig(FilesConfig):
         "auto", "column (`label`), folder (its name); auto: column or, without one, folder."
     )
     store: Literal["moments", "mean", "sample"] = setting("moments", "moments: the posterior's mean and deviation.")
-    dtype: Literal["fp32", "fp16", "bf16"] = setting("fp16", "Of the stored latents.")
+    dtype: Literal["fp32", "fp16", "bf16"] = setting("fp16", "Type of the stored latents.")
     writers: Annotated[list[Literal["npy", "webdataset"]], BeforeValidator(as_list)] = setting(list, "Further formats.")
     shard_size: Int = setting(512, "Clips per file. A killed process loses its unfinished file.", ge=1)
     batch_size: Int = setting(

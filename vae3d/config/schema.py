@@ -142,10 +142,12 @@ class BucketShape:
     frames: Int = setting(MISSING, "Frames.", ge=1)
     height: Int = setting(MISSING, "Pixels.", ge=1)
     width: Int = setting(MISSING, "Pixels.", ge=1)
-    cost: Float | None = setting(None, "Of a clip, such as measured seconds; for all or none. null: pixels.", gt=0)
+    cost: Float | None = setting(None, "Cost of a clip, such as measured seconds; for all or none. null: pixels.", gt=0)
     batch_size: Int | None = setting(None, "Clips per step, over all ranks. null: as many as cost the same.", ge=1)
     weight: Float | None = setting(
-        None, "Of its steps; for all or none. null: so that each file of each bucket is drawn equally often.", gt=0
+        None,
+        "Share of the steps, relative to the others; for all or none. null: each file of each bucket equally often.",
+        gt=0,
     )
 
 
@@ -201,7 +203,9 @@ class Clips:
 class MixedSource(Clips):
     """A source of a mixture. A key that is not given has the value of `data`."""
 
-    weight: Float = setting(1.0, "Of its steps among those of all sources: 2 and 1 are two thirds and one third.", gt=0)
+    weight: Float = setting(
+        1.0, "Share of the steps, relative to the other sources: 2 and 1 are two thirds and one third.", gt=0
+    )
 
 
 @dataclass(config=STRICT)
@@ -226,9 +230,9 @@ class Optim:
     """AdamW and its learning rate."""
 
     lr: Float = setting(1e-5, "Learning rate.", gt=0)
-    betas: Betas = setting(lambda: [0.9, 0.999], "Of AdamW.")
-    eps: Float = setting(1e-8, "Of AdamW.", gt=0)
-    weight_decay: Float = setting(0.0, "Of AdamW.", ge=0)
+    betas: Betas = setting(lambda: [0.9, 0.999], "Betas of AdamW.")
+    eps: Float = setting(1e-8, "Epsilon of AdamW.", gt=0)
+    weight_decay: Float = setting(0.0, "Weight decay of AdamW.", ge=0)
     warmup_steps: Int = setting(0, "Steps over which the rate rises linearly from 0, in all schedules.", ge=0)
     schedule: Schedule = setting("constant", "Learning rate after the warm-up.")
     decay_start: Int | None = setting(None, "First step of the decay. null: right after the warm-up.")
@@ -265,10 +269,10 @@ class Validation:
     """Metrics on held-out files."""
 
     every: Int = setting(1000, "Steps between validations. 0: no validation.", ge=0)
-    on_start: bool = setting(True, "Also before the first step, to compare with. A resume does not repeat it.")
+    on_start: bool = setting(True, "Also validate before the first step. A resume does not repeat it.")
     clips: Int = setting(16, "Held-out clips.", ge=1)
     frames: Int = setting(17, "Frames of each clip.", ge=1)
-    metrics: Strings = setting(lambda: ["psnr", "ssim"], "See docs/score.md.")
+    metrics: Strings = setting(lambda: ["psnr", "ssim"], "Scores of the held-out clips; docs/score.md lists them.")
     slow_metrics: Strings = setting(list, "Metrics computed less often, such as rfid.")
     slow_metrics_every: Int = setting(
         0, "Steps between these, a multiple of `every`. 0: after the last step only.", ge=0
@@ -282,7 +286,7 @@ class Publish:
     """Checkpoints under the names that other programs expect, in the run's folder: <prefix>_step<N>.pt (training
     state), <prefix>_ema_step<N>.pt and <prefix>_final_ema.pt (averaged weights)."""
 
-    prefix: FolderName | None = setting(None, "null: no such files.")
+    prefix: FolderName | None = setting(None, "Start of their names. null: no such files.")
     layout: str = setting("videox_fun", "Key layout of averaged weights: FLAT_LAYOUTS of vae3d/checkpoints/export.py.")
     measure_scale: Int = setting(0, "Training clips to measure the exports' latent scale on. 0: the model's own.", ge=0)
     final_model: bool = setting(False, "TAEHV: write final_model.pth, final_model.safetensors, model.json at the end.")
@@ -320,7 +324,7 @@ class Teacher:
     """A frozen autoencoder whose latents the model learns to encode to and to decode from."""
 
     path: str | None = setting(MISSING, "Checkpoint, as `vae3d.load` takes it. null: no teacher.")
-    precision: Precision = setting("fp32", "Of its weights and all its computations.")
+    precision: Precision = setting("fp32", "Precision of its weights and computations.")
     sample: bool = setting(False, "Sample its latents instead of taking the mode.")
     decode: Literal["teacher", "own", "mixed"] = setting(
         "teacher", "Latents that the student decodes. mixed: one or the other at random, each step."
@@ -345,7 +349,7 @@ class Steps:
         "disabled", "async: checkpoints are copied to host memory, and written while training goes on."
     )
     reduce_dtype: Literal["fp32", "bf16"] = setting(
-        "fp32", "In which the model's gradients are summed over ranks; clipping and the optimizer take fp32."
+        "fp32", "Type in which gradients are summed over ranks; clipping and the optimizer stay in fp32."
     )
 
 
@@ -489,7 +493,7 @@ class FilesConfig:
     tile_overlap: Int | None = setting(
         None, "Pixels of overlap, blended linearly. null: exact, for networks that can be.", ge=0
     )
-    device: str | None = setting(None, "null: cuda if there is a GPU.")
+    device: str | None = setting(None, "Where to compute. null: cuda if there is a GPU, else cpu.")
     seed: Int = setting(0, "Seed of the samples.", ge=0)
 
 
@@ -504,13 +508,13 @@ class InferConfig(FilesConfig):
     cuda_graphs: bool = setting(False, "Replay a stream's steady chunk as a CUDA graph. See docs/speed.md.")
     memory_gib: Float | None = setting(None, "GiB for streaming, beyond the weights. null: the model's default.", gt=0)
     start: Int = setting(0, "First frame.", ge=0)
-    num_frames: Int | None = setting(None, "null: to the end.", ge=1)
+    num_frames: Int | None = setting(None, "Frames to take. null: to the end.", ge=1)
     num_samples: Int | None = setting(None, "Only the first rows of the source. null: all.", ge=1)
     sample: bool = setting(False, "Sample the latents, as in training, instead of taking the mode.")
     codec: Literal["lossless", "h264"] = setting(
         "lossless", "lossless: bit-exact, RGB in .mp4, RGBA in .mkv; h264: for viewing."
     )
-    metrics: Strings = setting(list, "Computed before the codec. See docs/score.md.")
+    metrics: Strings = setting(list, "Scores, computed before the codec; docs/score.md lists them.")
     report: bool = setting(
         False, "Write the page PREFIX_report/index.html: every file, moving, beside its reconstruction."
     )
@@ -524,7 +528,7 @@ class ComparedTeacher:
     """The teacher that the checkpoint is compared with."""
 
     path: str = setting(MISSING, "Checkpoint, as `vae3d.load` takes it. teacher=PATH is short for it.")
-    precision: Precision = setting("fp32", "Of its weights and all its computations.")
+    precision: Precision = setting("fp32", "Precision of its weights and computations.")
 
 
 @dataclass(config=STRICT)
