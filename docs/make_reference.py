@@ -52,11 +52,14 @@ Generated from `vae3d/config/` by `python docs/make_reference.py > docs/referenc
 
 `KEY=VALUE` on the command line sets a key. A wrong key or value stops every command before it reads data, with all
 errors in one list. **Required** keys have no default; the files of `conf/` set most of them.
+
+Keys of {commands}, and arguments of the [classes](#classes) that the files of `conf/` name.
 """
 
 
 def markdown() -> str:
-    parts, documented = [INTRO], set()
+    links = ", ".join(f"[{command}](#{command.replace(' ', '-')})" for command in COMMANDS)
+    parts, documented = [INTRO.format(commands=links)], set()
     for command, schema in COMMANDS.items():
         parts.append(f"## `{command}`\n\n{inspect.getdoc(schema)}\n")
         parts += _tables(schema, "", documented)
