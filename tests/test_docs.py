@@ -26,6 +26,7 @@ DOCS = tiny.ROOT / "docs"
 PAGES = [tiny.ROOT / "README.md", *sorted(set(DOCS.glob("*.md")) - {DOCS / "reference.md", DOCS / "needs.md"})]
 SECTIONS = ("adversary", "data", "debug", "launcher", "loss", "model", "optim", "run", "stage", "teacher", "trainer")
 CONFIGURED = {name: command for name, command in cli.COMMANDS.items() if isinstance(command, cli.HydraCommand)}
+FLAGGED = {name: command for name, command in cli.COMMANDS.items() if getattr(command, "parse", None)}
 SCRIPTS = {"train.py": "train", "infer.py": "infer", "compare.py": "compare", "encode_latents.py": "encode"}
 SCRIPTS |= {"train_latent_diffusion.py": "train-diffusion", "sample_latent_diffusion.py": "sample"}
 SETTING = re.compile(rf"(?<![\w./-])((?:{'|'.join((*SECTIONS, 'validation'))})(?:\.\w+)+)=")
@@ -86,6 +87,20 @@ def test_the_commands_on_the_pages_pass_their_checks(page):
     """On docs/extend.md they need what the reader adds."""
     for name, words in printed_commands(page.read_text()):
         assert not issues_of(name, words), shlex.join([name, *words])
+
+
+def test_the_flags_on_the_pages_are_those_of_the_commands():
+    parsers = {name: cli.resolve_name(command.parse) for name, command in FLAGGED.items()}
+    named = re.compile(rf"vae3d ({'|'.join(parsers)}) ([^|;&`\n]+)")
+    wrong = []
+    for page in PAGES:
+        blocks = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)).replace("\\\n", " ")
+        for name, words in named.findall(blocks):
+            try:
+                parsers[name]([word for word in shlex.split(words, comments=True) if word != "..."])
+            except SystemExit:
+                wrong.append(f"{page.name}: vae3d {name} {words}")
+    assert not wrong
 
 
 def test_the_examples_of_help_pass_their_checks():
