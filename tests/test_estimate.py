@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -34,13 +35,21 @@ def test_the_files_of_a_run_have_the_counted_sizes(videos, tmp_path):
     assert needs.stays["weights"] == needs.stays["gradients"] == needs.stays["AdamW"] / 2 == needs.export
 
 
-def test_the_moving_average_on_the_host_takes_no_memory_of_the_device(videos):
+def test_what_is_kept_on_the_host_takes_its_memory_and_none_of_the_device(videos):
     config = deepcopy(checked(videos))
     config.trainer.ema.decay = 0.9
     beside, config.trainer.ema.device = step_cost.vae_needs(config, 1), "cpu"
     host = step_cost.vae_needs(config, 1)
-    assert (host.stays["EMA"], beside.stays["EMA"]) == (0, beside.stays["weights"])
+    assert (host.host, beside.host, beside.stays["EMA"]) == ({"EMA": beside.stays["EMA"]}, {}, beside.stays["weights"])
+    assert host.memory == beside.memory - beside.stays["EMA"]
     assert host.state == beside.state
+    (line,) = (line for line in estimate.estimates(config, host, "1 clip", 1.0, 1, 0, 0) if "of the host" in line)
+    assert f"EMA {estimate.amount(beside.stays['EMA'])}" in line
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    config.trainer.strategy = replace(config.trainer.strategy, name="deepspeed", deepspeed=offload)
+    offloaded = step_cost.vae_needs(config, 1, ranks=2)
+    assert offloaded.host["AdamW"] == beside.stays["AdamW"] // 2
+    assert "AdamW" not in offloaded.stays
 
 
 def test_memory_and_operations_grow_with_the_clips_and_operations_equal_torchs_count(videos):

@@ -46,14 +46,17 @@ def diffusion_needs(
             losses["loss"].mean().backward()
         weights = bytes_of(network.parameters())
     rates = len(config.trainer.ema.rates)
-    on_device = rates if config.trainer.ema.device == "model" else 0
     decodes = config.cache is None or config.validation.every
-    stays = {"weights": weights, "gradients": weights, "AdamW": 2 * weights, "EMA": on_device * weights}
+    stays = {"weights": weights, "gradients": weights, "AdamW": 2 * weights}
+    host = {}
+    (host if config.trainer.ema.device == "cpu" else stays)["EMA"] = rates * weights
     if data.schedule.world_size > 1:
         buffer = reduction_elements([*network.parameters()])
         stays["averaging over ranks"] = buffer * DTYPES[config.trainer.reduce_dtype].itemsize
     stays["autoencoder"] = bytes_of(data.codec.model.parameters()) if decodes else 0
-    return Needs(stays, {"forward and backward": cost.peak}, cost.flops, (3 + rates) * weights, rates * weights)
+    return Needs(
+        stays, {"forward and backward": cost.peak}, cost.flops, (3 + rates) * weights, rates * weights, host=host
+    )
 
 
 def clips_text(clips: int, frames: int) -> str:
@@ -80,6 +83,7 @@ def estimates(
     host = [f"this process now {amount(here)}"]
     if workers:
         host.append(f"batches that {plural(workers, 'worker')} read{'s' * (workers == 1)} ahead {amount(ahead)}")
+    host += [f"{name} {amount(value)}" for name, value in needs.host.items() if value]
     if needs.replay:
         host.append(f"Seraena's replay {amount(needs.replay)}")
     copied = needs.state if trainer.async_mode == "async" and trainer.save_every else 0
@@ -87,12 +91,12 @@ def estimates(
         host.append(f"a copy of the checkpoint while it is written, on the first rank, {amount(copied)}")
     step_flops = needs.flops * trainer.accumulate * share
     whole, cpu = step_flops * trainer.max_steps, cpu_flops()
+    on_host = here + ahead + sum(needs.host.values()) + needs.replay + copied
     return [
         f"estimates, counted on the shapes of {clips}, forward and backward, with every loss on; not measured:",
         f"  memory of the device, per rank: {amount(needs.memory)} = {stays}, on top in a step "
         f"{amount(max(needs.parts.values()))}; on a GPU add about 1 GiB for CUDA itself",
-        f"  memory of the host, per rank: {amount(here + ahead + needs.replay + copied)} = {', '.join(host)}; without "
-        "a GPU the above comes on top",
+        f"  memory of the host, per rank: {amount(on_host)} = {', '.join(host)}; without a GPU the above comes on top",
         f"  time: {step_flops / 1e12:.3g} TFLOP per step and rank: for {plural(trainer.max_steps, 'step')} "
         f"{duration(whole / 1e12 / GPU_TFLOPS)} on a GPU that reaches {GPU_TFLOPS} TFLOP/s, {duration(whole / cpu)} on "
         f"this CPU, where a convolution reaches {cpu / 1e12:.2g}; reading, validation and waiting come on top",

@@ -10,7 +10,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -51,6 +51,7 @@ class Needs:
     stays: bytes on its device from step to step, by item. parts: bytes on top, at most, in each part of a step. flops:
     of a micro-batch of the longest clips, forward and backward. state, export: bytes of a checkpoint and of an export.
     replay: bytes of Seraena's images, once they are all there: in the rank's host memory, and in every checkpoint.
+    host: bytes of other items that stay in host memory instead of on the device.
     """
 
     stays: dict[str, int]
@@ -59,6 +60,7 @@ class Needs:
     state: int
     export: int
     replay: int = 0
+    host: dict[str, int] = field(default_factory=dict)
 
     @property
     def memory(self) -> int:
@@ -105,11 +107,14 @@ def vae_needs(
         replay = step.replay_bytes(clips)
         if ranks > 1:
             stays["averaging over ranks"] = step.reduction_bytes()
-    if config.trainer.ema.device == "cpu":
-        stays["EMA"] = 0
-    if config.trainer.strategy.name == "deepspeed":
+    strategy = config.trainer.strategy
+    on_host = {"EMA"} if config.trainer.ema.device == "cpu" else set()
+    if strategy.name == "deepspeed":
         stays |= {name: stays[name] // ranks for name in ("gradients", "AdamW")}
-    return Needs(stays, parts, flops, state, export, replay)
+        offload = (strategy.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
+        on_host |= {"AdamW"} if offload.get("device") == "cpu" else set()
+    host = {name: stays.pop(name) for name in sorted(on_host)}
+    return Needs(stays, parts, flops, state, export, replay, host)
 
 
 class TrainingStep:
