@@ -227,6 +227,8 @@ def test_vae3d_train_is_train_py(console, videos, tmp_path):
     done = tiny.run(*console, "train", *words, "run.name=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout
     assert [json.loads(line)["step"] for line in (tmp_path / "runs/run/metrics.jsonl").open()] == [1, 2]
+    launch = json.loads((tmp_path / "runs/run/launches.jsonl").read_text())
+    assert launch["command"][-len(words) - 2 :] == ["train", *words, "run.name=run"]  # as it was typed
     written = (tmp_path / "runs/run/.hydra/rank0/config.yaml").read_text()
     refused = tiny.run(*console, "train", *words, "run.name=run", "run.seed=5", cwd=tmp_path)
     assert refused.returncode == 2, refused.stdout

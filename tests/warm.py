@@ -267,6 +267,7 @@ def main() -> None:
 
 def _run(argv: list[str], cwd: str) -> None:
     """As `python argv` does."""
+    sys.orig_argv = [sys.executable, *argv]
     if argv[0] == "-m":
         sys.argv, sys.path[0] = argv[1:], cwd
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shlex
 import struct
 import sys
 import time
@@ -235,7 +236,7 @@ def test_texts_of_each_launch_command_configuration_versions_and_parameters(run)
     events = tensorboard(run)
     assert "data:\n" in text_of(events, "9_run/configuration").replace("    ", "")
     assert "lr: 0.002" in text_of(events, "9_run/configuration")
-    assert Path(sys.argv[0]).name in text_of(events, "9_run/command")
+    assert shlex.join(sys.orig_argv).splitlines()[0] in text_of(events, "9_run/command")
     assert "torch " in text_of(events, "9_run/versions")
     assert "decoder: " in text_of(events, "9_run/parameters")
     assert [event.step for event in events.Tensors("9_run/parameters/text_summary")] == [0, 2]

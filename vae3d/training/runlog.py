@@ -75,7 +75,7 @@ class RunLog:
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "step": step,
-            "command": sys.argv,
+            "command": sys.orig_argv,  # sys.argv is what Hydra was given, without the name of the command
             "commit": _git("rev-parse", "HEAD"),
             "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
             "python": platform.python_version(),
@@ -90,7 +90,7 @@ class RunLog:
         if entry["uncommitted_changes"]:
             versions["commit"] += " with uncommitted changes"
         for name, text in {
-            "command": shlex.join(map(str, entry["command"])),
+            "command": shlex.join(entry["command"]),
             "configuration": yaml_text(config),
             "versions": "\n".join(f"{package} {number or 'unknown'}" for package, number in versions.items()),
         }.items():
