@@ -30,17 +30,11 @@ def main(args: Namespace) -> None:
         print_partial(storage_of(args.cache))
         return
     cache = LatentCache(args.cache, verify=args.verify)
-    print_statistics(
-        cache,
-        "" if args.write else "; if the export has not been updated since, use --write EXPORT --per_channel",
-    )
+    hint = "" if args.write else "; if the export has not been updated since, use --write EXPORT --per_channel"
+    entries, classes = plural(len(cache), "entry"), f"; {plural(len(cache.classes), 'class')}"
+    print_table(cache.statistics, cache.meta, cache.name, entries, classes, hint, cache.sizes())
     if args.write is not None:
         write(args)
-
-
-def print_statistics(cache: LatentCache, hint: str) -> None:
-    content = f"{plural(len(cache), 'entry')}", f"; {plural(len(cache.classes), 'class')}"
-    print_table(cache.statistics, cache.meta, cache.name, *content, hint, cache.sizes())
 
 
 def print_partial(storage: LocalStorage | ObjectStorage) -> None:
