@@ -30,6 +30,7 @@ from vae3d.data.sources.folder import Folder, files_under
 from vae3d.data.sources.table import Table
 from vae3d.data.table import parts, probe
 from vae3d.data.table.parts import PartFolders
+from vae3d.errors import UserError
 
 SETTINGS = ClipSettings(16, 16)
 
@@ -274,6 +275,8 @@ def test_check_lists_every_bad_row_and_writes_the_good_ones(videos, tmp_path, ca
     assert good["num_frames"].tolist() == [12, *range(14, 22), 1, 1]
     assert set(Table(tmp_path / "good.csv").table()["text"]) == {"a\rb"}
     assert check(parse([str(tmp_path / "good.csv"), "--full", "--workers", "1"])) == 0
+    with pytest.raises(UserError, match="table itself"):
+        check(parse([str(source.path), "--clean", str(source.path)]))
 
 
 def test_a_folder_in_place_of_a_table_is_named(tmp_path):

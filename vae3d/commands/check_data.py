@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -126,6 +127,8 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
 
     if clean and not clean.resolve().parent.is_dir():
         raise UserError(f"--clean {clean}: its folder does not exist")
+    if clean and clean.exists() and os.path.exists(path) and clean.samefile(path):
+        raise UserError(f"--clean {clean}: is the table itself, whose other columns would be lost; choose another name")
     source = open_source(path, root)
     table = source.table()
     usable, notes = usable_workers(workers or 4, "--workers")
