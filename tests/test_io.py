@@ -148,6 +148,10 @@ def test_atomic_files_replace_their_names_only_the_target_last(tmp_path, monkeyp
     assert {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {
         "a": "new", "b": "old", "target": "new", "z": "new",
     }  # fmt: skip
+    with atomic_files(tmp_path / "target") as tmp, atomic_files(tmp_path / "target") as of_another_rank:
+        (tmp / "a").write_text("first")
+        (of_another_rank / "a").write_text("second")
+    assert (tmp_path / "a").read_text() == "first"
 
 
 def test_tensors_have_the_permissions_of_any_new_file(tmp_path):

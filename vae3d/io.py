@@ -251,8 +251,7 @@ def atomic_files(target: Path) -> Iterator[Path]:
 
     Each replaces the file or folder of its name; `target` moves last, so that it is there only if all others are.
     """
-    tmp = tmp_path(target)
-    remove(tmp)
+    tmp = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")  # other ranks may save the same
     tmp.mkdir(parents=True)
     try:
         yield tmp
