@@ -26,3 +26,8 @@ def byte_text(count: int) -> str:
 def is_utf8(text: str) -> bool:
     """Whether a text can be written. Lone surrogates cannot, which JSON can hold, and names of files of other bytes."""
     return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The message of an error in one line, or its type if it has no message."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

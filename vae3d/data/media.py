@@ -99,8 +99,3 @@ def check_indices(path: str | Path, indices: Sequence[int], num_frames: int) -> 
         raise MediaError(
             path, f"has {plural(num_frames, 'frame')}; frames {min(indices)} to {max(indices)} were requested"
         )
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The message of an error in one line, or its type if it has no message."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -14,6 +14,7 @@ from vae3d.io import read_text
 from vae3d.latents import shards
 from vae3d.latents.identity import VaeMetadata
 from vae3d.latents.shards import INDEX, META, STATISTICS, CacheError, IndexRow
+from vae3d.text import one_line
 
 MAX_INDEX_BYTES = 2**32
 TEXTS, INTEGERS = ([name for name, kind in annotations_of(IndexRow).items() if kind is of] for of in (str, int))
@@ -78,7 +79,7 @@ def read_index(file: Path, meta: Mapping[str, Any]) -> pd.DataFrame:
         text = StringIO(read_text(file, MAX_INDEX_BYTES))
         index = pd.read_csv(text, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values={"fps": [""]})
     except (OSError, TypeError, ValueError, OverflowError) as error:  # ValueError: also of pandas' parser
-        raise CacheError(f"{file} cannot be read: {' '.join(str(error).split())}; encode again") from error
+        raise CacheError(f"{file} cannot be read: {one_line(error)}; encode again") from error
     if why := rows_error(index, meta):
         raise CacheError(f"{file} has {why}; encode again")
     return index

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vae3d.arguments import annotations_of
-from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.webdataset import is_tar, open_index
 from vae3d.data.storage.files import local_range
 from vae3d.data.storage.paths import member_path
@@ -30,7 +30,7 @@ from vae3d.data.tars.rows import KEY
 from vae3d.data.tars.samples import Sample, Shard, samples_of
 from vae3d.latents.metadata import TEXTS, read_meta_file, rows_error
 from vae3d.latents.shards import KINDS, META, CacheError, IndexRow, name_of, shards_in
-from vae3d.text import plural
+from vae3d.text import one_line, plural
 
 log = logging.getLogger("vae3d")
 

@@ -11,9 +11,10 @@ import av
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from vae3d.data.media import MediaError, one_line
+from vae3d.data.media import MediaError
 from vae3d.data.storage.files import FileRange
 from vae3d.errors import UserError
+from vae3d.text import one_line
 
 # What libav and PyAV raise for a damaged file. Other exceptions are bugs of ours.
 DECODER_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError, RuntimeError, LookupError, ArithmeticError)

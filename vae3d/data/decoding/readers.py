@@ -32,10 +32,10 @@ from vae3d.data.decoding.images import IMAGE_SUFFIXES, ImageReader, SequenceRead
 from vae3d.data.decoding.images import resize as resize_image
 from vae3d.data.decoding.kept_sources import keep_source, open_frame_source
 from vae3d.data.decoding.video_index import VideoIndex
-from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, one_line
+from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices
 from vae3d.data.storage.files import FileRange, RangeFile, local_range, size_and_version
 from vae3d.data.storage.paths import HF_IMAGE, HF_VIDEO, is_stored, suffix_of
-from vae3d.text import plural
+from vae3d.text import one_line, plural
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts"),

@@ -25,11 +25,11 @@ import pyarrow as pa
 import yaml
 
 from vae3d.data.decoding.images import IMAGE_SUFFIXES
-from vae3d.data.media import DataError, one_line
+from vae3d.data.media import DataError
 from vae3d.data.sources.table_files import kind_of
 from vae3d.data.storage.paths import HF_IMAGE, HF_VIDEO, local_name
 from vae3d.data.storage.stores import PACKAGES
-from vae3d.text import plural
+from vae3d.text import one_line, plural
 
 if TYPE_CHECKING:
     import datasets

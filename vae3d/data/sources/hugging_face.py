@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vae3d.data.media import DataError, StreamItem, one_line
+from vae3d.data.media import DataError, StreamItem
 from vae3d.data.sources.dataset_rows import (
     IMAGE,
     VIDEO,
@@ -34,6 +34,7 @@ from vae3d.data.sources.dataset_rows import (
 )
 from vae3d.data.table.rows import joined, rows_from_paths
 from vae3d.data.table.versions import file_stamp
+from vae3d.text import one_line
 
 if TYPE_CHECKING:
     import datasets

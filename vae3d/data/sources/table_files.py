@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.storage.files import local_copy
 from vae3d.data.storage.paths import is_stored, is_url
+from vae3d.text import one_line
 
 if TYPE_CHECKING:
     import pandas as pd

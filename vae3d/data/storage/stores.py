@@ -19,9 +19,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.storage.paths import URL, is_http, local_name
-from vae3d.text import plural
+from vae3d.text import one_line, plural
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vae3d.arguments import Range, check_fields
-from vae3d.data.media import DataError, one_line
+from vae3d.data.media import DataError
 from vae3d.data.storage.cache import alone, cache_folder
 from vae3d.data.storage.files import local_copy
 from vae3d.data.storage.paths import is_url, local_name
@@ -35,7 +35,7 @@ from vae3d.data.tars.samples import Shard, find_shard
 from vae3d.hashing import json_hash
 from vae3d.io import atomic_write, naming
 from vae3d.progress import progress
-from vae3d.text import plural
+from vae3d.text import one_line, plural
 
 INDEX = "index.arrow"
 VERSION = 1  # of the index

@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 
 from vae3d.data.decoding.images import IMAGE_SUFFIXES
 from vae3d.data.decoding.readers import VIDEO_SUFFIXES
-from vae3d.data.media import DataError, one_line
+from vae3d.data.media import DataError
 from vae3d.data.table.probe import read_metadata
 from vae3d.data.table.rows import SPLITS
 from vae3d.data.table.segments import SEGMENT_ERROR
 from vae3d.data.tars.samples import SIDECARS, Member, Sample, Shard, samples_of
-from vae3d.text import is_utf8
+from vae3d.text import is_utf8, one_line
 
 KEY = b"vae3d"  # of the schema's metadata
 NAME = "__name__"  # key of a .json member: the sample's name in the source that it was written from

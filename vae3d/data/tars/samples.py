@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from stat import S_ISREG
 from typing import BinaryIO, NamedTuple
 
-from vae3d.data.media import DataError, MediaError, one_line
+from vae3d.data.media import DataError, MediaError
 from vae3d.data.storage.files import open_range, size_and_version
 from vae3d.data.storage.paths import is_url, member_path
+from vae3d.text import one_line
 
 REMOTE_BLOCK = 2**19  # bytes of a range read of headers
 MAX_PADDING = 2**20  # zero bytes after the end of a tar
