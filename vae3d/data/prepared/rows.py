@@ -42,6 +42,7 @@ from vae3d.data.table.row_arrays import equal_in_a_file, path_hashes, row_arrays
 from vae3d.data.table.rows import NUMBERS, SPLITS, TEXTS, Listing, mark_missing_files, normalise_rows
 from vae3d.data.table.segments import SEGMENT
 from vae3d.data.table.versions import file_stamp
+from vae3d.data.workers import processor_count
 from vae3d.progress import progress
 from vae3d.seeding import seed_of
 
@@ -277,7 +278,7 @@ def _in_processes(
     pieces: Iterable[pa.Table], root: str, schema: pa.Schema
 ) -> Iterator[tuple[pa.RecordBatch, set[str]]]:
     """_converted of every piece, in order; of a few at a time, in processes."""
-    workers = min(WORKERS, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
+    workers = min(WORKERS, processor_count()) if sys.platform == "linux" else 1
     if workers == 1:
         yield from (_converted(_known(piece), root, schema) for piece in pieces)
         return
