@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.data.decoding.images import IMAGE_SUFFIXES
-from vae3d.data.decoding.readers import VIDEO_SUFFIXES, open_pair
+from vae3d.data.decoding.readers import is_media, open_pair
 from vae3d.data.media import MediaInfo, Size
 from vae3d.errors import UserError
 from vae3d.pixels import quantize
@@ -135,9 +134,8 @@ def _media(folder: Path) -> list[Path]:
         is_url = re.match(r"[a-z0-9]+:/", str(folder))  # of which pathlib leaves one slash
         hint = "; files are scored in local folders: vae3d infer source=URL writes originals and reconstructions"
         raise PairError(f"{folder}: no such folder{hint if is_url else ''}")
-    media = VIDEO_SUFFIXES + IMAGE_SUFFIXES
     visible = (f for f in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in f.relative_to(folder).parts))
-    files = [f for f in visible if f.suffix.lower() in media]
+    files = [f for f in visible if is_media(f)]
     if not files:
         raise PairError(f"{folder} holds no video or image")
     for file in files:  # now, not when all are scored and the tables are written

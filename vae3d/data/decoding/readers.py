@@ -108,6 +108,11 @@ def is_image(path: str | Path) -> bool:
     return suffix.endswith((*IMAGE_SUFFIXES, HF_IMAGE)) and not is_sequence(path)
 
 
+def is_media(name: str | Path) -> bool:
+    """Whether a name has the extension of a video or an image."""
+    return suffix_of(name) in VIDEO_SUFFIXES + IMAGE_SUFFIXES
+
+
 def _require_file(path: str | Path) -> None:
     if is_stored(path):
         if size_and_version(path)[0] == 0:

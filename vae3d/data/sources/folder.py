@@ -10,11 +10,11 @@ from pathlib import Path
 import pandas as pd
 
 from vae3d.data.decoding.images import IMAGE_SUFFIXES, is_sequence, numbered
-from vae3d.data.decoding.readers import VIDEO_SUFFIXES
+from vae3d.data.decoding.readers import VIDEO_SUFFIXES, is_media
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.dataset_rows import how_to_download
 from vae3d.data.sources.webdataset import TAR, is_tar
-from vae3d.data.storage.paths import is_stored, local_name, split_member, suffix_of
+from vae3d.data.storage.paths import is_stored, local_name, split_member
 from vae3d.data.storage.stores import find_objects, list_urls
 from vae3d.data.table.rows import Listing, absolute_paths
 
@@ -106,11 +106,6 @@ def _leads_back(here: str, name: str) -> bool:
         return False
     target = os.path.join(os.path.realpath(path), "")
     return any(os.path.join(os.path.realpath(parent), "").startswith(target) for parent in (here, *Path(here).parents))
-
-
-def is_media(name: str) -> bool:
-    """Whether a name has the extension of a video or an image."""
-    return suffix_of(name) in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
 def sequences(path: Path) -> list[Path]:

@@ -19,8 +19,9 @@ from typing import Protocol
 
 import pandas as pd
 
+from vae3d.data.decoding.readers import is_media
 from vae3d.data.sources.dataset_rows import has_tables, is_saved
-from vae3d.data.sources.folder import Folder, files_under, is_media
+from vae3d.data.sources.folder import Folder, files_under
 from vae3d.data.sources.hugging_face import HuggingFace
 from vae3d.data.sources.json_clips import JsonClips
 from vae3d.data.sources.table import Table

@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vae3d.data.decoding.readers import is_image
+from vae3d.data.decoding.readers import is_image, is_media
 from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.storage.cache import alone, cache_folder
 from vae3d.data.storage.paths import is_http, is_url, local_name, member_path
@@ -39,7 +39,7 @@ from vae3d.data.tars.index import (
     read_index,
     shard_paths,
 )
-from vae3d.data.tars.rows import is_media, media_member, member_paths, values_of
+from vae3d.data.tars.rows import media_member, member_paths, values_of
 from vae3d.data.tars.samples import COMPRESSED_TAR, Shard, find_shard, samples_of
 from vae3d.data.workers import processor_count
 from vae3d.hashing import json_hash
@@ -170,7 +170,7 @@ class TarStream:
     def read(self, shard: int, first: int = 0) -> Iterator[StreamItem]:
         """Raises DataError for a damaged tar, and for samples that a stream cannot use as they mean to be used."""
         path = self.paths[shard]
-        for number, sample in enumerate(samples_of(find_shard(path), lambda n, kind: n >= first and is_media(kind))):
+        for number, sample in enumerate(samples_of(find_shard(path), lambda n, name: n >= first and is_media(name))):
             if number < first:
                 continue
             member = media_member(path, sample, self.media)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vae3d.data.decoding.images import IMAGE_SUFFIXES
-from vae3d.data.decoding.readers import VIDEO_SUFFIXES
+from vae3d.data.decoding.readers import is_media
 from vae3d.data.media import DataError
 from vae3d.data.table.probe import read_metadata
 from vae3d.data.table.rows import SPLITS
@@ -65,7 +63,7 @@ def media_rows(shard: Shard, media: str | None = None, probe: bool = False) -> p
 
 def media_member(path: str, sample: Sample, media: str | None) -> Member:
     """The video or image of a sample, or its member with the extension `media`. Raises DataError."""
-    found = [name for name in sample.members if is_media(name)]
+    found = [name for name, member in sample.members.items() if is_media(member.name)]
     if media is not None:
         found = [name for name in found if name == media.lower().lstrip(".")]
     if len(found) == 1:
@@ -80,11 +78,6 @@ def media_member(path: str, sample: Sample, media: str | None) -> Member:
     what = "video or image" if media is None else f"member .{media.lstrip('.')}"
     hint = "; the members of a sample must follow each other (tar --sort=name)" if len(sample.members) == 1 else ""
     raise DataError(f"{path}: the sample {sample.key} has no {what}, only {has}{hint}")
-
-
-def is_media(extension: str) -> bool:
-    """Whether a member with this extension is a video or an image."""
-    return os.path.splitext(f"x.{extension}")[1] in VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 
 def values_of(sample: Sample) -> tuple[dict[str, Any], str | None]:

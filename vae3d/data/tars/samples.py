@@ -122,7 +122,8 @@ def open_shard(shard: Shard) -> Iterator[BinaryIO]:
 def samples_of(shard: Shard, with_content: Callable[[int, str], bool] = lambda *_: False) -> Iterator[Sample]:
     """The samples of a tar in their order: consecutive members whose names are equal up to the first dot.
 
-    with_content: (number of the sample, extension) -> whether to read the member, as .json, .txt and .cls always are.
+    with_content: (number of the sample, name of the member) -> whether to read the member, as .json, .txt and .cls
+    always are.
     Skips folders, hidden files, and names that webdataset skips: without an extension, and __NAME__.
     Raises DataError, naming the member, for a tar that is truncated, damaged or compressed, and for links, sparse
     members, and names that are not UTF-8 or occur twice.
@@ -182,7 +183,7 @@ def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], boo
             content = None
             if extension in SIDECARS and info.size > MAX_SIDECAR:
                 raise DataError(f"{path}: {info.name} has {info.size} bytes, more than {MAX_SIDECAR}")
-            if extension in SIDECARS or with_content(number, extension):
+            if extension in SIDECARS or with_content(number, info.name):
                 stream.seek(info.offset_data)  # not by extractfile, which reads many small pieces
                 content = stream.read(info.size)
                 if len(content) != info.size:
