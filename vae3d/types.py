@@ -87,10 +87,10 @@ class Delta:
         return self.mean.new_zeros(self.mean.shape[0])
 
 
-def cat_posteriors(parts: Sequence[Posterior | Delta]) -> Posterior | Delta:
-    """One of a clip from those of its chunks, all of one kind, joined along time."""
+def cat_posteriors(parts: Sequence[Posterior | Delta], dim: int = 2) -> Posterior | Delta:
+    """One of a clip from those of its chunks, all of one kind, joined along time; or, with dim=0, of a batch."""
     values = (vars(part).values() for part in parts)
-    return type(parts[0])(*(torch.cat(chunks, 2) for chunks in zip(*values, strict=True)))
+    return type(parts[0])(*(torch.cat(chunks, dim) for chunks in zip(*values, strict=True)))
 
 
 @dataclass

@@ -93,6 +93,9 @@ def test_a_class_computes_the_same_as_in_diffusers_also_in_a_stream(kind):
         pixels = to_pixels(rec, ours.table.pixels)
         assert_near(pixels.clamp(-1, 1) if kind in CLAMPED else pixels, decoded)
         torch.testing.assert_close(ours.denormalize(ours.normalize(z)), z, rtol=1e-5, atol=1e-5)
+        batch = ours(torch.cat([video, video.flip(-1)]), sample=False)
+        assert_near(batch.z[:1], z)
+        assert_near(batch.video[:1], rec)
 
         short = video[:, :, : frames - 1]  # the last chunk is extended
         height, width = short.shape[-2:]

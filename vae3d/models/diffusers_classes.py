@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.models.layers.frames import clips_of, frames_of
-from vae3d.types import Delta, Posterior
+from vae3d.types import Delta, Posterior, cat_posteriors
 
 Coded = Posterior | Delta
 Model = Any  # a DiffusersVAE, which imports this module
@@ -325,6 +325,15 @@ def _copy(cache: Cache) -> Cache:
     return [_copy(item) for item in cache] if isinstance(cache, list) else cache
 
 
+def _encode_each(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
+    """Clip by clip: the mask of the class's attention does not fit a batch (huggingface/diffusers#13133)."""
+    return cat_posteriors([_coded(model.vae.encode(clip)) for clip in x.split(1)], 0), None
+
+
+def _decode_each(model: Model, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+    return torch.cat([_sample(model.vae.decode(clip)) for clip in z.split(1)]), None
+
+
 def _encode_vidtok(model: Model, x: Tensor, cache: Cache) -> tuple[Coded, Cache]:
     """With the frames that the class's forward adds in front: copies of the first one."""
     vae = model.vae
@@ -579,6 +588,8 @@ CLASSES: dict[str, DiffusersClass] = {
     "AutoencoderKLHunyuanVideo15": DiffusersClass(
         "HunyuanVideo 1.5",
         "32, 4 x 16 x 16",
+        encode=_encode_each,
+        decode=_decode_each,
         norm="RMS norm, attention",
         last="decoder.conv_out.conv",
     ),
