@@ -215,7 +215,7 @@ def write_taehv(checkpoint: Checkpoint, file: Path) -> None:
 
 
 def write_taesd(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write VARIANT_encoder.pth and VARIANT_decoder.pth, like the published ones, in fp32."""
+    """Write VARIANT_encoder.pth and VARIANT_decoder.pth, like the published ones."""
     variant = _require(checkpoint, TAESD, "taesd")["variant"]
     checkpoint.notes += [*lost_settings(checkpoint), *size_notes(checkpoint)]
     folder.mkdir(parents=True, exist_ok=True)

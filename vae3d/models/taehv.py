@@ -400,8 +400,7 @@ class PlannedStream:
         if not frames or not frames <= video.shape[2] <= frames + self.lookahead:
             raise ValueError(
                 f"the chunk has {plural(video.shape[2], 'frame')}; chunks() gave it {frames}, with at most "
-                f"{self.lookahead} more "
-                "as lookahead"
+                f"{self.lookahead} more as lookahead"
             )
         model, plan = self.model, self._plan
         count = count_frames(plan.encoder, model.spec.time_stride, self._latents, latents)

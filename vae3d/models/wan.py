@@ -161,8 +161,7 @@ class WanVAE(VideoAutoencoder):
             valid = f"1 + n * {stride}" if cache is None else f"n * {stride}"
             raise ValueError(
                 f"the chunk is {plural(frames, 'frame')} of {height}x{width}; give {plural(valid, 'frame')} of sides "
-                "that are multiples of "
-                f"{space}"
+                f"that are multiples of {space}"
             )
         moments, cache = self._moments(video, cache, return_cache=True, recompute=False)
         return Posterior.from_moments(moments), list(cache)

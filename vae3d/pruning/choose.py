@@ -201,9 +201,8 @@ def numbers_to_keep(
 ) -> list[int]:
     """How many of each class the student keeps."""
     keep = [_number_to_keep(group, wanted, sizes) for group in classes]
-    members: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(
-        list
-    )  # (class, channels of each of its entries)
+    # (class, channels of each of its entries)
+    members: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for index, group in enumerate(classes):
         for key, indices in group[0].nodes.items():
             members[key].append((index, len(indices)))
