@@ -62,15 +62,17 @@ def test_one_channel_starts_as_three_equal_ones(name):
 
 
 def test_a_shortcut_is_changed_too():
-    colours, other = models("spatial", 4, "model.shortcut=true")
+    colours, other = models("spatial", 5, "model.shortcut=true")
     with torch.no_grad():
         colours.module.encoder.conv_out.weight.normal_()
     other.load_state_dict(fit_channels(other, colours.state_dict())[0])
-    video = clip(4)
+    video = clip(5)
     with torch.no_grad():
         before, after = colours(video[:, :3], sample=False), other(video, sample=False)
     torch.testing.assert_close(after.z, before.z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after.video[:, :3], before.video, rtol=1e-4, atol=1e-5)
+    assert torch.equal(after.video[:, 3], torch.ones_like(after.video[:, 3]))
+    assert torch.equal(after.video[:, 4], torch.zeros_like(after.video[:, 4]))
 
 
 @pytest.mark.parametrize("name", ["wan", "taehv"])

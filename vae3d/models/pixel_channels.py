@@ -39,6 +39,7 @@ def fit_channels(model: VideoAutoencoder, state: Mapping[str, Tensor]) -> tuple[
         raise UserError(
             "pixel_channels is 2, which weights of colours do not fit: use 1 or at least 4, or start from random"
         )
+    constants = next(name for name in layers.outputs if name.endswith("bias"))  # of one layer: several add up
     for name in changed:
         axis, size = axes[name], own[name].shape[axes[name]]
         if state[name].shape[axis] * channels != size * RGB:
@@ -51,7 +52,7 @@ def fit_channels(model: VideoAutoencoder, state: Mapping[str, Tensor]) -> tuple[
             fitted[name] = colours.sum(axis) if axis else colours.mean(axis)
             continue
         more = torch.zeros_like(colours.narrow(axis, 0, 1)).repeat_interleave(channels - RGB, axis)
-        if name.endswith("bias"):
+        if name == constants:
             more.fill_(layers.grey)[:1] = OPAQUE
         fitted[name] = torch.cat([colours, more], axis).flatten(axis, axis + 1)
     return fitted, f"its first and last layers were changed from 3 to {channels} channels of pixels"
