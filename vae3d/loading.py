@@ -133,9 +133,10 @@ def load_with_checkpoint(
     elif changes:
         raise ValueError(f"{', '.join(changes)}: arguments of a model that is given cannot be changed")
     state = checkpoint.state
-    if "pixel_channels" in changes:
+    if changes and isinstance(model, VideoAutoencoder):
         state, note = fit_channels(model, state)
-        log.info("%s: %s", checkpoint.path, note or "has these channels of pixels already")
+        if note:
+            log.info("%s: %s", checkpoint.path, note)
     load_weights(model, state, f"{checkpoint.path} ({checkpoint.layout})")
     return checkpoint, model.eval()
 

@@ -103,6 +103,12 @@ def test_load_and_initialize_change_weights_and_exports_hold_them(tmp_path):
         vae3d.save(model, tmp_path / "tae.pth", layout="taehv")
 
 
+def test_the_channels_of_a_two_stage_model_are_changed_by_load(tmp_path):
+    vae3d.save(tiny.model("temporal_vae"), tmp_path / "colours")
+    model = vae3d.load(tmp_path / "colours", spatial={"pixel_channels": 4})
+    assert model(clip(4)).video.shape[1] == model.pixel_channels == 4
+
+
 def test_what_does_not_fit_is_refused():
     two = tiny.model("taehv", "model.pixel_channels=2")
     with pytest.raises(UserError, match="pixel_channels is 2"):
