@@ -203,8 +203,11 @@ class VideoAutoencoder(nn.Module):
     ) -> dict[str, tuple[float, ...]]:
         """Register latents_mean and latents_std (None: 0 and 1) and return them as arguments of LatentSpec.
 
-        persistent: save them in the state dict. Raises ValueError unless there is one of each per channel.
+        persistent: save them in the state dict. Raises ValueError unless there is one of each per channel, and for
+        statistics of latents that are normalised already.
         """
+        if latent_space(self) == "normalized" and not (mean is None and std is None):
+            raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
         mean = [0.0] * channels if mean is None else mean
         std = [1.0] * channels if std is None else std
         if not len(mean) == len(std) == channels:
@@ -266,13 +269,6 @@ def share_frames(a: VideoAutoencoder, b: VideoAutoencoder, frames: int, height: 
 def nearest_frames(frames: int, is_valid: Callable[[int], bool]) -> list[int]:
     """Up to four valid frame counts nearest to `frames`, ascending."""
     return sorted(sorted(filter(is_valid, range(1, frames + 36)), key=lambda n: abs(n - frames))[:4])
-
-
-def choose_latent_space(latent: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> str:
-    """`latent`, for latent_space. Raises ValueError for statistics of latents that are normalised already."""
-    if latent == "normalized" and not (mean is None and std is None):
-        raise ValueError("latents_mean and latents_std are for raw latents; leave them out with latent=normalized")
-    return latent
 
 
 def choose_latents(

@@ -28,7 +28,7 @@ from vae3d.arguments import (
     check_arguments,
     per_stage,
 )
-from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
+from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers import taehv_blocks as blocks
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import extend_time, pad_space
@@ -141,7 +141,7 @@ class TAEHV(VideoAutoencoder):
         self.patch = kind.patch
         self.pixel_channels = pixel_channels
         self.rule = RULES[kind.rule]
-        self.latent = choose_latent_space(latent or kind.latent, latents_mean, latents_std)
+        self.latent = latent or kind.latent
         self.chunk_latents = chunk_latents
         self.gradient_checkpointing = gradient_checkpointing
         self.time_upscale = 2 ** sum(time)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.arguments import Count, Depths, Deviation, Mean, PixelChannels, Widths, check_arguments, per_stage
-from vae3d.models.interface import PixelLayers, VideoAutoencoder, choose_latent_space
+from vae3d.models.interface import PixelLayers, VideoAutoencoder
 from vae3d.models.layers.checkpointing import maybe_checkpoint, needs_grad
 from vae3d.models.layers.frames import clips_of, pad_space, per_frame
 from vae3d.models.layers.pixel_convs import PixelInput, PixelOutput
@@ -157,7 +157,7 @@ class TAESD(VideoAutoencoder):
         nn.init.constant_(self.decoder[-1].bias, 0.5)  # mid-grey in the network's own range [0, 1]
         self.variant = variant
         self.pixel_channels = pixel_channels
-        self.latent = choose_latent_space(latent or kind.latent, latents_mean, latents_std)
+        self.latent = latent or kind.latent
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
         self.spec = LatentSpec(
