@@ -68,13 +68,9 @@ class Distillation:
             raise TeacherError(
                 "teacher.path: the teacher's latents are normalized, the model's are raw; set model.latent=normalized"
             )
-        for network, whose, names in (
-            (student, "model", self.features.keys()),
-            (teacher, "teacher", self.features.values()),
-        ):
-            known = dict(network.named_modules())
-            if unknown := [name for name in names if name not in known]:
-                raise TeacherError(f"teacher.features: the {whose} has no module {', '.join(unknown)}")
+        for network, whose, names in ((student, "model", self.features), (teacher, "teacher", self.features.values())):
+            if missing := [text for name in names if (text := _missing_module(network, name))]:
+                raise TeacherError(f"teacher.features: the {whose} has no module {'; no module '.join(missing)}")
 
         self.cache = None
         if cache is not None and not next(teacher.parameters()).is_meta:
@@ -217,6 +213,18 @@ def one_per_latent(features: Tensor, latents: int) -> Tensor:
     raise TeacherError(
         f"teacher.features: {plural(frames, 'frame')} of features do not fit {plural(latents, 'latent frame')}"
     )
+
+
+def _missing_module(network: nn.Module, name: str) -> str | None:
+    """A module that does not exist, and what there is instead; None if it exists."""
+    known = dict(network.named_modules())
+    if name in known:
+        return None
+    parent = name
+    while parent not in known:
+        parent = parent.rpartition(".")[0]
+    children = ", ".join(child for child, _ in known[parent].named_children())
+    return f"{name}; in {parent or 'it'} there are {children or 'none'}"
 
 
 def _size(shape: torch.Size) -> str:
