@@ -14,6 +14,7 @@ from vae3d.text import plural
 
 Size = tuple[int, int]  # height, width
 ASPECT_TOLERANCE = 0.01  # a pixel aspect ratio this close to 1 counts as square
+NO_SUCH_FILE = "no such file"  # reason of an error
 
 
 class DataError(UserError):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from vae3d.data.decoding.readers import is_image
-from vae3d.data.media import DataError
+from vae3d.data.media import NO_SUCH_FILE, DataError
 from vae3d.data.table.file_table import CHUNK, FileTable, as_file_table, clip_rule, compact
 from vae3d.data.table.fingerprint import fact_hashes
 from vae3d.data.table.probe import ProbeResults, Ranks, fill_metadata, probe
@@ -229,9 +229,11 @@ def check_broken_share(first: Sequence[tuple[str, str]], count: int, rows: int, 
     """Raises DataError if `count` of the rows, such as (path, reason) in `first`, are more than the share."""
     if count > max_broken * rows:
         shown = "\n".join(f"  {path}: {reason}" for path, reason in first[:SHOWN])
+        missing = all(reason == NO_SUCH_FILE for _, reason in first[:SHOWN])
+        hint = "; relative paths are relative to data.source.root, by default the table's folder" if missing else ""
         raise DataError(
             f"{count} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
-            f"{shown}\n  vae3d check-data FILE lists them all"
+            f"{shown}\n  vae3d check-data FILE lists them all{hint}"
         )
 
 
