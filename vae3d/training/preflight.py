@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
+from torch import Tensor
 
+from vae3d.adversarial.base import Adversary, UpdatePhase
 from vae3d.data.batches.batch_schedule import BatchShape
 from vae3d.data.batches.clips import ClipSettings
+from vae3d.data.batches.streaming import StreamingData
+from vae3d.data.loader import TrainingData
 from vae3d.errors import UserError
 from vae3d.schedules import ALL_ON
 from vae3d.training.freeze import PartError
 from vae3d.training.step_status import StepMetrics, StepStatus
-from vae3d.training.trainer import Trainer
+from vae3d.training.strategy import Strategy
 from vae3d.types import ClipBatch
 
 
@@ -21,30 +25,37 @@ class PreflightError(UserError):
     """A step that cannot work."""
 
 
-def preflight(trainer: Trainer[ClipBatch]) -> None:
+def preflight(
+    strategy: Strategy,
+    adversary: Adversary,
+    data: TrainingData | StreamingData,
+    accumulate: int,
+    forward_backward: Callable[[Sequence[ClipBatch], UpdatePhase, int, StepMetrics], None],
+    sync_status: Callable[[StepMetrics, str | None, Tensor | None], StepStatus],
+) -> None:
     """Find errors of any step before the first: a term that starts at step 50,000 fails now.
 
     Every update phase is tried on micro-batches of the fewest and of the most frames, and, with buckets and mixtures,
     of the fewest and of the most pixels; on two if a step has several, since the gradients of the first are there while
     the second runs. No weight, gradient, optimizer state or random state changes.
+    accumulate: micro-batches of a step. forward_backward, sync_status: of the Trainer.
     Raises PreflightError, on every rank, if memory runs out or a loss is not finite; PartError if a trainable part gets
     no gradient.
     """
-    strategy, adversary, data = trainer.strategy, trainer.adversary, trainer.data
-    count = min(2, trainer.config.trainer.accumulate)
+    count = min(2, accumulate)
     phases = {adversary.update_phase(step): step for step in (ALL_ON, ALL_ON + 1)}
     for shape, (phase, step) in product(extremes(data.shapes()), phases.items()):
         batch, metrics = noise(shape, data.streams[shape.stream].settings), StepMetrics()
 
         def run(batch=batch, phase=phase, step=step, metrics=metrics) -> None:
             moments = [adamw_moments(strategy.optimizer), adamw_moments(adversary.optimizer)]
-            trainer.forward_backward([batch] * count, phase, step, metrics)
+            forward_backward([batch] * count, phase, step, metrics)
             del moments
 
         with strategy.no_update(count):
             error = strategy.run_guarded(run)
             adversary_error = adversary.sync_remaining(step, count)
-            status = trainer.sync_status(metrics, error, adversary_error)
+            status = sync_status(metrics, error, adversary_error)
             params_without_grad = strategy.params_without_grad() if status.completed and phase.model else []
         adversary.reset_step()
         if status.adversary_error:
@@ -64,7 +75,7 @@ def extremes(shapes: Sequence[BatchShape]) -> list[BatchShape]:
     return list(dict.fromkeys((by_frames[0], by_frames[-1], by_pixels[0], by_pixels[-1])))
 
 
-def adamw_moments(optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+def adamw_moments(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
     """As much memory as AdamW allocates in its first step; nothing if it has stepped, or there is none."""
     if optimizer is None or optimizer.state:
         return []

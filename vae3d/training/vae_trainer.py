@@ -158,7 +158,8 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
                 metrics.add({"loss_discriminator": loss, **gan_metrics})
 
     def preflight(self) -> None:
-        preflight(self)
+        accumulate = self.config.trainer.accumulate
+        preflight(self.strategy, self.adversary, self.data, accumulate, self.forward_backward, self.sync_status)
 
     def profiler(self) -> AbstractContextManager[Callable[[], object]]:
         if self.config.debug.mode != "profile" or self.rank > 0:
