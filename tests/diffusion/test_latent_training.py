@@ -342,6 +342,7 @@ def test_latents_of_another_scale_are_refused_until_they_are_mended(
     assert tiny.status(*shlex.split(re.search(r"into the autoencoder: vae3d (.*)", str(why.value))[1])) == 0
     with caplog.at_level("INFO"):
         assert latent_runs.trainer(tmp_path / "run", *told).latents.scale["count"] == 64
+    assert "64 latents (trainer.scale_samples)" in caplog.text  # said before, as encoding them may take minutes
     assert "64 latents, per channel" in caplog.text
     capsys.readouterr()
 

@@ -101,7 +101,9 @@ class DiffusionTrainer(Trainer[Batch]):
         """
         check_config(self._export_metadata(self.step), [*self.ema.rates])
         if not self.latents.scale:
-            stats = self.data.measure(self.config.trainer.scale_samples, self.device)
+            count = self.config.trainer.scale_samples
+            self.log.say(f"measuring mean and standard deviation of {count} latents (trainer.scale_samples)")
+            stats = self.data.measure(count, self.device)
             try:
                 check_normalised(stats, self.hint)
             except ScaleError as error:
