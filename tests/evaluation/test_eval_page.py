@@ -77,6 +77,7 @@ def test_compare_writes_one_page_of_all_reconstructions(tmp_path, monkeypatch):
     assert report["links"]["x_b: per_frame.csv"] == "../x_b_eval/per_frame.csv"
     assert {"preset", "protocol", "versions", "originals"} <= report["facts"].keys()
     assert chapter["tables"][0]["title"] == "Means"
+    assert report["title"] == f"Reconstruction quality: {', '.join(names)}"
 
 
 def test_with_output_the_common_page_stands_above_the_folders_of_the_reconstructions(tmp_path):

@@ -213,7 +213,7 @@ def make_report(
         differences=[_difference(row) for row in differences],
     )
     return Report(
-        f"Reconstruction quality: {', '.join(Path(s['generated_video_dir']).name for s in summaries.values())}",
+        f"Reconstruction quality: {', '.join(recs if len(recs) > 1 else [Path(first['generated_video_dir']).name])}",
         [chapter],
         facts=_facts(summaries),
         commands=command,
