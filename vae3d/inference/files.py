@@ -96,7 +96,8 @@ def reconstruct_files(
             finished, was_there = finish_file(results, entry)
         except MediaError as error:
             if not skip_errors:
-                raise
+                others = "; on_error=skip goes on with the other files" if len(table) > 1 else ""
+                raise MediaError(error.path, error.reason + others) from None
             log.warning("skipped: %s", error)
             failed.append(str(error))
             continue
