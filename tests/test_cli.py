@@ -98,13 +98,6 @@ def test_a_reader_that_ends_first_leaves_no_traceback_but_another_process_does(m
     assert capsys.readouterr().err == ""
 
 
-def test_a_folder_is_not_converted_to_under_the_name_of_a_file(capsys):
-    assert flags.parse_convert(["run", "a.pth", "--to", "taehv"]).target == Path("a.pth")
-    with pytest.raises(SystemExit):
-        flags.parse_convert(["run", "a.pth", "--to", "taesd"])
-    assert "a.pth is the name of a file, and the layout taesd is a folder" in capsys.readouterr().err
-
-
 def test_flags_are_read_once(tmp_path, monkeypatch, capsys):
     read, parse = [], flags.parse_encode_status
 

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from torch import nn
 
 from vae3d.arguments import short
-from vae3d.checkpoints.export import WRITERS
+from vae3d.checkpoints.export import WRITERS, check_target
 from vae3d.checkpoints.formats import (
     Checkpoint,
     CheckpointError,
@@ -27,6 +27,7 @@ from vae3d.checkpoints.formats import (
     read_checkpoint,
 )
 from vae3d.config.adapter import adapter_issues
+from vae3d.config.issues import close_match, walk
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
 from vae3d.io import FileError, atomic_files, naming
@@ -70,7 +71,11 @@ def model_config(name: str, *overrides: str) -> dict[str, Any]:
             raise UserError(f"{name}: {issue}")
         return tree["model"]
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{name} with {' '.join(overrides)}: {str(error).splitlines()[0]}") from error
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            keys = [key for key, _ in walk(OmegaConf.to_container(hydra.compose("model", [f"model={name}"])))]
+        unknown = [key for key in (o.partition("=")[0] for o in overrides) if key not in keys]
+        hint = "".join(f"; did you mean {near}?" for key in unknown[:1] if (near := close_match(key, keys)))
+        raise UserError(f"{name} with {' '.join(overrides)}: {str(error).splitlines()[0]}{hint}") from error
 
 
 def list_models() -> list[str]:
@@ -165,6 +170,7 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
     if info and layout != "export":
         raise UserError(f"{', '.join(info)}: only an export holds further values; leave them out with layout={layout}")
     path = Path(path)
+    check_target(path, layout)
     checkpoint = Checkpoint(config_of(model), model.state_dict(), path, "export")
     with naming(path), atomic_files(path) as tmp:
         WRITERS[layout](checkpoint, tmp / path.name, **info)

@@ -163,6 +163,8 @@ def test_converting_replaces_no_file_beside_the_target(tmp_path, capsys):
     (tmp_path / "mine.json").write_text("{}")
     assert tiny.status("convert", tmp_path / "a", tmp_path / "mine.pth", "--to", "taehv") == 2
     assert "mine.json" in capsys.readouterr().err
+    assert tiny.status("convert", tmp_path / "a", tmp_path / "folder.pth", "--to", "export") == 2
+    assert "layout export is a folder" in capsys.readouterr().err
     assert (tmp_path / "mine.json").read_text() == "{}"
     assert sorted(os.listdir(tmp_path)) == ["a", "mine.json"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vae3d import __version__
 from vae3d.checkpoints import ldm, opensora, taehv, taesd, wan
 from vae3d.checkpoints.formats import EXPORT_CONFIG, Checkpoint, CheckpointError
+from vae3d.checkpoints.location import SUFFIXES
 from vae3d.checkpoints.published import State, rename_keys
 from vae3d.io import atomic_dir, atomic_path, atomic_write, save_tensors, write_json, write_text, yaml_text
 from vae3d.models.diffusers_vae import PREFIX, DiffusersVAE
@@ -255,6 +256,15 @@ WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
     "taehv": write_taehv,
     "taesd": write_taesd,
 }
+FILE_LAYOUTS = ("ldm", "wan", "videox_fun", "taehv")  # the others are folders
+
+
+def check_target(path: Path, layout: str) -> None:
+    """Raises CheckpointError if a folder would be written under the name of a file."""
+    if layout not in FILE_LAYOUTS and path.suffix in SUFFIXES:
+        raise CheckpointError(
+            f"{path} is the name of a file, and the layout {layout} is a folder; leave the suffix out"
+        )
 
 
 # ---- flat state dicts during training

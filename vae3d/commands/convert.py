@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 
-from vae3d.checkpoints.export import WRITERS
+from vae3d.checkpoints.export import WRITERS, check_target
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.io import atomic_files, naming
 
@@ -15,6 +15,7 @@ from vae3d.io import atomic_files, naming
 def main(args: Namespace) -> None:
     if os.path.lexists(args.target):
         raise CheckpointError(f"{args.target} already exists")
+    check_target(args.target, args.to)
     checkpoint = read_checkpoint(args.source, args.variant)
     if args.part:
         checkpoint = half(checkpoint, args.part)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vae3d.argparse_types import Parser, byte_size, finite_float, non_negative_int, positive_float, positive_int
-from vae3d.checkpoints.location import SUFFIXES
 from vae3d.metric_names import ALIAS, PRESET_METRICS, SUMMARIES
 
 LAYOUTS = (
@@ -27,7 +26,6 @@ LAYOUTS = (
     "taehv",
     "taesd",
 )  # that convert writes
-FILE_LAYOUTS = ("ldm", "wan", "videox_fun", "taehv")  # the others are folders
 
 
 def _parser(parse: Callable[..., Namespace], epilog: str | None = None) -> Parser:
@@ -200,7 +198,7 @@ def parse_convert(argv: Sequence[str] | None = None) -> Namespace:
     """
     parser = _parser(parse_convert)
     parser.add_argument("source", type=Path, help="file, folder, export or run")
-    parser.add_argument("target", type=Path, help=f"folder to write; for {', '.join(FILE_LAYOUTS)} a file")
+    parser.add_argument("target", type=Path, help="folder to write; for ldm, wan, videox_fun and taehv a file")
     parser.add_argument("--to", required=True, choices=LAYOUTS)
     parser.add_argument("--part", choices=("spatial", "temporal"), help="only this half of an Open-Sora VAE")
     parser.add_argument("--variant", help="TAEHV variant, if the file does not name it")
@@ -208,10 +206,7 @@ def parse_convert(argv: Sequence[str] | None = None) -> Namespace:
         "--scaling_factor", type=positive_float, help="of an image VAE's latents, if the file does not contain it"
     )
     parser.add_argument("--shift_factor", type=finite_float, help="of an image VAE's latents, likewise")
-    args = parser.parse_args(argv)
-    if args.to not in FILE_LAYOUTS and args.target.suffix in SUFFIXES:
-        parser.error(f"{args.target} is the name of a file, and the layout {args.to} is a folder; give its name")
-    return args
+    return parser.parse_args(argv)
 
 
 def parse_measure_scale(argv: Sequence[str] | None = None) -> Namespace:
