@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -86,7 +87,12 @@ def test_every_listed_model_is_a_file():
         (lambda: vae3d.build("taesd"), "model.variant"),
         (lambda: vae3d.build("wan", "model.colour=3"), "colour"),
         (lambda: vae3d.open_codec("x", precision="fp8"), "'fp8'.*bf16"),
+        (lambda: vae3d.build("wan", "chanels=3"), "did you mean model.channels"),
         (lambda: vae3d.read_video("x.mp4", height=0), "height=0"),
+        (lambda: vae3d.save(tiny.model("wan"), "x.pth"), "x.pth.*export is a folder"),
+        (lambda: vae3d.score(np.zeros((1, 3, 2, 8, 8)), "a.mp4"), "ndarray.*from_numpy"),
+        (lambda: vae3d.reconstruct(tiny.model("taesd"), np.zeros((1, 3, 2, 8, 8))), "ndarray.*from_numpy"),
+        (lambda: vae3d.write_video("x.mp4", vae3d.Video(torch.zeros(1, 3, 2, 8, 8), 8), 8), "Video.*frames"),
         (lambda: vae3d.save(tiny.model("wan"), os.devnull + "/x"), "/dev/null/x"),
     ],
 )
@@ -186,6 +192,8 @@ def test_what_is_no_video_is_not_written(tmp_path, name, shape, fps, codec, name
         vae3d.write_video(tmp_path / name, torch.zeros(shape), fps, codec=codec)
     with pytest.raises(UserError, match=r"nan|NaN"):
         vae3d.write_video(tmp_path / "nan.mp4", torch.full((3, 2, 8, 8), torch.nan), 8)
+    with pytest.raises(PixelError, match="0 to 255"):
+        vae3d.write_video(tmp_path / "white.mp4", torch.full((3, 2, 8, 8), 128.0), 8)
     assert not list(tmp_path.iterdir())
 
 
@@ -230,6 +238,8 @@ def test_identical_clips_have_the_best_ssim_and_wrong_pairs_are_named(clip, tmp_
         vae3d.score(video.frames, video.frames[:, :, :4])
     with pytest.raises(PixelError, match=r"video\[None\]"):
         vae3d.score(video.frames[0], video.frames[0])
+    with pytest.raises(PixelError, match="0 to 255"):  # clamped, any two such videos would be equal
+        vae3d.score(video.frames * 127.5 + 127.5, video.frames)
 
 
 def test_the_file_that_mypy_checks_uses_everything():
@@ -476,9 +486,12 @@ def test_what_cannot_be_tried_is_named_and_nothing_written(
     assert {file.name for file in tmp_path.iterdir()} == {"clip.mp4", "model"}
 
 
-def test_a_file_needs_a_target(model, clip):
+def test_a_file_needs_a_target_that_is_another_file(model, clip, tmp_path):
     with pytest.raises(UserError, match=r"clip\.mp4"):
         vae3d.reconstruct(model, clip)
+    (tmp_path / "same.mp4").symlink_to(clip)
+    with pytest.raises(UserError, match=r"same\.mp4 is the source"):
+        vae3d.reconstruct(model, clip, tmp_path / "same.mp4")
 
 
 @pytest.mark.parametrize(("name", "channels"), [("clip.MP4", 3), ("clip.MKV", 4)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -92,15 +93,24 @@ def write_video(path: Source, video: Tensor, fps: float, *, codec: str | None = 
 
     fps: frames per second, above 0. codec: h264, for viewing, or lossless, bit-exact; None: h264 for RGB, lossless for
     RGBA, the only one with alpha.
-    Raises PixelError for another shape or NaN, UserError for another codec or suffix, FileError.
+    Raises PixelError for another shape, NaN or values of 0 to 255, UserError for another codec or suffix, FileError.
     """
+    _require(video, Tensor)
     clips = video if video.dim() == 5 else video[None]
     channels = _channels(clips)
-    check_video(clips, channels, values=False)
+    check_video(clips, channels)
     if len(clips) != 1:
         raise UserError(f"video has shape {list(video.shape)}; give one video, [1, 3, T, H, W] or [3, T, H, W]")
     with _writer(path, fps, codec, channels) as writer:
         writer.write(to_uint8(clips[0]))
+
+
+def _require(video: Any, *types: type) -> None:
+    """Raises UserError for what is no tensor and, where `types` has them, no file."""
+    if not isinstance(video, types):
+        hints = {"Video": "give its .frames", "ndarray": "give torch.from_numpy(array)"}
+        kind = type(video).__name__
+        raise UserError(f"{kind} is not a {' or '.join(t.__name__ for t in types)}; {hints.get(kind, 'give one')}")
 
 
 def _channels(video: Tensor) -> int:
@@ -163,8 +173,10 @@ def reconstruct(
     source: [B, 3, T, H, W] in [-1, 1], which returns as much in [-1, 1] on the CPU; or a file, whose reconstruction is
     written to `target`: of a model of four channels RGBA, as .mkv. sample: sample the latents, instead of taking their
     mode. memory_gib: see VideoAutoencoder.stream. codec: see write_video. progress: show a bar.
-    Raises MediaError, PixelError, FileError, and UserError for a file without target and as write_video does.
+    Raises MediaError, PixelError, FileError, and UserError for a file without target or as its own target, and as
+    write_video does.
     """
+    _require(source, Tensor, str, os.PathLike)
     device = next(model.parameters()).device
 
     @torch.inference_mode()
@@ -189,6 +201,8 @@ def reconstruct(
         return torch.cat([video.clone() for video in on_host(code(stream, chunks, frames), device)], 2)
     if target is None:
         raise UserError(f"{source}: give the file to write, as in reconstruct(model, {str(source)!r}, 'out.mp4')")
+    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+        raise UserError(f"{target} is the source, and would be replaced; give the reconstruction another name")
     channels = model.pixel_channels
     if channels not in (3, 4):
         raise UserError(f"the model takes {channels} channels of pixels, and files have 3 or 4; give a tensor")
@@ -219,11 +233,13 @@ def score(
     what vae3d.metrics.build_metrics returns, which keeps its networks from one call to the next.
     Raises MetricError for unknown metrics and videos that do not fit together, PixelError, WeightsMissing, MediaError.
     """
+    for video in (reference, reconstruction):
+        _require(video, Tensor, str, os.PathLike)
     names = [metrics] if isinstance(metrics, str) else metrics
     metric_set = names if isinstance(names, MetricSet) else build_metrics(list(names), device)
     if isinstance(reference, Tensor) and isinstance(reconstruction, Tensor):
-        for video in (reference, reconstruction):
-            check_video(video, _channels(video), values=False)
+        check_video(reference, _channels(reference))
+        check_video(reconstruction, _channels(reconstruction), values=False)  # of a model that may be far off
         if reference.shape != reconstruction.shape:
             raise MetricError(f"the videos differ in shape: {list(reference.shape)} and {list(reconstruction.shape)}")
         results = []
