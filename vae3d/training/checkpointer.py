@@ -22,6 +22,7 @@ from vae3d.checkpoints.state import ResumeError, step_folder
 from vae3d.errors import UserError
 from vae3d.io import check_run_folder, is_disk_error, remove, remove_unfinished
 from vae3d.restore import check_like
+from vae3d.text import plural
 from vae3d.training.best import BEST, BestExport
 from vae3d.training.ema import Ema, MultiEma
 from vae3d.training.failures import FailureCounter, SaveError, SpikeError
@@ -174,8 +175,8 @@ class Checkpointer:
         self.due |= step % self.save_every == 0
         if end and not_finite:
             raise SpikeError(
-                f"the run ends on {not_finite} skipped steps whose loss or gradient was not finite, so that step "
-                f"{step} is not saved; lower optim.lr, or raise trainer.max_steps to train past it"
+                f"the run ends on {plural(not_finite, 'skipped step')} whose loss or gradient was not finite, so that "
+                f"step {step} is not saved; lower optim.lr, or raise trainer.max_steps to train past it"
                 f"{self.recovery_hint()}"
             )
         if end or (self.due and applied):
