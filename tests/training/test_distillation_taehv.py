@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from vae3d import loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import train
+from vae3d.commands.closing import closing
 from vae3d.config.issues import ConfigError
 from vae3d.training.teacher import Distillation
 from vae3d.types import ClipBatch
@@ -79,6 +81,7 @@ def test_features_of_a_wan_decoder_reach_those_of_a_tiny_one(videos, wan, tmp_pa
     )
     expected = expected or json.loads((tmp_path / "model.json").read_text())
     assert (expected["variant"], expected["latent"], expected["frame_rule"]) == ("taew2_1", "normalized", "trimmed")
+    assert re.search(rf"^published +{tmp_path}/final_model.pth$", closing(t, 0, 1.0, []), re.MULTILINE)
     final = vae3d.load(tmp_path / "final_model.pth").state_dict()
     assert all(torch.equal(tensor, final[name]) for name, tensor in vae3d.load(tmp_path).state_dict().items())
 

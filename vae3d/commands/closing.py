@@ -43,7 +43,7 @@ def closing(trainer: Trainer, first_step: int, seconds: float, commands: Sequenc
         head = ["score", f"at step {rows[0]['step']}", "best", "at step", f"at step {rows[-1]['step']}"]
         columns = len(head) if len(rows) > 1 else 2
         paragraphs.append(text_table(head[:columns], [row[:columns] for row in scores]))
-    paragraphs.append("\n".join(f"{name:12}{where}" for name, where in places(trainer.folder)))
+    paragraphs.append("\n".join(f"{name:12}{where}" for name, where in places(trainer)))
     paragraphs += [f"# {purpose}\n{command}" for purpose, command in commands]
     return "\n\n".join(paragraphs)
 
@@ -71,8 +71,9 @@ def score_rows(rows: Sequence[Row], better: Mapping[str, Better]) -> list[list[s
     return found
 
 
-def places(folder: Path) -> list[tuple[str, str]]:
+def places(trainer: Trainer) -> list[tuple[str, str]]:
     """(what, path) of a run's files that exist."""
+    folder = trainer.folder
     exports = step_folders(folder / "exports")
     tracks = [path.name for path in (folder / "tensorboard",) if path.exists()]
     found = [
@@ -80,6 +81,7 @@ def places(folder: Path) -> list[tuple[str, str]]:
         ("checkpoint", latest_state(folder / "checkpoints")),
         ("export", exports[-1] if exports else None),
         ("best export", folder / "exports/best"),
+        *(("published", path) for path in trainer.final_outputs(trainer.step)),
         ("profile", folder / "profile.txt"),
     ]
     lines = [(name, shown(path)) for name, path in found if path is not None and path.exists()]
