@@ -281,6 +281,9 @@ def bad_files(folder):
     save_file({"net.weight": torch.zeros(2)}, folder / "other.safetensors")
     save_file({"encoder.down_blocks.0.resnets.0.norm1.weight": torch.zeros(2)}, folder / "part.safetensors")
     (folder / "nothing").mkdir()
+    (folder / "denoiser").mkdir()
+    save_file({"blocks.0.weight": torch.zeros(2)}, folder / "denoiser/model.safetensors")
+    (folder / "denoiser/diffusion.yaml").write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -294,6 +297,7 @@ def bad_files(folder):
         ("other.safetensors", "no known layout .* its keys begin with net.weight"),
         ("part.safetensors", "looks like diffusers, but '.*' is not in it"),
         ("nothing", "holds no weights .* found nothing"),
+        ("denoiser", "denoiser/model.safetensors: is a diffusion model, .* vae3d sample"),
     ],
 )
 def test_unusable_checkpoints_are_refused_with_the_reason(tmp_path, name, message):

@@ -14,7 +14,16 @@ import torch
 from torch import nn
 
 from vae3d.checkpoints import ldm, opensora, opensora_v1_3, taehv, taesd, wan
-from vae3d.checkpoints.location import EXPORT_CONFIG, PART, CheckpointError, find_weights, halves, list_some, split_part
+from vae3d.checkpoints.location import (
+    DIFFUSION_CONFIG,
+    EXPORT_CONFIG,
+    PART,
+    CheckpointError,
+    find_weights,
+    halves,
+    list_some,
+    split_part,
+)
 from vae3d.checkpoints.published import PublishedWeights, State, read_config_json
 from vae3d.errors import UserError
 from vae3d.io import FileError, read_yaml
@@ -282,6 +291,8 @@ def _choose(vaes: list[tuple[str, str]], keys: Collection[str], path: Path, part
     """The VAE whose prefix is `part` or contains it as a word; without `part` the only one. Raises CheckpointError."""
     if any(key.endswith(DIFFUSERS_VIDEO_VAE) for key in keys):
         raise CheckpointError(f"{path}: looks like a video VAE of diffusers; its config.json must lie beside it")
+    if not vaes and path.with_name(DIFFUSION_CONFIG).is_file():
+        raise CheckpointError(f"{path}: is a diffusion model, not an autoencoder; vae3d sample draws from it")
     if not vaes:
         raise CheckpointError(f"{path}: {_describe_unknown(keys)}")
     names = {prefix.removesuffix(".") or ROOT: (prefix, layout) for prefix, layout in vaes}

@@ -14,6 +14,7 @@ from vae3d.io import FileError
 log = logging.getLogger("vae3d")
 
 EXPORT_CONFIG = "model.yaml"
+DIFFUSION_CONFIG = "diffusion.yaml"  # of the export of a diffusion model
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 # Names of weight files in exports and in folders of diffusers, transformers and Open-Sora, in order of preference.
 WEIGHT_FILES = (

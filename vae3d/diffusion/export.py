@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vae3d import __version__
 from vae3d.arguments import Count, Range, Size, check_fields, short
 from vae3d.checkpoints.formats import CheckpointError, as_checkpoint_error, check_state, load_weights, read_weights
+from vae3d.checkpoints.location import DIFFUSION_CONFIG as CONFIG
 from vae3d.checkpoints.location import step_folders, warn_if_older
 from vae3d.diffusion.build import build_network, build_process
 from vae3d.diffusion.processes import Process
@@ -23,7 +24,6 @@ from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import VaeMetadata, vae_difference
 from vae3d.latents.scale import LatentStats
 
-CONFIG = "diffusion.yaml"
 MAX_CONFIG_BYTES = 2**20  # enough for 40,000 classes; a file of 4 MiB takes 12 s to read
 MAX_LATENTS, MAX_PIXELS = 2**28, 2**31  # per sample; larger sizes are not plausible
 ROUNDING = 1e-6  # relative tolerance of latent statistics
