@@ -424,6 +424,11 @@ def test_trying_a_video_writes_a_page_with_scores(model, clip, tmp_path, capsys,
         cli.main(["try", str(own), str(tmp_path / "model"), "--out", str(tmp_path / "out")])
     assert f"{own} would be overwritten" in capsys.readouterr().err
     assert own.read_bytes() == before
+    (tmp_path / "out/index.html").write_text("<h1>my page</h1>")
+    with pytest.raises(SystemExit):
+        cli.main(["try", str(clip), str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert "out/index.html is no page of vae3d" in capsys.readouterr().err
+    assert (tmp_path / "out/index.html").read_text() == "<h1>my page</h1>"
 
 
 def test_no_side_of_a_picture_is_cut_off_where_its_pixels_are_not_square():

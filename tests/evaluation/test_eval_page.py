@@ -16,6 +16,7 @@ from vae3d.commands.flags import parse_eval
 from vae3d.evaluation import page as pages
 from vae3d.evaluation.pairs import Pair, PairError, PairReader, Protocol
 from vae3d.inference.video import write_image, write_video
+from vae3d.io import FileError
 from vae3d.metric_names import MEANINGS
 from vae3d.metrics.registry import METRICS, columns_of
 from vae3d.report import page as report_pages
@@ -240,6 +241,12 @@ def test_reconstructions_of_one_name_are_refused_with_output(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_page_writes_none(tmp_path):
-    assert evaluate(*make_pairs(tmp_path, 1), *PSNR) == 0
-    assert not (tmp_path / "x_rec_eval/index.html").exists()
+def test_no_page_writes_none_and_a_page_replaces_none_of_another_program(tmp_path):
+    ori, rec = make_pairs(tmp_path, 1)
+    assert evaluate(ori, rec, *PSNR) == 0
+    other = tmp_path / "x_rec_eval/index.html"
+    assert not other.exists()
+    other.write_text("<h1>my page</h1>")
+    with pytest.raises(FileError, match=r"x_rec_eval/index.html is no page of vae3d"):
+        run("--ref", ori, "--rec", rec, *PSNR)
+    assert other.read_text() == "<h1>my page</h1>"

@@ -26,7 +26,7 @@ from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.progress import progress
-from vae3d.report.page import CLIPS, PAGE, remove_page, unpack_page, write_page
+from vae3d.report.page import CLIPS, PAGE, check_replaceable, remove_page, unpack_page, write_page
 
 COMPARISON = "comparison.json"
 
@@ -76,13 +76,15 @@ def evaluate(args: Namespace) -> int:
         require_shapes(PRESETS[args.preset], shapes, args.batch_size)
         output = output_folder(args.output, rec, list(args.recs.values()))
         evaluations.append(Evaluation(name, rec, output, jobs, unmatched, failed))
+    common = args.output or evaluations[0].output  # of what compares them
+    if not args.no_page:
+        check_replaceable(common)
     for evaluation in evaluations:
         with in_use(evaluation.output, ranks):
             score(evaluation, metrics, ranks, device, fresh=args.fresh, on_error=args.on_error)
             if ranks.is_main_process:
                 evaluation.summary = summarize_one(evaluation, metrics, protocol, args)
                 report(evaluation, metrics, per_frame=args.per_frame)
-    common = args.output or evaluations[0].output  # of what compares them
     differences = []
     if len(evaluations) > 1:
         results = {evaluation.name: evaluation.videos for evaluation in evaluations}

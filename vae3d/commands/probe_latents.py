@@ -26,7 +26,7 @@ from vae3d.metrics.frame import Lpips
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
 from vae3d.pretrained.weights import WeightsMissing
-from vae3d.report.page import PAGE
+from vae3d.report.page import PAGE, check_replaceable
 from vae3d.text import plural
 
 
@@ -58,6 +58,7 @@ def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProbeError(f"--out {args.out}: {error.strerror}; name another folder") from error
+    check_replaceable(args.out)
     found, pictures = {}, {}
     for name, model in models.items():
         print(f"{name}: {plural(pixels['clips'], 'clip')}", file=sys.stderr)

@@ -33,7 +33,7 @@ from vae3d.precision import as_device
 from vae3d.pretrained import weights
 from vae3d.pretrained.weights import FILES
 from vae3d.report import number, text_table
-from vae3d.report.page import Chapter, Report, Video, encode_clip, write_clip, write_page
+from vae3d.report.page import Chapter, Report, Video, check_replaceable, encode_clip, write_clip, write_page
 from vae3d.text import plural
 
 DEFAULT = ("taef2_encoder.pth", "taef2_decoder.pth")
@@ -91,11 +91,12 @@ def default_folder(video: str, checkpoint: str | None) -> Path:
 
 
 def make_folder(out: Path) -> Path:
-    """Make the folder, before the work that takes time. Raises FileError if nothing can be written there."""
+    """Make the folder, before the work that takes time. Raises FileError if no page can be written there."""
     with naming(out):
         out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise FileError(f"{out}: cannot be written; choose another folder with --out")
+    check_replaceable(out)
     return out
 
 

@@ -35,7 +35,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from vae3d.io import atomic_write, naming, remove, remove_empty, write_text
+from vae3d.io import FileError, atomic_write, naming, remove, remove_empty, write_text
 from vae3d.report.clip import Clip, Panel
 from vae3d.report.clip import encode_clip as encode_clip
 from vae3d.report.html import data_uri
@@ -259,6 +259,14 @@ def write_page(folder: Path, report: Report, single: bool = False) -> None:
     write_text(folder / PAGE, page)
     _remove_others(folder / CLIPS, set() if single else {file.name for files in shown.values() for file in files})
     remove_empty(folder / CLIPS)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises FileError if index.html in the folder is another program's, which a page would replace."""
+    file = folder / PAGE
+    with naming(file):
+        if file.is_file() and REPORT_TAG not in file.read_text("utf-8", errors="replace"):
+            raise FileError(f"{file} is no page of vae3d, and would be replaced; choose another folder, or delete it")
 
 
 def unpack_page(folder: Path) -> None:
