@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vae3d import __version__
 from vae3d.data.media import MediaError
 from vae3d.evaluation.pairs import PairReader, Protocol
@@ -127,7 +125,8 @@ def limit_clips(rows: Sequence[Row], columns: Mapping[str, Better], count: int |
     third = -(-count // 3)
     worst, best = order[:third], order[len(order) - min(third, count - third) :] if count > third else []
     between = order[len(worst) : len(order) - len(best)]
-    places = np.linspace(0, len(between) - 1, max(0, count - len(worst) - len(best)) + 2)[1:-1].round().astype(int)
+    left = count - len(worst) - len(best)
+    places = [(2 * i + 1) * len(between) // (2 * left) for i in range(left)]  # the middles of `left` equal parts
     chosen = {row.id for row in [*worst, *best, *(between[place] for place in places)]}
     for row in rows:
         if row.id not in chosen:
