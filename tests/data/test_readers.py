@@ -230,6 +230,7 @@ def make_faulty(folder, source):
 
 FAULTY = {
     "absent.mp4": "no such file",
+    "videos\\absent.mp4": "no such file; write / instead",
     "empty.mp4": r"is empty \(0 bytes\)",
     "text.mp4": "is not a readable video",
     "text.png": "is not an image, whatever its extension says",

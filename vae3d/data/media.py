@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,12 @@ class MediaError(UserError):
 
     def __reduce__(self) -> tuple[type[MediaError], tuple[str, str]]:  # to unpickle what a worker process sends
         return MediaError, (self.path, self.reason)
+
+
+def no_such_file(path: str | Path) -> str:
+    """The reason why a file that does not exist cannot be read."""
+    from_windows = os.sep == "/" and "\\" in str(path)
+    return NO_SUCH_FILE + ("; write / instead of \\ in paths" if from_windows else "")
 
 
 @dataclass(frozen=True)

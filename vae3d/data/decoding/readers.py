@@ -32,7 +32,7 @@ from vae3d.data.decoding.images import IMAGE_SUFFIXES, ImageReader, SequenceRead
 from vae3d.data.decoding.images import resize as resize_image
 from vae3d.data.decoding.kept_sources import keep_source, open_frame_source
 from vae3d.data.decoding.video_index import VideoIndex
-from vae3d.data.media import NO_SUCH_FILE, DataError, MediaError, MediaInfo, Reader, Size, check_indices
+from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, no_such_file
 from vae3d.data.storage.files import FileRange, RangeFile, local_range, size_and_version
 from vae3d.data.storage.paths import HF_IMAGE, HF_VIDEO, is_stored, suffix_of
 from vae3d.text import one_line, plural
@@ -119,7 +119,7 @@ def _require_file(path: str | Path) -> None:
             raise MediaError(path, "is empty (0 bytes)")
         return
     if not os.path.exists(path):  # False, and no error, for a name that is too long
-        raise MediaError(path, NO_SUCH_FILE)
+        raise MediaError(path, no_such_file(path))
     if not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
         raise MediaError(path, f"is {kind}, not a file")

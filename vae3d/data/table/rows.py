@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from vae3d.data.decoding.images import is_sequence
-from vae3d.data.media import NO_SUCH_FILE, DataError, MediaError
+from vae3d.data.media import DataError, MediaError, no_such_file
 from vae3d.data.storage.files import size_and_version
 from vae3d.data.storage.paths import is_stored, is_url, resolve
 from vae3d.data.table.segments import SEGMENT, SEGMENT_ERROR
@@ -165,7 +165,7 @@ def why_missing(path: str) -> str | None:
             return error.reason
         return None
     found = os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
-    return None if found else NO_SUCH_FILE
+    return None if found else no_such_file(path)
 
 
 def file_hashes(table: pd.DataFrame) -> np.ndarray:
