@@ -54,7 +54,7 @@ def test_with_both_errors_the_output_dies_at_black_and_the_run_stops(videos, tmp
     t = trainer(videos, tmp_path)
     clip = next(iter(t.data.clips(0, 1)))
     clamp_outputs(t)
-    with pytest.raises(TooManyFailures, match=r"10 steps in a row had no gradient at all \(loss .*e-05"):
+    with pytest.raises(TooManyFailures, match=r"10 steps in a row had no gradient at all .*\n  the last: loss .*e-05"):
         for _ in range(150):
             values = t.train_step([divide_again(clip)]).metrics
     assert values["grad_norm"] == 0.0

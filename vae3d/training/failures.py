@@ -118,7 +118,9 @@ class FailureCounter:
         """Count a failure. Raises TooManyFailures at the limit."""
         self.consecutive += 1
         if self.limit and self.consecutive >= self.limit:
-            raise TooManyFailures(f"{self.consecutive} {self.what} ({reason}); {self.hint} ({self.key} is the limit)")
+            raise TooManyFailures(
+                f"{self.consecutive} {self.what} ({self.key} is the limit); {self.hint}\n  the last: {reason}"
+            )
 
     def reset(self) -> None:
         self.consecutive = 0
