@@ -345,7 +345,7 @@ def test_too_many_broken_files_stop_the_job(tmp_path):
     tiny.write_video(source / "cat/short.mp4", tiny.frames(3))
     with pytest.raises(
         CacheError,
-        match=r"3 of 7 clips cannot be encoded, more than max_broken=0.3; the first: .*0.png: gives 1 frame; frames=3",
+        match=r"3 of 7 clips cannot be encoded, more than max_broken=0.3; the first:\n  .*0.png: gives 1 frame; frames=3",
     ):
         caches.made(source, tmp_path / "cache", frames=3, max_broken=0.3)
     assert not (tmp_path / "cache/complete.json").exists()
@@ -354,7 +354,7 @@ def test_too_many_broken_files_stop_the_job(tmp_path):
     folder = tmp_path / "table"
     with pytest.raises(
         CacheError,
-        match=r"2 of 3 clips .* row 2 has no `path`.* row 3 `fps` is no positive number.*data_errors.jsonl lists all",
+        match=r"(?s)2 of 3 clips .* row 2 has no `path`.* row 3 `fps` is no positive number.*data_errors.jsonl lists all",
     ):
         caches.made(source / "table.csv", folder)
     caches.made(source / "table.csv", folder, max_broken=0.9)

@@ -579,7 +579,8 @@ def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     job.storage.put(ERRORS)
     clips = len(job.items) + len(job.errors)
     if len(errors) > job.config.max_broken * clips or not rows:
-        raise CacheError(_too_many(errors, clips, job.config.max_broken) + f"; {job.storage.name}/{ERRORS} lists all")
+        listed = f"\n  {job.storage.name}/{ERRORS} lists all"
+        raise CacheError(_too_many(errors, clips, job.config.max_broken) + listed)
     # Quoted, since a caption may have a line break, also one that the csv module would leave bare.
     write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
     statistics = shards.read_statistics(job.folder, range(job.shards)).summary()
@@ -602,5 +603,5 @@ def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
 
 
 def _too_many(errors: Sequence[ClipError], clips: int, max_broken: float) -> str:
-    shown = "; ".join(f"{error['path']}: {error['reason']}" for error in errors[:MAX_SHOWN])
-    return f"{len(errors)} of {clips} clips cannot be encoded, more than max_broken={max_broken}; the first: {shown}"
+    shown = "\n".join(f"  {error['path']}: {error['reason']}" for error in errors[:MAX_SHOWN])
+    return f"{len(errors)} of {clips} clips cannot be encoded, more than max_broken={max_broken}; the first:\n{shown}"
