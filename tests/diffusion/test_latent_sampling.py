@@ -342,7 +342,10 @@ def test_a_folder_that_cannot_be_is_found_before_the_first_sample(of_images, tmp
         console.exit_on_user_error((tmp_path / "none").read_text)
     with pytest.raises(SystemExit, match="2"):
         console.exit_on_user_error(lambda: (tmp_path / "page").write_text("of a\udcff.mp4", encoding="utf-8"))
-    assert "UTF-8" in capsys.readouterr().err
+    assert "not UTF-8" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):  # printed where the locale is another
+        console.exit_on_user_error(lambda: (tmp_path / "page").write_text("of 图.mp4", encoding="latin-1"))
+    assert "PYTHONIOENCODING" in capsys.readouterr().err
 
 
 def test_an_autoencoder_of_the_hubs_cache_is_found(of_images, vae, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from typing import IO, Any, TypeVar
 
 from vae3d.errors import UserError
 from vae3d.io import open_nofollow
+from vae3d.text import is_utf8
 
 R = TypeVar("R")
 # Errors of the disk, or of a path that the user gave; other OSErrors are bugs and keep their traceback.
@@ -83,8 +84,8 @@ def in_sweep() -> bool:
 
 
 def exit_on_user_error(run: Callable[[], R]) -> R:
-    """Call run(); for a UserError, or a path that cannot be written or is not UTF-8, print one message and exit with
-    status 2.
+    """Call run(); for a UserError, a path that cannot be written or is not UTF-8, or text that the terminal cannot show,
+    print one message and exit with status 2.
 
     In a sweep the job ends with an error that Hydra prints without a traceback, and the next job runs.
     VAE3D_TRACEBACK=1 shows the traceback.
@@ -99,9 +100,13 @@ def exit_on_user_error(run: Callable[[], R]) -> R:
                 raise
             path = error.filename or "a file cannot be written (VAE3D_TRACEBACK=1 shows which)"
             print(f"error: {path}: {os.strerror(error.errno)}", file=sys.stderr, flush=True)
-        elif isinstance(error, UnicodeEncodeError):  # of Arrow, CSV or a page
-            text = error.object[max(0, error.start - 40) : error.end + 40]
-            print(f"error: the name of a file or folder is not UTF-8, rename it: {text!r}", file=sys.stderr, flush=True)
+        elif isinstance(error, UnicodeEncodeError):
+            text = ascii(error.object[max(0, error.start - 40) : error.end + 40])
+            if is_utf8(error.object):  # of the terminal, whose locale is not UTF-8
+                message = f"the output is {error.encoding}, which cannot hold {text}; set PYTHONIOENCODING=utf-8"
+            else:  # of Arrow, CSV or a page
+                message = f"the name of a file or folder is not UTF-8, rename it: {text}"
+            print(f"error: {message}", file=sys.stderr, flush=True)
         else:
             print_error(error)
         if in_sweep():
