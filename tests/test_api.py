@@ -90,6 +90,7 @@ def test_every_listed_model_is_a_file():
         (lambda: vae3d.build("wan", "chanels=3"), "did you mean model.channels"),
         (lambda: vae3d.read_video("x.mp4", height=0), "height=0"),
         (lambda: vae3d.save(tiny.model("wan"), "x.pth"), "x.pth.*export is a folder"),
+        (lambda: vae3d.save(tiny.model("wan"), "."), r"^\. .*new"),
         (lambda: vae3d.score(np.zeros((1, 3, 2, 8, 8)), "a.mp4"), "ndarray.*from_numpy"),
         (lambda: vae3d.reconstruct(tiny.model("taesd"), np.zeros((1, 3, 2, 8, 8))), "ndarray.*from_numpy"),
         (lambda: vae3d.write_video("x.mp4", vae3d.Video(torch.zeros(1, 3, 2, 8, 8), 8), 8), "Video.*frames"),
@@ -133,6 +134,10 @@ def test_a_folder_of_other_files_is_not_replaced(model, tmp_path):
             vae3d.save(tiny.model("wan"), folder, layout=layout)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     (folder / "photos").rmdir()
+    (tmp_path / "notes").write_text("of a user")
+    with pytest.raises(UserError, match="notes.*export is a folder"):
+        vae3d.save(model, tmp_path / "notes")
+    (tmp_path / "notes").unlink()
     for note in ("first", "second"):
         vae3d.save(model, folder, note=note)
     with pytest.raises(FileError, match=r"such as model\.safetensors"):

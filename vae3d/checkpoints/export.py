@@ -260,11 +260,11 @@ FILE_LAYOUTS = ("ldm", "wan", "videox_fun", "taehv")  # the others are folders
 
 
 def check_target(path: Path, layout: str) -> None:
-    """Raises CheckpointError if a folder would be written under the name of a file."""
-    if layout not in FILE_LAYOUTS and path.suffix in SUFFIXES:
-        raise CheckpointError(
-            f"{path} is the name of a file, and the layout {layout} is a folder; leave the suffix out"
-        )
+    """Raises CheckpointError for . and /, and if a folder would be written under the name of a file."""
+    if not path.name:
+        raise CheckpointError(f"{path} cannot be replaced; give the name of a new file or folder")
+    if layout not in FILE_LAYOUTS and (path.suffix in SUFFIXES or path.is_file()):
+        raise CheckpointError(f"{path} is the name of a file, and the layout {layout} is a folder; choose another name")
 
 
 # ---- flat state dicts during training
