@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import inspect
 import io
 import os
@@ -126,7 +127,7 @@ def test_a_model_is_saved_for_other_programs(tmp_path, caplog):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_folder_of_other_files_is_not_replaced(model, tmp_path):
+def test_a_folder_of_other_files_is_not_replaced(model, tmp_path, monkeypatch):
     folder = tmp_path / "mine"
     (folder / "photos").mkdir(parents=True)
     for layout in ("export", "diffusers"):
@@ -135,7 +136,7 @@ def test_a_folder_of_other_files_is_not_replaced(model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     (folder / "photos").rmdir()
     (tmp_path / "notes").write_text("of a user")
-    with pytest.raises(UserError, match="notes.*export is a folder"):
+    with pytest.raises(UserError, match=r"notes.*export is a folder"):
         vae3d.save(model, tmp_path / "notes")
     (tmp_path / "notes").unlink()
     for note in ("first", "second"):
@@ -143,6 +144,16 @@ def test_a_folder_of_other_files_is_not_replaced(model, tmp_path):
     with pytest.raises(FileError, match=r"such as model\.safetensors"):
         vae3d.save(tiny.model("wan"), folder, layout="diffusers")  # vae3d.load would open the older one
     assert yaml.safe_load((folder / "model.yaml").read_text())["note"] == "second"
+
+    listdir = os.listdir
+
+    def while_another_process_replaces_it(path):
+        if path == folder:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", while_another_process_replaces_it)
+    vae3d.save(model, folder, note="third")
 
 
 def test_a_model_of_another_project_is_not_saved(tmp_path):

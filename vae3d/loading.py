@@ -6,6 +6,7 @@ Here, and only here, Hydra turns a `_target_` node into an object.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from math import isclose
 from pathlib import Path
@@ -173,13 +174,20 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
     check_target(path, layout)
     checkpoint = Checkpoint(config_of(model), model.state_dict(), path, "export")
     with naming(path), atomic_files(path) as tmp:
-        WRITERS[layout](checkpoint, tmp / path.name, **info)
-        if path.is_dir():  # which is replaced as a whole
-            written = (tmp / path.name).iterdir() if (tmp / path.name).is_dir() else ()
-            if others := sorted({file.name for file in path.iterdir()} - {file.name for file in written}):
-                raise FileError(f"{path} has other files, such as {others[0]}; choose a new folder, or delete them")
+        written = tmp / path.name
+        WRITERS[layout](checkpoint, written, **info)
+        if others := sorted(_names_in(path) - _names_in(written)):  # a folder is replaced as a whole
+            raise FileError(f"{path} has other files, such as {others[0]}; choose a new folder, or delete them")
     for note in checkpoint.notes:
         log.info("%s: %s", path, note)
+
+
+def _names_in(folder: Path) -> set[str]:
+    """None of a file, and of a folder that another process replaces meanwhile."""
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
 
 
 def initialize(model: nn.Module, init_from: str | Mapping[str, str], any_scale: bool = False) -> list[str]:

@@ -84,8 +84,8 @@ def in_sweep() -> bool:
 
 
 def exit_on_user_error(run: Callable[[], R]) -> R:
-    """Call run(); for a UserError, a path that cannot be written or is not UTF-8, or text that the terminal cannot show,
-    print one message and exit with status 2.
+    """Call run(); for a UserError, a path that cannot be written or is not UTF-8, or text that the terminal cannot
+    show, print one message and exit with status 2.
 
     In a sweep the job ends with an error that Hydra prints without a traceback, and the next job runs.
     VAE3D_TRACEBACK=1 shows the traceback.
