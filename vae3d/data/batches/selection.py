@@ -230,7 +230,7 @@ def check_broken_share(first: Sequence[tuple[str, str]], count: int, rows: int, 
     if count > max_broken * rows:
         shown = "\n".join(f"  {path}: {reason}" for path, reason in first[:SHOWN])
         missing = all(reason == NO_SUCH_FILE for _, reason in first[:SHOWN])
-        hint = "; relative paths are relative to data.source.root, by default the table's folder" if missing else ""
+        hint = "; relative paths are relative to `root` of the source, by default the table's folder" if missing else ""
         raise DataError(
             f"{count} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
             f"{shown}\n  vae3d check-data FILE lists them all{hint}"
