@@ -44,9 +44,9 @@ class Gan(DiscriminatorAdversary):
 
     input: `frames`, each by itself, in 2D, or whole `clips`, in 3D. channels, layers, norm, groups, scales: see
     PatchGAN and MultiScale; the loss is the mean over scales.
-    criterion: a name in criteria.CRITERIA. lecam: weight of this regulariser; lecam_decay: of its running averages,
-    which start at 0 and are updated after each step. r1, r2: gamma in gamma / 2 * penalty, on clips and on
-    reconstructions, in fp32; lazy as in StyleGAN2: every penalty_every steps, times penalty_every.
+    criterion: a name in criteria.CRITERIA. lecam: weight of LeCAM. lecam_decay: decay of its running averages, which
+    start at 0 and are updated after each step. r1, r2: gamma in gamma / 2 * penalty, on clips and on reconstructions,
+    in fp32; lazy as in StyleGAN2: every penalty_every steps, times penalty_every.
 
     weight: of the generator's loss, 0 before step `start` and ramped up over the next `ramp` steps. Before `start` it
     costs nothing. adaptive: multiply by AdaptiveWeight, at most adaptive_max.

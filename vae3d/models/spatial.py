@@ -214,8 +214,6 @@ class SpatialVAE(VideoAutoencoder):
     in TemporalVAE: a DCT at first, lowest frequencies first, to which both networks add nothing. Published networks
     have none.
     pixel_channels: of videos, see docs/models.md.
-    keep_last_input: also keep the last layer's input. Otherwise the gradient of this layer alone, which an adaptive
-    weight needs, recomputes the whole decoder.
     """
 
     whole_frames = "GroupNorm and attention"
@@ -244,6 +242,8 @@ class SpatialVAE(VideoAutoencoder):
         self.shift_factor = shift_factor = 0.0 if shift_factor is None else shift_factor
         self.frame_batch = frame_batch
         self.gradient_checkpointing = gradient_checkpointing
+        # Also keep the last layer's input: else the gradient of this layer alone, which an adaptive weight needs,
+        # recomputes the whole decoder.
         self.keep_last_input = False
         self.spec = LatentSpec(
             channels=latent_channels,

@@ -130,7 +130,7 @@ class TemporalVAE(nn.Module):
     Any T: encode adds zero frames in front until T is a multiple of `stride`, and decode drops as many. The
     convolutions are causal, but GroupNorm pools over time, so every latent depends on all frames of the clip.
 
-    channels, multipliers: width of each level; downsample: which level boundaries halve the frame rate.
+    channels, multipliers: width of each level. downsample: which level boundaries halve the frame rate.
     shortcut: add a linear path beside each network, from the `stride` frames of a latent to the latent and back. It
     starts as a DCT over these frames, lowest frequencies first: the first in_channels latents are their mean, which of
     an image is the image's own latent. `stage.fit_shortcut` fits it to clips. Both networks start by adding nothing.
