@@ -35,14 +35,19 @@ def test_the_files_of_a_run_have_the_counted_sizes(videos, tmp_path):
     assert needs.stays["weights"] == needs.stays["gradients"] == needs.stays["AdamW"] / 2 == needs.export
 
 
-def test_what_is_kept_on_the_host_takes_its_memory_and_none_of_the_device(videos):
+def test_what_is_kept_on_the_host_is_not_on_the_device_where_several_ranks_average_gradients(videos):
     config = deepcopy(checked(videos))
     config.trainer.ema.decay = 0.9
     beside, config.trainer.ema.device = step_cost.vae_needs(config, 1), "cpu"
-    host = step_cost.vae_needs(config, 1)
+    host = step_cost.vae_needs(config, 1, ranks=2)
     assert (host.host, beside.host, beside.stays["EMA"]) == ({"EMA": beside.stays["EMA"]}, {}, beside.stays["weights"])
-    assert host.memory == beside.memory - beside.stays["EMA"]
+    buffers = host.stays["averaging over ranks"]
+    assert buffers == beside.stays["weights"]
+    assert host.memory == beside.memory - beside.stays["EMA"] + buffers
     assert host.state == beside.state
+    config.trainer.reduce_dtype = "bf16"
+    with step_cost.fake_tensors():
+        assert step_cost.build(config).reduction_bytes() == buffers // 2
     (line,) = (line for line in estimate.estimates(config, host, "1 clip", 1.0, 1, 0, 0) if "of the host" in line)
     assert f"EMA {estimate.amount(beside.stays['EMA'])}" in line
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
@@ -65,14 +70,6 @@ def test_memory_and_operations_grow_with_the_clips_and_operations_equal_torchs_c
     with counter, step_cost.StepCost([x, weight]) as cost:
         torch.nn.functional.conv2d(x, weight).sum().backward()
     assert cost.flops == counter.get_total_flops() > 0
-
-
-def test_several_ranks_have_buffers_in_which_they_average_gradients(videos):
-    config = deepcopy(checked(videos))
-    alone, two = (step_cost.vae_needs(config, 1, ranks=ranks) for ranks in (1, 2))
-    assert two.memory - alone.memory == two.stays["averaging over ranks"] == alone.stays["weights"]
-    config.trainer.reduce_dtype = "bf16"
-    assert step_cost.vae_needs(config, 1, ranks=2).stays["averaging over ranks"] == alone.stays["weights"] // 2
 
 
 @pytest.mark.parametrize("more", [["adversary=seraena", *tiny.SERAENA[1:]], [*tiny.GAN]], ids=["seraena", "patchgan"])
