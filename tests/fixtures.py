@@ -40,8 +40,9 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(os, "fsync", os.fstat)  # each waits 6 ms for a disk, thousands of times; no test cuts the power
     patch.setattr(hydra, "compose", compose_cache.compose)
-    for name in [name for name in os.environ if name.startswith("VAE3D_")]:  # of the shell, such as VAE3D_TRACEBACK=1
-        patch.delenv(name)
+    for name in list(os.environ):  # of the shell, such as VAE3D_TRACEBACK, HF_HUB_OFFLINE, AWS_PROFILE and http_proxy
+        if name.startswith(("VAE3D_", "HF_HUB_", "HF_TOKEN", "AWS_")) or name.lower().endswith("_proxy"):
+            patch.delenv(name)
     patch.setenv("VAE3D_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("VAE3D_ALLOW_UNVERIFIED", "1")
     patch.setenv("VAE3D_WEIGHTS", str(tmp_path_factory.mktemp("weights")))
