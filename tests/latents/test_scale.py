@@ -227,6 +227,8 @@ def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsy
     assert script(tmp_path / "b", tmp_path / "t.csv") == 2
     assert script(tmp_path / "a", videos, "--out", tmp_path / "b") == 2
     assert "already exists" in capsys.readouterr().err
+    assert script(tmp_path / "a", videos, "--out", tmp_path / "c.pth") == 2
+    assert "c.pth is the name of a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("std", [math.nan, math.inf, 2e6, 5e-7])

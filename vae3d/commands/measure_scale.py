@@ -14,7 +14,7 @@ import pandas as pd
 from torch import nn
 
 from vae3d.checkpoints import formats
-from vae3d.checkpoints.export import write_export
+from vae3d.checkpoints.export import check_target, write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError
 from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
@@ -37,8 +37,10 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
     checkpoint = formats.read_checkpoint(path)
     if out is None and checkpoint.layout != "export":
         raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is not an export; use --out FOLDER")
-    if out is not None and out.exists():
-        raise CheckpointError(f"--out {out} already exists")
+    if out is not None:
+        if out.exists():
+            raise CheckpointError(f"--out {out} already exists")
+        check_target(out, "export")
     model = build_from_checkpoint(checkpoint)
     if why := unscalable_reason(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
