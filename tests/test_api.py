@@ -94,6 +94,7 @@ def test_every_listed_model_is_a_file():
         (lambda: vae3d.save(tiny.model("wan"), "."), r"^\. .*new"),
         (lambda: vae3d.score(np.zeros((1, 3, 2, 8, 8)), "a.mp4"), "ndarray.*from_numpy"),
         (lambda: vae3d.reconstruct(tiny.model("taesd"), np.zeros((1, 3, 2, 8, 8))), "ndarray.*from_numpy"),
+        (lambda: vae3d.reconstruct(tiny.model("taesd"), torch.zeros(1, 3, 2, 8, 8), "x.mp4"), "x.mp4.*write_video"),
         (lambda: vae3d.write_video("x.mp4", vae3d.Video(torch.zeros(1, 3, 2, 8, 8), 8), 8), "Video.*frames"),
         (lambda: vae3d.save(tiny.model("wan"), os.devnull + "/x"), "/dev/null/x"),
     ],

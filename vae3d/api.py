@@ -173,8 +173,8 @@ def reconstruct(
     source: [B, 3, T, H, W] in [-1, 1], which returns as much in [-1, 1] on the CPU; or a file, whose reconstruction is
     written to `target`: of a model of four channels RGBA, as .mkv. sample: sample the latents, instead of taking their
     mode. memory_gib: see VideoAutoencoder.stream. codec: see write_video. progress: show a bar.
-    Raises MediaError, PixelError, FileError, and UserError for a file without target or as its own target, and as
-    write_video does.
+    Raises MediaError, PixelError, FileError, and UserError for a file without target or as its own target, a tensor
+    with one, and as write_video does.
     """
     _require(source, Tensor, str, os.PathLike)
     device = next(model.parameters()).device
@@ -191,6 +191,8 @@ def reconstruct(
                 yield out.video.clamp(-1, 1)
 
     if isinstance(source, Tensor):
+        if target is not None:
+            raise UserError(f"{target}: is written of a file only; write what a tensor returns with write_video")
         check_video(source, model.pixel_channels)
         frames, height, width = source.shape[2:]
         stream = model.stream(height, width, memory_gib)
