@@ -86,6 +86,25 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("console_of", [os.openpty, os.pipe], ids=["terminal", "pipe"])
+def test_a_console_that_is_gone_ends_no_run(console_of):
+    reader, writer = console_of()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        for _ in range(2):
+            console.write_above_bar("a line of the log", stream)
+
+
+def test_a_terminal_that_is_closed_does_not_keep_its_signal_from_the_run(monkeypatch):
+    def write(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with stop_signals() as request, monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert request.signum == signal.SIGHUP
+
+
 def test_a_signal_in_a_row_of_skipped_steps_waits_for_one_that_is_taken(videos, tmp_path):
     t = trainer(videos, tmp_path, **LONG)
     clips = t.data.clips

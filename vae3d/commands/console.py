@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,9 +29,16 @@ def rank() -> int:
 
 
 def write_above_bar(line: str, stream: Any) -> None:
+    """Print a line, to stdout if stream is None. A terminal that was closed, or a pipe that nothing reads, ends no run,
+    which has a log file: what would be printed is dropped from then on."""
     from vae3d.progress import Bar  # --help and errors of keys do without
 
-    Bar.write(line, file=stream)
+    stream = stream or sys.stdout
+    try:
+        Bar.write(line, file=stream)
+    except OSError:
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # of a stream without a file
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class ConsoleHandler(logging.Handler):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -367,7 +367,8 @@ def stop_signals(verbose: bool = True) -> Iterator[StopRequest]:
         if not request.signum and verbose:
             again = "; a second Ctrl-C ends it at once, without saving" if signum == signal.SIGINT else ""
             message = f"\n{signal.Signals(signum).name}: the run stops after this step{again}\n"
-            os.write(2, message.encode())  # print is not reentrant
+            with suppress(OSError):  # SIGHUP comes from a terminal that was closed
+                os.write(2, message.encode())  # print is not reentrant
         request.signum = request.signum or signum
         if signum == signal.SIGINT:
             for name in STOPS:
