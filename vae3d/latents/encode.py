@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import random
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -224,7 +225,8 @@ def _left(job: EncodeJob, claims: Claims) -> str:
     done = len(job.storage.done())
     owners = sorted({f"{holder.host} (process {holder.pid})" for holder in claims.holders()})
     at_work = f", the others are encoded by {', '.join(owners[:MAX_SHOWN])}" if owners else ""
-    return f"; {done} are complete{at_work}; vae3d encode-status {job.storage.name} shows when all are"
+    command = shlex.join(["vae3d", "encode-status", job.storage.name])
+    return f"; {done} are complete{at_work}; {command} shows when all are"
 
 
 def begin(job: EncodeJob, claims: Claims) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -221,7 +222,7 @@ def sizes(names: Sequence[str]) -> list[str]:
 
 def fetch_command(names: Sequence[str]) -> str:
     """The command that fetches all of these files to where they are found."""
-    return f"vae3d fetch-weights {' '.join(names)} --dest {search_path()[0]}"
+    return shlex.join(["vae3d", "fetch-weights", *names, "--dest", str(search_path()[0])])
 
 
 def _not_found(files: list[WeightFile]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -358,7 +359,7 @@ def check_shards(header: Mapping[str, Any], index: str | Path, wanted: Sequence[
         wrong = [f"{name} {reason}" for name, reason in zip(names, reasons, strict=True) if reason]
     if wrong:
         shown = "\n  ".join(wrong[:SHOWN])
-        folder = str(index).rpartition("/")[0] or "."
+        folder = shlex.quote(str(index).rpartition("/")[0] or ".")
         raise DataError(
             f"{plural(len(wrong), 'shard')} changed since {index} was made; if that is right, run vae3d index {folder} "
             f"again:\n  {shown}"
