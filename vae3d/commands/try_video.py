@@ -178,7 +178,8 @@ def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> d
     return {
         **({"video": f"{part} of {size}"} if info.fps else {"image": size}),
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
-        "latents": f"{plural(channels, 'channel')}, {t} x {h} x {w}: {ratio:.1f} times fewer numbers than pixels",
+        "latents": f"{plural(channels, 'channel')}, {t} x {h} x {w}: "
+        f"{ratio:.1f} times fewer numbers than the frames have",
     }
 
 
