@@ -334,6 +334,20 @@ def test_a_validation_that_a_stop_left_out_is_made_up_when_the_run_resumes(video
     assert again.fit()
 
 
+def test_a_best_of_a_made_up_last_validation_that_cannot_be_written_is_an_error(videos, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    settings = {**VALIDATES, "trainer.best": "psnr", "trainer.max_steps": 1, "trainer.save_every": 1}
+    trainer(videos, tmp_path, **(settings | {"validation.every": 0})).fit()
+    made_up = trainer(videos, tmp_path, **settings)
+    made_up.export = full
+    with pytest.raises(SaveError, match=r"exports/best of step 1.*could not be written"):
+        made_up.fit()
+    assert trainer(videos, tmp_path, **settings).fit()  # which tries again
+    assert facts(tmp_path)["step"] == 1
+
+
 def test_a_best_that_cannot_be_written_is_said_and_training_goes_on_but_ends_with_an_error(
     videos, tmp_path, monkeypatch, caplog
 ):

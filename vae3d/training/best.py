@@ -49,7 +49,7 @@ class BestExport:
         written = "there is none" if self.step is None else f"exports/{BEST} is of step {self.step}, {self.value:.6g}"
         raise SaveError(
             f"exports/{BEST} of step {step}, whose {self.column} is {value:.6g}, could not be written",
-            f"those weights are lost; {written}. Everything else of the run is complete",
+            f"{written}. Everything else of the run is complete",
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -253,6 +253,8 @@ class Trainer(ABC, Generic[Batch]):
             self.log.say(done if self.step >= last else f"training from step {self.step} to {last} in {self.folder}")
             if self.validation_due():
                 self.validate_and_keep_best()
+                if self.step >= last:
+                    self.best.require_written()
             with stop_signals(verbose=self.log.main) as request, self.profiler() as profiler_step:
                 try:
                     self._train(request, last, profiler_step)
