@@ -20,6 +20,7 @@ from vae3d.errors import UserError
 from vae3d.hub import from_pretrained, push_to_hub
 from vae3d.inference.reconstruct import read_chunks
 from vae3d.inference.video import VideoWriter, video_suffix
+from vae3d.io import is_same_file
 from vae3d.latents.codec import LatentCodec
 from vae3d.loading import build, list_models, load, open_codec, save
 from vae3d.metrics import MetricError, MetricSet, build_metrics
@@ -203,7 +204,7 @@ def reconstruct(
         return torch.cat([video.clone() for video in on_host(code(stream, chunks, frames), device)], 2)
     if target is None:
         raise UserError(f"{source}: give the file to write, as in reconstruct(model, {str(source)!r}, 'out.mp4')")
-    if os.path.exists(target) and os.path.exists(source) and os.path.samefile(source, target):
+    if is_same_file(source, target):
         raise UserError(f"{target} is the source, and would be replaced; give the reconstruction another name")
     channels = model.pixel_channels
     if channels not in (3, 4):

@@ -261,6 +261,11 @@ def atomic_files(target: Path) -> Iterator[Path]:
         remove(tmp)
 
 
+def is_same_file(a: str | Path, b: str | Path) -> bool:
+    """Whether both exist and are one file, also by links."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
 def replace_durably(tmp: Path, path: Path) -> None:
     """fsync a file or folder, rename it to `path`, and fsync the folder of `path`.
 

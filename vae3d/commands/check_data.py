@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from vae3d.argparse_types import Parser, positive_int
 from vae3d.errors import UserError, printable
-from vae3d.io import naming
+from vae3d.io import is_same_file, naming
 from vae3d.text import plural
 
 # Functions import what takes long (torch, pandas, PyAV), so that --help and a wrong flag are answered at once.
@@ -127,7 +126,7 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
 
     if clean and not clean.resolve().parent.is_dir():
         raise UserError(f"--clean {clean}: its folder does not exist")
-    if clean and clean.exists() and os.path.exists(path) and clean.samefile(path):
+    if clean and is_same_file(clean, path):
         raise UserError(f"--clean {clean}: is the table itself, whose other columns would be lost; choose another name")
     source = open_source(path, root)
     table = source.table()

@@ -24,7 +24,7 @@ from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
 from vae3d.inference.pictures import ERROR_LABEL, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
-from vae3d.io import FileError, atomic_write, naming
+from vae3d.io import FileError, atomic_write, is_same_file, naming
 from vae3d.metrics import MetricSet, Score, build_metrics
 from vae3d.metrics.base import Better, frame_curves, frame_pairs
 from vae3d.models.interface import VideoAutoencoder
@@ -53,7 +53,7 @@ def main(args: Namespace) -> int:
     video = read(args.video, info, args.frames, args.height, alpha=model.pixel_channels == 4)
     out = make_folder(args.out or default_folder(args.video, args.checkpoint))
     names = file_names(still=not info.fps, alpha=model.pixel_channels == 4)
-    if Path(args.video).resolve() in [(out / name).resolve() for name in names]:
+    if any(is_same_file(args.video, out / name) for name in names):
         raise FileError(f"{args.video} would be overwritten; choose another folder with --out")
     facts = describe(model, video, info)
     for name, value in facts.items():
