@@ -11,7 +11,6 @@ if FILE cannot be read. --alpha checks files for a model of RGBA (model.pixel_ch
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -120,7 +119,7 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
 
     from vae3d.data.sources.open_source import open_source
     from vae3d.data.table.probe import numbers_of
-    from vae3d.data.table.rows import NUMBERS
+    from vae3d.data.table.rows import NUMBERS, QUOTED_CSV
     from vae3d.data.table.segments import SEGMENT, bounds_of
     from vae3d.data.workers import usable_workers
 
@@ -152,7 +151,6 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
         optional = [name for name in (*SEGMENT, "split", "text", "label") if table[name].notna().any()]
         with naming(clean):
             found = pd.DataFrame(good, columns=["path", *NUMBERS, *optional])
-            # Quoted, since a caption may have a carriage return, which the csv module would leave bare.
-            found.to_csv(clean, index=False, quoting=csv.QUOTE_NONNUMERIC)
+            found.to_csv(clean, **QUOTED_CSV)
         print(f"wrote the good rows to {clean}")
     return 0 if len(good) == len(table) else 1

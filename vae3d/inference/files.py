@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.open_source import open_source
-from vae3d.data.table.rows import SPLITS
+from vae3d.data.table.rows import QUOTED_CSV, SPLITS
 from vae3d.data.table.segments import SEGMENT_ERROR, bounds_of
 from vae3d.data.table.versions import source_version
 from vae3d.distributed import all_gather_object, gather_to_main
@@ -181,7 +180,7 @@ def report(results: Results, done: Sequence[FileResult], cost: dict[str, Any] | 
     folder = reconstructor.folder("rec")
     folder.mkdir(parents=True, exist_ok=True)
     rows = pd.DataFrame([item.row() for item in done])
-    write_text(folder / "index.csv", rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))  # names of any characters
+    write_text(folder / "index.csv", rows.to_csv(**QUOTED_CSV))
     frames = sum(item.frames for item in done)
     written = [str(reconstructor.folder(kind)) for kind in KINDS if reconstructor.folder(kind).is_dir()]
     log.info("%s, %s -> %s", plural(len(done), "file"), plural(frames, "frame"), ", ".join(written))

@@ -7,7 +7,6 @@ shard alone, in which batches are formed, never on who encodes it.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from vae3d import __version__
 from vae3d.data.decoding.readers import check_reader, decodes_on_gpu
+from vae3d.data.table.rows import QUOTED_CSV
 from vae3d.data.table.versions import source_version
 from vae3d.data.workers import load, shared_memory_free, usable_workers
 from vae3d.hashing import file_hash, json_hash
@@ -583,8 +583,7 @@ def _write_complete(job: EncodeJob, digest: str, claims: Claims) -> bool:
     if len(errors) > job.config.max_broken * clips or not rows:
         listed = f"\n  {job.storage.name}/{ERRORS} lists all"
         raise CacheError(_too_many(errors, clips, job.config.max_broken) + listed)
-    # Quoted, since a caption may have a line break, also one that the csv module would leave bare.
-    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC))
+    write_text(job.folder / INDEX, pd.DataFrame(rows).to_csv(**QUOTED_CSV))
     statistics = shards.read_statistics(job.folder, range(job.shards)).summary()
     write_json(job.folder / STATISTICS, statistics)
     hashes = {name: file_hash(job.folder / name) for name in (META, INDEX, STATISTICS)}

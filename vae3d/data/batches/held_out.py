@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from vae3d.data.batches.clips import ClipSettings, collate, open_frames, read_cl
 from vae3d.data.batches.selection import clip_lengths
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.table.file_table import CHUNK, FileTable, as_file_table, sizes_of
+from vae3d.data.table.rows import QUOTED_CSV
 from vae3d.data.table.segments import Bounds
 from vae3d.io import atomic_write, naming
 from vae3d.text import plural
@@ -169,6 +169,4 @@ def write_held_out(file: Path, sources: Iterable[HeldOutFiles]) -> None:
                 for first in range(0, len(table), CHUNK):
                     rows = table.to_pandas(np.arange(first, min(first + CHUNK, len(table))))
                     rows = rows.assign(split="val", source=name)
-                    # Quoted, since a caption may have a carriage return, which the csv module would leave bare.
-                    quoted = {"quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\n"}
-                    stream.write(rows.to_csv(columns=COLUMNS, header=False, index=False, **quoted).encode())
+                    stream.write(rows.to_csv(columns=COLUMNS, header=False, **QUOTED_CSV).encode())

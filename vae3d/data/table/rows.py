@@ -14,12 +14,13 @@ Columns:
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -41,6 +42,8 @@ PATHS_PER_TASK = 200  # of a thread
 MAX_NAME = 255  # bytes of a file name, on every file system
 # In columns of numbers; in text columns these are text. C programs write -nan.
 MISSING_NUMBERS = ("", "nan", "-nan", "na", "n/a", "none", "null")
+# For DataFrame.to_csv. A caption or a name may have a carriage return, which the csv module would leave bare.
+QUOTED_CSV: dict[str, Any] = {"index": False, "quoting": csv.QUOTE_NONNUMERIC, "lineterminator": "\n"}
 WHOLE_NUMBERS = ("num_frames", "height", "width")
 MAX_WHOLE = 2**31 - 1  # of which columns and lengths are made
 MINIMUM = {"fps": 0, "start": 0, "end": 0}  # of a column; 1 for the others. fps is 0 of an image
