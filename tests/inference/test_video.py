@@ -34,6 +34,16 @@ def test_h264_looks_the_same_and_says_its_colour_matrix(tmp_path, size, pixels):
         assert frame.colorspace == 6
 
 
+def test_equal_videos_are_equal_bytes(tmp_path):
+    coarse = np.random.default_rng(0).integers(0, 256, (28, 32, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    clip = np.stack([coarse[2 * t :, 3 * t % 131 :][:64, :96] for t in range(60)])
+    larger = clip.repeat(2, 1).repeat(2, 2)
+    for name in "abcd":
+        write_video(tmp_path / f"{name}.mp4", clip, 24, "h264")
+        write_video(tmp_path / "larger.mp4", larger, 24, "h264")  # leaves other values in freed memory
+    assert len({(tmp_path / f"{name}.mp4").read_bytes() for name in "abcd"}) == 1
+
+
 @pytest.mark.parametrize("fps", [24.0, 29.97002997002997, 12.5, 7.992, 0.0015, 1 / 3600])
 def test_frame_rate_is_kept(tmp_path, fps):
     write_video(tmp_path / "a.mp4", tiny.frames(20), fps)

@@ -102,7 +102,7 @@ def test_every_panel_shows_the_pixels_of_its_frame():
         assert np.abs(error).mean() < 3, (of, layer)
         assert np.abs(error.mean((0, 1, 2))).max() < 0.8, (of, layer)
         borders = error[:, 0], error[:, -1], error[:, :, 0], error[:, :, -1]
-        assert max(np.abs(border.mean((0, 1))).max() for border in borders) < 3, (of, layer)
+        assert max(np.abs(border.mean((0, 1))).max() for border in borders) < 3.2, (of, layer)
 
 
 def test_an_error_of_one_grey_value_is_seen():

@@ -16,11 +16,15 @@ from vae3d.io import atomic_write, naming, remove, replace_durably, tmp_path
 
 BT601 = 6  # AVCOL_SPC_SMPTE170M, the matrix with which swscale converts RGB; written into the file for players
 
+# By default x264's decisions depend on the processor and its number of cores, and with AVX-512 on what was in freed
+# memory: equal videos differ from one call to the next.
+SAME_EVERY_TIME = "cpu-independent=1:threads=8"
+
 # codec -> (encoder, pixel format, options). lossless is bit-exact RGB; h264 is small, plays everywhere, and loses up to
 # several dB.
 CODECS = {
-    "lossless": ("libx264rgb", "rgb24", {"crf": "0", "preset": "veryfast"}),
-    "h264": ("libx264", "yuv420p", {"crf": "18", "preset": "medium"}),
+    "lossless": ("libx264rgb", "rgb24", {"crf": "0", "preset": "veryfast", "x264-params": SAME_EVERY_TIME}),
+    "h264": ("libx264", "yuv420p", {"crf": "18", "preset": "medium", "x264-params": SAME_EVERY_TIME}),
 }
 RGBA_CODEC = ("ffv1", "bgra", {})  # bit-exact, in .mkv, since no encoder of .mp4 keeps alpha
 # suffix -> (format, options): no random identifier in an .mkv, so that equal videos are equal bytes

@@ -34,8 +34,13 @@ THUMBNAIL: Size = (96, 256)  # at most, of each of its two pictures
 THUMBNAILS = 16  # frames that are kept to choose the one in the middle from
 
 # Without B frames and with a key frame twice a second, stepping backwards is quick. No psychovisual optimisation, which
-# adds detail that the frames do not have. A fixed number of threads, since the bytes depend on it.
-X264 = {"crf": "16", "preset": "veryfast", "tune": "fastdecode", "x264-params": "keyint=12:bframes=0:psy=0:threads=4"}
+# adds detail that the frames do not have. Equal bytes on every machine, as in vae3d.inference.video.
+X264 = {
+    "crf": "16",
+    "preset": "veryfast",
+    "tune": "fastdecode",
+    "x264-params": "keyint=12:bframes=0:psy=0:cpu-independent=1:threads=4",
+}
 # As sRGB, so that browsers convert with the matrix of BT.709 and nothing else.
 RED, BLUE = 0.2126, 0.0722  # of BT.709's luma
 GREEN = 1 - RED - BLUE
