@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import pytest
 import torch
+from PIL import Image
 
 from tests import tiny
 from vae3d.models.taesd import TAESD
@@ -27,6 +30,18 @@ def test_operations_are_counted_per_pixel_and_a_smaller_decoder_has_fewer():
 def test_a_name_may_stand_in_front_of_a_checkpoint():
     assert decoders.named("30 %=runs/a") == ("30 %", "runs/a")
     assert decoders.named("runs/a") == ("a", "runs/a")
+
+
+def test_all_rows_of_a_folder_and_of_held_out_files_are_scored(tmp_path):
+    images = [tmp_path / "images/a.png", tmp_path / "images/b.png"]
+    images[0].parent.mkdir()
+    for image in images:
+        Image.new("RGB", (20, 12)).save(image)
+    (tmp_path / "held_out.csv").write_text("path,split\n" + "".join(f"{image},val\n" for image in images))
+    for source in (tmp_path / "images", tmp_path / "held_out.csv"):
+        videos = decoders.read_videos(Namespace(source=str(source), frames=1, height=8, width=8, device="cpu"))
+        assert [video.shape for video in videos] == [(1, 3, 1, 8, 8)] * 2
+        assert all((video == -1).all() for video in videos)  # black, as models take it
 
 
 def test_the_front_leaves_out_what_is_dearer_and_worse(tmp_path):

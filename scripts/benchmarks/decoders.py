@@ -1,6 +1,6 @@
 """Compare decoders of one latent space: speed, operations, memory, PSNR, SSIM, LPIPS; and draw the front.
 
-    python scripts/benchmarks/decoders.py taef2_encoder.pth runs/small_30 runs/small_20 --source clips.csv --split val
+    python scripts/benchmarks/decoders.py taef2_encoder.pth runs/a runs/b --source runs/a/held_out.csv
 
 The first one is the teacher: its encoder codes every file, each decoder decodes the same latents, and the scores are
 those against the original and against the teacher's decoder. A name may stand in front: `30 %=runs/small_30`.
@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -156,11 +157,21 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
     file.write_text(svg(figure))
 
 
+def read_videos(args: argparse.Namespace) -> list[Tensor]:
+    """The middle of every file, [1, 3, T, H, W] in [-1, 1]. `split` is not read: held_out.csv is `val` throughout."""
+    settings = ClipSettings(args.height, args.width)
+    rows = open_source(args.source).table().assign(split=None)
+    table = read_tables(SimpleNamespace(table=lambda: rows), settings, num_val_files=0, max_broken=0.0).train
+    clips, errors = validation_clips(table, settings, args.frames, len(table))
+    if errors:
+        raise UserError("; ".join(f"{path}: {reason}" for path, reason in errors))
+    return [clip.to(args.device).video for clip in clips]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("decoders", nargs="+", help="checkpoints, the teacher first; NAME=CHECKPOINT names one")
-    parser.add_argument("--source", required=True, help="a table, a folder or one file of videos and images")
-    parser.add_argument("--split", choices=("train", "val"), default="train", help="rows of the table (train)")
+    parser.add_argument("--source", required=True, help="a table, a folder or one file of videos and images; every row")
     parser.add_argument("--out", type=Path, default=Path("decoders"), help="folder for decoders.json and .svg")
     parser.add_argument("--frames", type=positive_int, default=1, help="of every clip (1)")
     parser.add_argument("--height", type=positive_int, default=256, help="of the centre crop (256)")
@@ -169,13 +180,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive_int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    settings = ClipSettings(args.height, args.width)
-    tables = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=0.0)
-    table = tables.val if args.split == "val" else tables.train
-    clips, errors = validation_clips(table, settings, args.frames, len(table))
-    if errors or not clips:
-        raise UserError("; ".join(f"{path}: {reason}" for path, reason in errors) or f"{args.source} has no clips")
-    videos = [clip.to(args.device).video for clip in clips]
+    videos = read_videos(args)
     decoders = [named(text) for text in args.decoders]
     print(
         f"{len(videos)} clips of {args.frames} x {args.height} x {args.width}; speed and memory at {args.speed_size} x "
