@@ -183,10 +183,15 @@ def test_clips_are_the_same_every_time_and_apart(photos, video):
 
 def test_a_model_that_normalises_wrongly_is_named():
     told = {"statistics": {"mean": [0.0, 0.05], "std": [1.2, 0.8]}, "collapsed": [], "latent_shape": [4, 1, 8, 8]}
-    assert "deviations from 0.800 to 1.200, by channel" in probe_run.warnings_of("sd", told)[0]  # 1.02 over all
+    (warning,) = probe_run.warnings_of("sd", told, None)
+    assert "deviations from 0.800 to 1.200, by channel" in warning  # 1.02 over all
+    assert "measure-scale" in warning
+    (warning,) = probe_run.warnings_of("tiny", told, "normalised already")  # measure-scale refuses it
+    assert "normalised already" in warning
+    assert "measure-scale" not in warning
     fine = told | {"statistics": {"mean": [0.05, -0.05], "std": [1.05, 0.95]}}
-    assert probe_run.warnings_of("sd", fine) == []
-    assert probe_run.warnings_of("sd", fine | {"collapsed": [2]}) == ["sd: 1 of 4 channels have collapsed: 2"]
+    assert probe_run.warnings_of("sd", fine, None) == []
+    assert probe_run.warnings_of("sd", fine | {"collapsed": [2]}, None) == ["sd: 1 of 4 channels have collapsed: 2"]
 
 
 def test_paths_may_have_an_equals_sign(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from vae3d.errors import UserError
 from vae3d.latents import probe_run
 from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
+from vae3d.latents.scale import unscalable_reason
 from vae3d.layout import place
 from vae3d.metrics.frame import Lpips
 from vae3d.precision import as_device
@@ -72,7 +73,11 @@ def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
         "settings": asdict(settings),
         "device": str(device),
         "versions": {"vae3d": vae3d.__version__, "torch": torch.__version__},
-        "warnings": [line for name, probes in found.items() for line in probe_run.warnings_of(name, probes)],
+        "warnings": [
+            line
+            for name, probes in found.items()
+            for line in probe_run.warnings_of(name, probes, unscalable_reason(models[name]))
+        ],
         "notes": notes,
         "pixels": pixels,
         "models": found,

@@ -312,15 +312,20 @@ def decoded_pictures(model: nn.Module, clips: Clips, settings: ProbeSettings, st
     return {label: video[0, :, 0].float().clamp(-1, 1).cpu() for label, video in videos.items()}
 
 
-def warnings_of(name: str, results: Mapping[str, Any]) -> list[str]:
-    """Warnings about latents that are not fit for diffusion. results: of probe_model."""
+def warnings_of(name: str, results: Mapping[str, Any], unscalable: str | None) -> list[str]:
+    """Warnings about latents that are not fit for diffusion. results: of probe_model. unscalable: see
+    scale.unscalable_reason."""
     warnings = []
     means, stds = results["statistics"]["mean"], results["statistics"]["std"]
     if off_scale(means, stds):
+        hint = (
+            "before diffusion, write the measured statistics into the export (vae3d measure-scale --per_channel)"
+            if unscalable is None
+            else f"no scale can be set: {unscalable}; trainer.any_scale=true trains on them as they are"
+        )
         warnings.append(
             f"{name}: normalised latents have means from {min(means):.3f} to {max(means):.3f} and standard "
-            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: before diffusion, "
-            "write the measured statistics into the export (vae3d measure-scale --per_channel)"
+            f"deviations from {min(stds):.3f} to {max(stds):.3f}, by channel, instead of 0 and 1: {hint}"
         )
     if results["collapsed"]:
         channels = ", ".join(map(str, results["collapsed"]))
