@@ -31,7 +31,7 @@ from vae3d.weight_files import FP32, SavedTensor, open_tree, safetensors_header
 def main(argv: list[str] | None = None) -> int:
     metrics = sorted({metric for file in FILES.values() for metric in file.used_for})
     parser = Parser("fetch-weights", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"all, or some of {' '.join(FILES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all, or files that the list names")
     parser.add_argument("--metrics", nargs="+", default=[], metavar="METRIC", help=f"some of {' '.join(metrics)}")
     parser.add_argument("--dest", type=Path, default=search_path()[0], help="folder; default %(default)s")
     parser.add_argument("--check", action="store_true", help="only verify; download nothing")
