@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -88,8 +90,28 @@ def test_pairing_by_order_is_there_on_request_only(folders, capsys):
     assert "6 files without a partner" in refused(capsys, ori, rec)
     assert evaluate(ori, rec, *PSNR, "--pair_by", "sorted") == 0
     assert report(rec)["videos"] == 3
+    again = rec.with_name("again")
+    shutil.copytree(rec, again)
+    for i in range(3):
+        (again / f"other{i}.mp4").rename(again / f"000{i}_other{i}.mp4")
+    words = ("--ref", ori, "--compare", rec, again, *PSNR, "--device", "cpu", "--no_page")
+    assert tiny.status("eval", *words, "--pair_by", "sorted") == 0
+    compared = json.loads((rec.with_name("x_rec_eval") / "comparison.json").read_text())
+    assert {row["videos"] for row in compared["differences"]} == {3}
+    shutil.rmtree(again)
     (rec / "other2.mp4").unlink()
     assert "holds 3 files" in refused(capsys, ori, rec, "--pair_by", "sorted")
+
+
+def test_reconstructions_without_a_common_video_are_refused_before_they_are_scored(folders, capsys):
+    ori, rec = folders
+    other = rec.with_name("other")
+    other.mkdir()
+    (rec / "v2.mp4").rename(other / "v2.mp4")
+    words = ("--ref", ori, "--compare", rec, other, *PSNR, "--device", "cpu", "--no_page", "--allow_unmatched")
+    assert tiny.status("eval", *words) == 2
+    assert "no video in common" in capsys.readouterr().err
+    assert not rec.with_name("x_rec_eval").exists()
 
 
 def test_pairing_by_index_scores_against_the_sources_from_their_first_frame(tmp_path, capsys):

@@ -20,7 +20,7 @@ from vae3d.evaluation.page import Row, limit_clips, make_report, make_rows, shor
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
 from vae3d.evaluation.score import ScoringJob, collect, plan, score_jobs
 from vae3d.evaluation.store import Store, VideoScore
-from vae3d.evaluation.summary import compare, summarize, unequal_sets
+from vae3d.evaluation.summary import compare, require_common, summarize, unequal_sets
 from vae3d.evaluation.tables import comparison_table, means_table, set_table, write_per_frame, write_per_video
 from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
@@ -76,6 +76,7 @@ def evaluate(args: Namespace) -> int:
         require_shapes(PRESETS[args.preset], shapes, args.batch_size)
         output = output_folder(args.output, rec, list(args.recs.values()))
         evaluations.append(Evaluation(name, rec, output, jobs, unmatched, failed))
+    require_common({evaluation.name: [job.pair.name for job in evaluation.jobs] for evaluation in evaluations})
     common = args.output or evaluations[0].output  # of what compares them
     if not args.no_page:
         check_replaceable(common)

@@ -87,7 +87,8 @@ def find_pairs(
     """Pairs sorted by name, and unmatched files.
 
     pair_by: `stem` (relative path without extension and one trailing _ori, _rec or _spatial), `index_csv` (index.csv of
-    the reconstruction names sources and first frames; ref holds the sources), `sorted` (n-th with n-th).
+    the reconstruction names sources and first frames; ref holds the sources), `sorted` (n-th with n-th). A pair has the
+    name of its original, so that reconstructions of it can be compared; with `index_csv` that of its row.
     Raises PairError if a folder is missing or empty, if both are the same, if a name occurs twice, or if files are
     unmatched (unless allow_unmatched, which needs at least one pair).
     """
@@ -100,7 +101,7 @@ def find_pairs(
         if len(refs) != len(recs):
             counts = f"{ref} holds {plural(len(refs), 'file')}, {rec} holds {len(recs)}"
             raise PairError(f"{counts}; pairing by order needs equal numbers")
-        return [Pair(b, refs[a], recs[b]) for a, b in zip(sorted(refs), sorted(recs), strict=True)], []
+        return [Pair(a, refs[a], recs[b]) for a, b in zip(sorted(refs), sorted(recs), strict=True)], []
     common = sorted(refs.keys() & recs.keys())
     only_ref = [f"only in {ref}: {stem}" for stem in sorted(refs.keys() - recs.keys())]
     only_rec = [f"only in {rec}: {stem}" for stem in sorted(recs.keys() - refs.keys())]

@@ -137,15 +137,14 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
 def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]) -> list[dict[str, Any]]:
     """Paired differences of every reconstruction to the first, over the videos with both values.
 
-    results: name of the reconstruction -> its videos. Raises MetricError if two have no video in common.
+    results: name of the reconstruction -> its videos. Raises what require_common raises.
     """
+    require_common({name: {video.name for video in videos} for name, videos in results.items()})
     (first, base), *others = results.items()
     rows = []
     for name, videos in others:
         own = {video.name: video for video in videos}
         pairs = [(video, own[video.name]) for video in base if video.name in own]
-        if not pairs:
-            raise MetricError(f"{name} and {first} have no video in common, so they cannot be compared")
         for column, better in columns.items():
             scores = [(a.scores[column].value, b.scores[column].value) for a, b in pairs if column in a.scores]
             both = [pair for pair in scores if None not in pair]
@@ -158,6 +157,14 @@ def compare(results: dict[str, Sequence[VideoScore]], columns: dict[str, Better]
             row = {"name": name, "against": first, "metric": column, "difference": statistics.fmean(gaps)}
             rows.append(row | {"ci95": list(interval(gaps)), "better_on": wins, "videos": len(gaps)})
     return rows
+
+
+def require_common(videos: Mapping[str, Collection[str]]) -> None:
+    """Raises MetricError for a reconstruction without a video of the first. videos: reconstruction -> their names."""
+    (first, base), *others = videos.items()
+    for name, own in others:
+        if set(base).isdisjoint(own):
+            raise MetricError(f"{name} and {first} have no video in common, so they cannot be compared")
 
 
 def unequal_sets(videos: Mapping[str, Collection[str]]) -> list[str]:
