@@ -88,6 +88,8 @@ def test_every_listed_model_is_a_file():
         (lambda: vae3d.build("taesd"), "model.variant"),
         (lambda: vae3d.build("wan", "model.colour=3"), "colour"),
         (lambda: vae3d.open_codec("x", precision="fp8"), "'fp8'.*bf16"),
+        (lambda: vae3d.build("wan", "model.channels=-1"), "channels is -1"),
+        (lambda: vae3d.build("temporal_vae", "model.spatial.channels=3"), "model.spatial.channels=3: channels is 3"),
         (lambda: vae3d.build("wan", "chanels=3"), "did you mean model.channels"),
         (lambda: vae3d.read_video("x.mp4", height=0), "height=0"),
         (lambda: vae3d.save(tiny.model("wan"), "x.pth"), "x.pth.*export is a folder"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import hydra
 import torch
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from torch import nn
 
 from vae3d.arguments import short
@@ -90,9 +90,15 @@ def build(name: str, *overrides: str) -> VideoAutoencoder:
         model = vae3d.build("temporal_vae", "model.temporal.channels=32")
 
     name: one of list_models(). overrides: `key=value` changes to it. Raises UserError if the name or a key does not
-    exist, or a value is missing.
+    exist, or a value is missing or wrong.
     """
-    return instantiate(model_config(name, *overrides)).eval()
+    config = model_config(name, *overrides)
+    try:
+        return instantiate(config).eval()
+    except InstantiationException as error:
+        if not isinstance(cause := error.__cause__, ValueError):
+            raise
+        raise UserError(f"{name} with {' '.join(overrides)}: {cause}") from error
 
 
 def load(
