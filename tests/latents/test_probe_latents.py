@@ -20,7 +20,7 @@ from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import flags, probe_latents
 from vae3d.data.sources.open_source import open_source
 from vae3d.errors import UserError
-from vae3d.latents import probe_run, probes
+from vae3d.latents import probe_report, probe_run, probes
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.loading import model_config
@@ -113,6 +113,14 @@ def test_videos_and_tiles(exports, video, tmp_path, capsys):
     assert two["time"]["high"] is not None
     assert told["pixels"]["time"]["high"] is not None
     assert "in time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kl", "plots"), [(None, 2), ([0.2, 0.3], 3)])
+def test_the_plot_of_kl_is_left_out_where_no_encoder_has_one(kl, plots):
+    models = {"a": {"statistics": {"std": [1.0, 2.0], "covariance_eigenvalues": [3.0, 1.0]}, "kl": kl}}
+    axes = probe_report._channels(models).axes
+    assert len(axes) == plots
+    assert [len(axis.lines[0].get_xdata()) for axis in axes] == [2] * plots
 
 
 def test_tiled_codec_without_seams_is_the_models_own():

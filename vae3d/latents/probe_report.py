@@ -158,21 +158,30 @@ def _plot_power(axis: Axes, spectrum: Results | None, **style: Any) -> None:
 
 
 def _channels(models: Mapping[str, Results]) -> Figure:
-    """Standard deviations, KL and covariance eigenvalues of the channels, each in descending order."""
-    figure, axes = subplots(3, columns=3, width=4.6, height=3.4)
-    for name, results, color in _colored(models):
-        eigenvalues = np.array(results["statistics"]["covariance_eigenvalues"])
-        curves = (results["statistics"]["std"], results["kl"] or [], eigenvalues / (eigenvalues.sum() or 1))
-        for axis, values in zip(axes, curves, strict=True):
-            if len(values):
-                axis.plot(range(1, len(values) + 1), sorted(values, reverse=True), color=color, marker=".", label=name)
-    for axis, title in zip(axes, ("standard deviation", "KL, nats per element", "eigenvalue / sum"), strict=True):
+    """Standard deviations, KL and covariance eigenvalues of the channels, each in descending order. Without KL if no
+    model has a posterior."""
+    statistics = {name: results["statistics"] for name, results in models.items()}
+    sums = {name: sum(own["covariance_eigenvalues"]) or 1 for name, own in statistics.items()}
+    curves = {
+        "standard deviation": {name: own["std"] for name, own in statistics.items()},
+        "KL, nats per element": {name: results["kl"] for name, results in models.items() if results["kl"]},
+        "eigenvalue / sum": {
+            name: np.array(own["covariance_eigenvalues"]) / sums[name] for name, own in statistics.items()
+        },
+    }
+    titles = [title for title, by_model in curves.items() if by_model]
+    figure, axes = subplots(len(titles), columns=3, width=4.6, height=3.4)
+    for axis, title in zip(axes, titles, strict=True):
+        for name, _, color in _colored(models):
+            if name in curves[title]:
+                values = sorted(curves[title][name], reverse=True)
+                axis.plot(range(1, len(values) + 1), values, color=color, marker=".", label=name)
         axis.set(title=title, xlabel="channel or eigenvalue, largest first")
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes[0].axhline(1, color="#bbb", linewidth=0.8)
-    for axis in axes[:2]:
+    for axis in axes[:-1]:
         axis.set_ylim(bottom=0)
-    axes[2].set_yscale("log")
+    axes[-1].set_yscale("log")
     _legend(figure)
     return figure
 
