@@ -574,6 +574,9 @@ def test_errors_are_told_together(vae, pictures, tmp_path):
         train_diffusion.complete(latent_runs.config(*told, network="video_transformer"), longer)
     with pytest.raises(ConfigError, match=r"denoiser.learned_sigma=true: .*False"):
         train_diffusion.complete(latent_runs.config(*told, "denoiser.learned_sigma=true"), clips)
+    clips.codec.model.circular = True
+    with pytest.raises(ConfigError, match="data: clips of 64x63: the width is 63"):
+        train_diffusion.complete(latent_runs.config(*told), replace(clips, stream_sizes=[(64, 63)]))
 
 
 @pytest.mark.parametrize(

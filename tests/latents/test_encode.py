@@ -30,9 +30,11 @@ from vae3d.data.media import DataError
 from vae3d.data.sources.folder import Folder
 from vae3d.data.sources.image_folder import ImageFolder
 from vae3d.data.sources.open_source import open_source
+from vae3d.errors import UserError
 from vae3d.latents import clips, encode, shards
 from vae3d.latents.cache import LatentCache
 from vae3d.latents.clips import ClipReader, Transform, items_of, labels_of, runs_of_files
+from vae3d.latents.codec import LatentCodec
 from vae3d.latents.encode import encode_cache
 from vae3d.latents.shards import CacheError
 from vae3d.latents.statistics import LatentStatistics
@@ -313,6 +315,19 @@ def test_files_of_their_own_size_and_length_make_latents_of_theirs(tmp_path):
 
 
 # ---- broken files
+
+
+def test_files_of_a_size_that_the_model_does_not_take_are_told(tmp_path):
+    codec = LatentCodec(tiny.model("wan", "model.pad_w=circular"), pixel_range="uint8")
+    for width in (16, 17):
+        Image.fromarray(tiny.frames(1, 16, width)[0]).save(tmp_path / f"{width}.png")
+    folder = caches.made(tmp_path, tmp_path / "cache", codec, height=None, width=None, max_broken=0.5)
+    (error,) = [json.loads(line) for line in (folder / "data_errors.jsonl").read_text().splitlines()]
+    assert error["key"] == "17.png"
+    assert "at 16x17: the width is 17; with pad_w=circular" in error["reason"]
+    assert list(LatentCache(folder).index["key"]) == ["16.png"]
+    with pytest.raises(UserError, match="the width is 17"):  # before a clip is read
+        padding(codec, Transform(16, 17, frames=5))
 
 
 def test_broken_files_are_told_and_can_be_tried_again(photos, tmp_path):

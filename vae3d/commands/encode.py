@@ -126,9 +126,12 @@ def bucket_notes(items: Sequence[Item], transform: Transform, table: pd.DataFram
 
 
 def padding(codec: LatentCodec, transform: Transform) -> list[str]:
-    """Notes on clips that the autoencoder pads to its strides: their last latents contain padding."""
+    """Notes on clips that the autoencoder pads to its strides: their last latents contain padding. Raises what
+    check_size raises."""
     stride, fits, notes = codec.space_stride, codec.model.frames_valid, []
     for shape in transform.buckets or [(transform.frames, transform.height, transform.width)]:
+        if None not in shape[1:]:
+            codec.model.check_size(*shape[1:])
         of = f" of bucket {'x'.join(map(str, shape))}" if transform.buckets else ""
         for name, size in zip(("height", "width"), shape[1:], strict=True):
             if (size or 0) % stride:

@@ -27,6 +27,7 @@ from vae3d.diffusion.build import NETWORKS, PROCESSES, network_config
 from vae3d.diffusion.data import ClipSize, LatentData
 from vae3d.diffusion.unet import LatentUNet
 from vae3d.distributed import check_ranks_agree, init_training
+from vae3d.errors import UserError
 from vae3d.latents.codec import LatentCodec
 from vae3d.latents.identity import vae_metadata
 from vae3d.latents.scale import unscalable_reason
@@ -108,6 +109,11 @@ def complete(config: DiffusionConfig, data: LatentData) -> tuple[DiffusionConfig
             message = f"the process has learned_sigma={process.learned_sigma}"
             issues.append(ConfigIssue("denoiser.learned_sigma", network["learned_sigma"], message, "use null"))
         network["learned_sigma"] = process.learned_sigma
+    for _, height, width in data.sizes:
+        try:
+            data.codec.model.check_size(height, width)
+        except UserError as error:
+            issues.append(ConfigIssue("data", NO_VALUE, f"clips of {height}x{width}: {error}"))
     classes = len(data.classes)
     if network.get("num_classes") and not classes:
         hint = "set labels=auto, column or folder, or use null"

@@ -17,7 +17,7 @@ import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -35,6 +35,7 @@ from vae3d.data.decoding.readers import check_reader, decodes_on_gpu
 from vae3d.data.table.rows import QUOTED_CSV
 from vae3d.data.table.versions import source_version
 from vae3d.data.workers import load, shared_memory_free, usable_workers
+from vae3d.errors import UserError
 from vae3d.hashing import file_hash, json_hash
 from vae3d.io import FileError, write_json, write_text
 from vae3d.latents import shards
@@ -365,7 +366,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
         for first in rest:
             number = begun.popleft()
             clips = islice(chain([first], rest), len(job.span(number)))
-            for batch in _batches(clips, job.clips_per_batch):
+            for batch in _batches((_check_size(job, clip) for clip in clips), job.clips_per_batch):
                 batches.append(batch)
                 yield number, _encode_batch(job, batch)
 
@@ -418,6 +419,18 @@ def _clips_together(clip_bytes: int, workers: int) -> int:
     free = shared_memory_free()
     share = RUN_BYTES if free is None else min(RUN_BYTES, free // (2 * ranks * (2 * workers + 3)))
     return max(1, min(RUN_CLIPS, share // clip_bytes))
+
+
+def _check_size(job: EncodeJob, clip: Read) -> Read:
+    """The clip, or the error of one that the autoencoder does not take at its size."""
+    if clip.pixels is None:
+        return clip
+    height, width = clip.pixels.shape[-2:]
+    try:
+        job.codec.model.check_size(height, width)
+    except UserError as error:
+        return replace(clip, pixels=None, error=f"cannot be encoded at {height}x{width}: {error}")
+    return clip
 
 
 def _batches(reads: Iterable[Read], size: Callable[[Sequence[int]], int]) -> Iterator[list[Read]]:

@@ -213,10 +213,10 @@ class DiffusersVAE(VideoAutoencoder):
         if self.table.fixed_size:
             side = self.vae.decoder_image_size
             if (height, width) != (side, side):
-                raise ValueError(f"the frames are {height}x{width}; this {self.kind} takes {side}x{side} only")
+                raise UserError(f"the frames are {height}x{width}; this {self.kind} takes {side}x{side} only")
         smallest = self.spec.space_stride * (self.table.min_latents - 1) + 1
         if min(height, width) < smallest:
-            raise ValueError(f"the frames are {height}x{width}; a {self.kind} takes sides of at least {smallest}")
+            raise UserError(f"the frames are {height}x{width}; a {self.kind} takes sides of at least {smallest}")
 
     def set_frame_batch(self, frames: int) -> bool:
         self.frame_batch = frames

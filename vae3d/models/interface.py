@@ -169,10 +169,10 @@ class VideoAutoencoder(nn.Module):
         raise NotImplementedError
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises ValueError for frames that the model does not take, padded or not."""
+        """Raises UserError for frames that the model does not take, padded or not."""
         space = self.spec.space_stride
         if self.circular and width % space:
-            raise ValueError(
+            raise UserError(
                 f"the width is {width}; with pad_w=circular it must be a multiple of {space}, since padding would "
                 "break the seam"
             )
@@ -186,9 +186,9 @@ class VideoAutoencoder(nn.Module):
         return -(-frames // self.spec.time_stride)
 
     def check_frames(self, frames: int, latents: int, note: str = "") -> None:
-        """Raises ValueError unless a clip of so many frames has so many latent frames. note: the message's end."""
+        """Raises UserError unless a clip of so many frames has so many latent frames. note: the message's end."""
         if frames < 1 or self.latent_frames(frames) != latents:
-            raise ValueError(f"num_frames is {frames}, which does not fit {plural(latents, 'latent frame')}{note}")
+            raise UserError(f"num_frames is {frames}, which does not fit {plural(latents, 'latent frame')}{note}")
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of the latents of a clip of this size."""

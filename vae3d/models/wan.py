@@ -129,7 +129,7 @@ class WanVAE(VideoAutoencoder):
         )
 
     def encode(self, video: Tensor) -> Posterior:
-        """[B, 3, T, H, W] -> posterior over raw latents. Raises ValueError as check_size does."""
+        """[B, 3, T, H, W] -> posterior over raw latents. Raises UserError as check_size does."""
         check_video(video, self.pixel_channels)
         stride = self.spec.time_stride
         self.check_size(*video.shape[-2:])
@@ -267,7 +267,7 @@ class WanVAE(VideoAutoencoder):
         super().check_size(height, width)
         unit = 2 * self.spec.space_stride
         if self.borders.height == "pole" and width % unit:
-            raise ValueError(f"the width is {width}; with pad_h=pole it must be a multiple of {unit}")
+            raise UserError(f"the width is {width}; with pad_h=pole it must be a multiple of {unit}")
 
     def trainable_parts(self) -> dict[str, list[nn.Module]]:
         return {"encoder": [self.encoder, self.conv1], "decoder": [self.conv2, self.decoder]}
