@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, AutoencoderKLWan
+from PIL import Image
 
 import vae3d
 from tests import tiny
@@ -207,6 +208,16 @@ def test_the_script_rewrites_the_newest_export_of_a_run(videos, tmp_path, capsys
     assert after.config["shift_factor"] != 0
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "model.yaml", "notes.txt"]
     assert f"scaling_factor: 0.13025 -> {after.config['scaling_factor']:.5f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [8, 500])  # bytes: not an image; one whose size can be read, and no more
+def test_the_script_gives_the_reasons_where_no_clip_can_be_read(kept, tmp_path, capsys):
+    vae3d.save(tiny.model("spatial"), tmp_path / "export")
+    broken = tmp_path / "broken.png"
+    Image.fromarray(tiny.frames(1)[0]).save(broken)
+    broken.write_bytes(broken.read_bytes()[:kept])
+    assert script(tmp_path / "export", broken) == 2
+    assert f"{broken}: " in capsys.readouterr().err
 
 
 def test_the_script_makes_an_export_of_published_weights(videos, tmp_path, capsys):

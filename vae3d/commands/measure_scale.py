@@ -21,7 +21,7 @@ from vae3d.data.loader import read_tables
 from vae3d.data.sources.open_source import open_source
 from vae3d.io import atomic_dir, atomic_files, naming
 from vae3d.latents.scale import LatentStats, ScaleError, measure, rescaled, spread_clips, unscalable_reason
-from vae3d.loading import build_from_checkpoint
+from vae3d.loading import build_from_checkpoint, require_file_channels
 from vae3d.precision import as_device
 from vae3d.text import plural
 
@@ -42,6 +42,7 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
             raise CheckpointError(f"--out {out} already exists")
         check_target(out, "export")
     model = build_from_checkpoint(checkpoint)
+    require_file_channels(model, path)
     if why := unscalable_reason(model):
         raise ScaleError(f"{checkpoint.path}: {why}")
     formats.load_weights(model, checkpoint.state, str(checkpoint.path))
@@ -53,12 +54,13 @@ def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
     table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
     errors: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, errors)
-    measured = measure(
-        model.to(as_device(args.device)), clips, args.seed, by_pixels=args.by_pixels, of_means=args.of_means
-    )
-    for path, reason in errors:
-        print(f"skipped: {path}: {reason}", file=sys.stderr)
-    return measured
+    try:
+        return measure(
+            model.to(as_device(args.device)), clips, args.seed, by_pixels=args.by_pixels, of_means=args.of_means
+        )
+    finally:
+        for path, reason in errors:
+            print(f"skipped: {path}: {reason}", file=sys.stderr)
 
 
 def rescale(

@@ -226,13 +226,15 @@ def clip_lengths(table: pd.DataFrame | FileTable, settings: ClipSettings) -> np.
 
 
 def check_broken_share(first: Sequence[tuple[str, str]], count: int, rows: int, max_broken: float) -> None:
-    """Raises DataError if `count` of the rows, such as (path, reason) in `first`, are more than the share."""
-    if count > max_broken * rows:
+    """Raises DataError if `count` of the rows, such as (path, reason) in `first`, are more than the share, or all."""
+    too_many = count > max_broken * rows
+    if too_many or count == rows > 0:
         shown = "\n".join(f"  {path}: {reason}" for path, reason in first[:SHOWN])
         missing = all(reason == NO_SUCH_FILE for _, reason in first[:SHOWN])
         hint = "; relative paths are relative to `root` of the source, by default the table's folder" if missing else ""
         raise DataError(
-            f"{count} of {rows} files cannot be read, more than data.max_broken={max_broken}; the first:\n"
+            f"{count} of {rows} files cannot be read{f', more than data.max_broken={max_broken}' if too_many else ''}; "
+            "the first:\n"
             f"{shown}\n  vae3d check-data FILE lists them all{hint}"
         )
 
