@@ -10,6 +10,7 @@ import vae3d
 from tests import tiny
 from vae3d.checkpoints.location import CheckpointError
 from vae3d.errors import UserError
+from vae3d.inference.video import write_image
 from vae3d.loading import initialize
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
@@ -101,6 +102,23 @@ def test_load_and_initialize_change_weights_and_exports_hold_them(tmp_path):
     assert torch.equal(again(clip(4)).video, model(clip(4)).video)
     with pytest.raises(CheckpointError, match="4 channels of pixels"):
         vae3d.save(model, tmp_path / "tae.pth", layout="taehv")
+
+
+def test_commands_that_read_files_name_a_model_of_channels_that_no_file_has(tmp_path, capsys):
+    source, size = tmp_path / "a.png", ("--height=16", "--width=16", f"--out={tmp_path / 'out'}")
+    write_image(source, tiny.frames(1)[0])
+    grey, rgba = tmp_path / "grey", tmp_path / "rgba"
+    vae3d.save(tiny.model("wan", "model.pixel_channels=1"), grey)
+    vae3d.save(tiny.model("wan", "model.pixel_channels=4"), rgba)
+    for command in (
+        ("try", source, grey, size[-1]),
+        ("measure-scale", grey, source, *size),
+        ("probe-latents", grey, "--source", source, *size),
+        ("probe-latents", rgba, "--source", source, *size),
+    ):
+        assert tiny.status(*command) == 2
+        assert f"{grey if grey in command else rgba} takes " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_channels_of_a_two_stage_model_are_changed_by_load(tmp_path):

@@ -28,6 +28,7 @@ from vae3d.diffusion.data import Batch, CachedLatents, ClipSize, LatentData
 from vae3d.latents.cache import NO_LABEL, LatentCache, SizeGroup, class_names
 from vae3d.latents.clips import distinct_labels
 from vae3d.latents.codec import LatentCodec
+from vae3d.loading import require_file_channels
 from vae3d.text import plural
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def cache_buckets(config: DiffusionConfig, groups: Sequence[SizeGroup], divisor:
 
 def clip_data(config: DiffusionConfig, codec: LatentCodec, rank: int, world_size: int) -> LatentData:
     validation = config.validation
+    if config.data.depth.mapping is None:
+        require_file_channels(codec.model, config.vae.path)
     sources, schedule, fingerprint = read_sources(config, codec.model.pixel_channels, rank, world_size)
     streams = [stream for source in sources for stream in source.training.streams]
     classes, train_labels, val_labels = file_classes([source.tables for source in sources], config.labels)

@@ -23,6 +23,7 @@ from vae3d.latents.probe_report import console_table, write_report
 from vae3d.latents.probe_run import ProbeError, ProbeSettings
 from vae3d.latents.scale import unscalable_reason
 from vae3d.layout import place
+from vae3d.loading import require_file_channels
 from vae3d.metrics.frame import Lpips
 from vae3d.precision import as_device
 from vae3d.pretrained.lpips import LPIPSNet
@@ -47,6 +48,8 @@ def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     paths = named(args.models)
     table = open_source(args.source).table()
     models = {name: vae3d.load(path) for name, path in paths.items()}
+    for name, model in models.items():
+        require_file_channels(model, paths[name], channels=(3,))
     probe_run.check_sizes(models, settings)
     notes = [] if settings.tile is None else tile_notes(models, settings)
     lpips = perceptual(settings, device, notes)

@@ -25,6 +25,7 @@ from vae3d.evaluation.page import page_metrics
 from vae3d.inference.pictures import ERROR_LABEL, error_maps, side_by_side
 from vae3d.inference.video import write_image, write_video
 from vae3d.io import FileError, atomic_write, is_same_file, naming
+from vae3d.loading import require_file_channels
 from vae3d.metrics import MetricSet, Score, build_metrics
 from vae3d.metrics.base import Better, frame_curves, frame_pairs
 from vae3d.models.interface import VideoAutoencoder
@@ -50,6 +51,7 @@ def main(args: Namespace) -> int:
     device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     info = media_info(args.video)
     model = api.from_pretrained(args.checkpoint or default_checkpoint()).to(device)
+    require_file_channels(model, args.checkpoint)
     video = read(args.video, info, args.frames, args.height, alpha=model.pixel_channels == 4)
     out = make_folder(args.out or default_folder(args.video, args.checkpoint))
     names = file_names(still=not info.fps, alpha=model.pixel_channels == 4)
