@@ -446,10 +446,10 @@ def test_two_machines_that_index_the_same_shards_at_once_do_not_disturb_each_oth
     def scan(shard: Shard) -> pa.Table:
         if Path(shard.path).name == "000002.tar":  # the other machine begins and ends meanwhile
             monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "other"))
-            found.append(webdataset.open_index([str(copy)], Settings())[0])
+            found.append(webdataset.open_shard_index([str(copy)], Settings())[0])
         return media_rows(shard)
 
-    found.append(webdataset.open_index([str(copy)], Settings(), scan=scan)[0])
+    found.append(webdataset.open_shard_index([str(copy)], Settings(), scan=scan)[0])
     assert found[0].equals(found[1])
     assert (copy / INDEX).is_file()
     assert not list(tmp_path.rglob("*.parts"))

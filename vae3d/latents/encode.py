@@ -45,7 +45,7 @@ from vae3d.latents.clips import FLIP, ClipError, ClipReader, Item, Read, Transfo
 from vae3d.latents.codec import LatentCodec, Moments
 from vae3d.latents.identity import latent_config, vae_metadata
 from vae3d.latents.metadata import read_complete, read_meta_file
-from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, IndexRow, Shard
+from vae3d.latents.shards import COMPLETE, ERRORS, INDEX, KINDS, META, STATISTICS, CacheError, IndexRow, ShardContent
 from vae3d.latents.statistics import LatentStatistics, StatisticsError
 from vae3d.models.interface import VideoAutoencoder
 from vae3d.pixels import no_waiting_checks
@@ -374,7 +374,7 @@ def _encode_shards(job: EncodeJob, taken: Iterator[int], digest: str, claims: Cl
     count = 0
     with bar:
         for number, run in groupby(on_host(encoded(), job.codec.device), key=itemgetter(0)):
-            shard, statistics = Shard(), LatentStatistics(job.codec.channels)
+            shard, statistics = ShardContent(), LatentStatistics(job.codec.channels)
             for _, moments in run:
                 batch = batches.popleft()
                 _add_batch(job, number, batch, moments, shard, statistics)
@@ -395,7 +395,7 @@ def _clips_of(job: EncodeJob, numbers: Iterable[int]) -> int:
 
 
 def _write_claimed(
-    job: EncodeJob, number: int, shard: Shard, statistics: LatentStatistics, digest: str, claims: Claims
+    job: EncodeJob, number: int, shard: ShardContent, statistics: LatentStatistics, digest: str, claims: Claims
 ) -> None:
     """Write a shard and release its claim; nothing if another process took over and completed it meanwhile."""
     name, marker = shards.claim_name(number), shards.marker_name(number)
@@ -457,7 +457,7 @@ def _add_batch(
     number: int,
     batch: list[Read],
     moments: Mapping[str, Moments],
-    shard: Shard,
+    shard: ShardContent,
     statistics: LatentStatistics,
 ) -> None:
     """Add a batch to shard `number`, or its error. moments: of _encode_batch, in host memory that is used again."""

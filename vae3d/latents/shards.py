@@ -75,7 +75,7 @@ class IndexRow(TypedDict):
 
 
 @dataclass
-class Shard:
+class ShardContent:
     """Content of a shard. rows: one per entry. tensors: by kind/key. errors: path, key, reason. sources:
     path -> source_version."""
 
@@ -154,7 +154,7 @@ def files_of(number: int, writers: Iterable[str]) -> list[str]:
 
 
 def write_shard(
-    cache: Path, number: int, shard: Shard, statistics: LatentStatistics, of: str, writers: list[str]
+    cache: Path, number: int, shard: ShardContent, statistics: LatentStatistics, of: str, writers: list[str]
 ) -> None:
     """Write a shard, with the layouts of `writers`, and last its marker. of: digest of the cache's settings.
 
@@ -243,7 +243,7 @@ def _load_statistics(file: Path) -> LatentStatistics:
         ) from error
 
 
-def write_npy(cache: Path, number: int, shard: Shard) -> None:
+def write_npy(cache: Path, number: int, shard: ShardContent) -> None:
     """Write each tensor as a .npy file."""
     target = cache / "npy" / name_of(number)
     with naming(target), atomic_dir(target) as folder:
@@ -252,7 +252,7 @@ def write_npy(cache: Path, number: int, shard: Shard) -> None:
                 np.save(folder / f"{row['number']:09d}.{kind}.npy", tensor.numpy())
 
 
-def write_webdataset(cache: Path, number: int, shard: Shard) -> None:
+def write_webdataset(cache: Path, number: int, shard: ShardContent) -> None:
     """Write a tar file for webdataset: per entry its tensors as .npy and its row of index.csv as .json."""
     from webdataset import TarWriter  # slow to import
 
@@ -266,7 +266,7 @@ def write_webdataset(cache: Path, number: int, shard: Shard) -> None:
                 tar.write({"__key__": f"{row['number']:09d}", **arrays, "json": row})
 
 
-WRITERS: dict[str, Callable[[Path, int, Shard], None]] = {"npy": write_npy, "webdataset": write_webdataset}
+WRITERS: dict[str, Callable[[Path, int, ShardContent], None]] = {"npy": write_npy, "webdataset": write_webdataset}
 
 
 def read_json(file: Path, fields: type | None = None, hint: str = "encode again") -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vae3d.arguments import annotations_of
 from vae3d.data.media import DataError, MediaError
-from vae3d.data.sources.webdataset import is_tar, open_index
+from vae3d.data.sources.webdataset import is_tar, open_shard_index
 from vae3d.data.storage.files import local_range
 from vae3d.data.storage.paths import member_path
 from vae3d.data.table.rows import exists
@@ -99,7 +99,7 @@ class TarEntries:
         """The entries of a tar, a pattern of tars, a folder of them, or their index, and their rows of index.csv."""
         name = str(path)
         try:
-            table, tars, _ = open_index([name], Settings("latents"), scan=latent_rows)
+            table, tars, _ = open_shard_index([name], Settings("latents"), scan=latent_rows)
             index = pd.DataFrame(
                 [_parse(text) for text in table["row"].to_pylist()], columns=list(annotations_of(IndexRow))
             )

@@ -52,7 +52,7 @@ def demux(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]
     return (packet for packet in container.demux(stream) if packet.size)
 
 
-def numbered(packet: av.Packet, number: int) -> av.Packet:
+def set_number(packet: av.Packet, number: int) -> av.Packet:
     """The packet with its number in place of its timestamps, which the decoder passes on to its frame."""
     packet.pts = packet.dts = number
     return packet

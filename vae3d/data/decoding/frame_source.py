@@ -16,8 +16,8 @@ from vae3d.data.decoding.containers import (
     demux,
     media_error,
     media_errors,
-    numbered,
     open_container,
+    set_number,
 )
 from vae3d.data.decoding.video_index import VideoIndex
 from vae3d.data.media import MediaError
@@ -86,7 +86,7 @@ class FrameSource:
                 if self._skips:
                     context.skip_frame = "NONREF" if skipped else "DEFAULT"
                 try:
-                    frames = context.decode(numbered(packet, number))
+                    frames = context.decode(set_number(packet, number))
                 except DECODER_ERRORS as error:
                     raise media_error(self.path, f"cannot be decoded at packet {number}", error) from error
                 if skipped:

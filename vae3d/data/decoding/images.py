@@ -83,7 +83,7 @@ class ImageReader:
     def read(self, indices: Sequence[int], size: Size | None = None) -> np.ndarray:
         check_indices(self.path, indices, 1)
         size = size or (self.info.height, self.info.width)
-        image = self._decode(size) if self.image is None else resize(self.image, size)
+        image = self._decode(size) if self.image is None else resize_image(self.image, size)
         return np.repeat(np.asarray(image)[None], len(indices), axis=0)
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ class ImageReader:
             stored = size[::-1] if _is_turned(image) else size
             drawn = image.draft(None, (MIN_DRAFT_SCALE * stored[1], MIN_DRAFT_SCALE * stored[0]))
             box = drawn and drawn[1]  # the last row or column may be a partial one
-            return ImageOps.exif_transpose(resize(image.convert("RGB"), stored, box))
+            return ImageOps.exif_transpose(resize_image(image.convert("RGB"), stored, box))
 
 
 def stores_alpha(path: str | Path, file: BinaryIO | None = None) -> bool:
@@ -265,7 +265,7 @@ def grey_levels(path: str | Path, image: Image.Image) -> np.ndarray:
     return pixels
 
 
-def resize(image: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> Image.Image:
+def resize_image(image: Image.Image, size: Size, box: tuple[float, ...] | None = None) -> Image.Image:
     """An image, or its part `box`, at `size`, antialiased."""
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box)
 
@@ -275,7 +275,7 @@ def resize_circular(frame: np.ndarray, size: Size) -> np.ndarray:
     height, width = frame.shape[:2]
     margin = min(width, 2 * -(-width // size[1]) + 2)  # support of the filter
     padded = Image.fromarray(np.pad(frame, ((0, 0), (margin, margin), (0, 0)), mode="wrap"))
-    return np.asarray(resize(padded, size, (margin, 0, margin + width, height)))
+    return np.asarray(resize_image(padded, size, (margin, 0, margin + width, height)))
 
 
 def is_sequence(path: str | Path) -> bool:
@@ -283,7 +283,7 @@ def is_sequence(path: str | Path) -> bool:
     return "*" in os.path.basename(path) and not is_stored(path)
 
 
-def numbered(pattern: str) -> Callable[[str], re.Match[str] | None]:
+def number_matcher(pattern: str) -> Callable[[str], re.Match[str] | None]:
     """A matcher of names with digits for the `*` of `pattern`; group 1 is the number.
 
     Other text in place of the `*` does not match: panorama_0000_mask.png for panorama_*.png.
@@ -308,7 +308,7 @@ def sequence_files(path: str | Path) -> list[str | Path]:
     if not path.parent.is_dir():
         raise MediaError(path, "no such folder")
     try:
-        matches = list(filter(None, map(numbered(path.name), sorted(os.listdir(path.parent)))))
+        matches = list(filter(None, map(number_matcher(path.name), sorted(os.listdir(path.parent)))))
     except (OSError, ValueError) as error:
         raise MediaError(path, str(error)) from error
     if not matches:

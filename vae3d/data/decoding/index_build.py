@@ -18,7 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
-from vae3d.data.decoding.containers import demux, media_errors, numbered, open_container
+from vae3d.data.decoding.containers import demux, media_errors, open_container, set_number
 from vae3d.data.decoding.frame_source import BYTE_SEEK, KEYS_BACK, FrameSource
 from vae3d.data.decoding.frames import check_frame, has_alpha, orientation_of, to_rgb
 from vae3d.data.decoding.video_index import FRAME, PACKET, SEEK, Decoder, Header, VideoIndex
@@ -280,7 +280,7 @@ def _decoded(file: FileRange, index: int, start: int, cut: int | None = None) ->
         for number, packet in enumerate(itertools.chain(packets, [None]), start):  # None gives the last frames
             try:
                 with media_errors(path, f"is damaged: packet {number} cannot be decoded"):
-                    frames = stream.codec_context.decode(packet and numbered(packet, number))
+                    frames = stream.codec_context.decode(packet and set_number(packet, number))
             except MediaError:
                 if number != cut:
                     raise

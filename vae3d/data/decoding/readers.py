@@ -28,8 +28,14 @@ from torch import Tensor
 
 from vae3d.data.decoding.frame_source import KEYS_BACK, FrameSource, Wanted
 from vae3d.data.decoding.frames import check_frame, has_alpha, to_rgb
-from vae3d.data.decoding.images import IMAGE_SUFFIXES, ImageReader, SequenceReader, image_info, is_sequence
-from vae3d.data.decoding.images import resize as resize_image
+from vae3d.data.decoding.images import (
+    IMAGE_SUFFIXES,
+    ImageReader,
+    SequenceReader,
+    image_info,
+    is_sequence,
+    resize_image,
+)
 from vae3d.data.decoding.kept_sources import keep_source, open_frame_source
 from vae3d.data.decoding.video_index import VideoIndex
 from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, no_such_file

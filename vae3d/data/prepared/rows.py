@@ -1,4 +1,4 @@
-"""The rows of a large source, as table.py keeps them: one class per kind of source, in the order of rows_of.
+"""The rows of a large source, as table.py keeps them: one class per kind of source, in the order of open_rows.
 
     TableRows     CSV, TSV, parquet; converted in processes
     ListRows      JSON lists, whose split may need all files
@@ -71,7 +71,7 @@ class Rows(Protocol):
         the rows lie in, with their stamps."""
 
 
-def rows_of(source: Source) -> Rows | None:
+def open_rows(source: Source) -> Rows | None:
     """The rows of a source but a folder; None if it cannot be prepared, or is too small for it."""
     if isinstance(source, Table | JsonClips):
         if not (file := _file(source)).is_file() or file.stat().st_size < SMALL_FILE:

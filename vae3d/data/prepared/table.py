@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vae3d.data.media import DataError
-from vae3d.data.prepared.rows import FolderRows, Rows, is_folder, rows_of
+from vae3d.data.prepared.rows import FolderRows, Rows, is_folder, open_rows
 from vae3d.data.sources.open_source import Source
 from vae3d.data.storage.cache import alone, cache_folder
 from vae3d.data.table.file_table import ArrowFile, FileTable
@@ -69,7 +69,7 @@ def find_large(source: Source, ranks: Ranks) -> tuple[Large | None, Listing | No
         if name is None:
             return None, rows.listing if ranks.rank == 0 else None
         return Large(rows, _tables() / name), None
-    rows = rows_of(source)
+    rows = open_rows(source)
     if rows is None:
         return None, None
     folder = folder_of(rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vae3d.data.decoding.images import IMAGE_SUFFIXES, is_sequence, numbered
+from vae3d.data.decoding.images import IMAGE_SUFFIXES, is_sequence, number_matcher
 from vae3d.data.decoding.readers import VIDEO_SUFFIXES, is_media
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.dataset_rows import how_to_download
@@ -111,7 +111,7 @@ def _leads_back(here: str, name: str) -> bool:
 def sequences(path: Path) -> list[Path]:
     """The image sequences that match a path, whose folders may have a `*` too. Raises DataError if there is none."""
     try:
-        matches = numbered(path.name)
+        matches = number_matcher(path.name)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
     folders = sorted(glob(escape(str(path.parent)).replace("[*]", "*")))

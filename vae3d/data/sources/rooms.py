@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from vae3d.data.decoding.images import SEQUENCE_RATE, numbered
+from vae3d.data.decoding.images import SEQUENCE_RATE, number_matcher
 from vae3d.data.media import DataError
 from vae3d.data.table.rows import rows_from_paths
 from vae3d.seeding import seed_of
@@ -64,7 +64,7 @@ class ErpRooms:
     def _scan(self) -> list[tuple[str, str, int]]:
         """Area, room and number of files of every room that has an output folder."""
         try:
-            matches = numbered(self.pattern)
+            matches = number_matcher(self.pattern)
         except ValueError as error:
             raise DataError(f"data.source.pattern: {error}") from error
         if not self.root.is_dir():

@@ -95,10 +95,10 @@ class WebDataset:
         """The indices of the shards: one, or with val_path two. Opened, or made, once. Raises DataError."""
         if self._indices is None:
             settings, val_paths = Settings("media", self.media), self.val_paths
-            opened = open_index(self.paths, settings, self.index, without=self.val_shards)
+            opened = open_shard_index(self.paths, settings, self.index, without=self.val_shards)
             self._indices = [OpenIndex(*opened, None if val_paths is None else "train")]
             if val_paths is not None:
-                self._indices.append(OpenIndex(*open_index(val_paths, settings, listed=self.val_shards), "val"))
+                self._indices.append(OpenIndex(*open_shard_index(val_paths, settings, listed=self.val_shards), "val"))
             self.notes = [note for opened in self._indices for note in opened.notes()]
         return self._indices
 
@@ -106,7 +106,7 @@ class WebDataset:
         """The table in pieces of at most `size` rows; None: one piece per index. Raises DataError."""
         for opened in self.indices():
             for first in range(0, len(opened.table), size or len(opened.table)):
-                piece = rows_of(opened.table.slice(first, size), opened.shards)
+                piece = table_of_index(opened.table.slice(first, size), opened.shards)
                 yield piece if opened.split is None else piece.assign(split=opened.split)
 
     def stream(self, role: str) -> TarStream | None:
@@ -189,7 +189,7 @@ class TarStream:
             yield StreamItem(name, member.content, "image" if is_image(member.name) else "video", error)
 
 
-def rows_of(index: pa.Table, shards: Sequence[str]) -> pd.DataFrame:
+def table_of_index(index: pa.Table, shards: Sequence[str]) -> pd.DataFrame:
     """The table of an index's rows (see table/rows.py). shards: absolute paths, for the column `shard`."""
     numbers = index["shard"].combine_chunks()
     paths = member_paths(index, pa.array(shards, pa.large_string()).take(numbers.indices))
@@ -280,7 +280,7 @@ def find_shards(paths: Iterable[str]) -> list[Shard]:
         return list(pool.map(find_shard, paths))
 
 
-def open_index(
+def open_shard_index(
     patterns: Sequence[str],
     settings: Settings,
     index: str | None = None,
