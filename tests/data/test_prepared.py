@@ -147,6 +147,11 @@ def test_labels_and_columns_of_parquet_are_those_of_the_file(tmp_path, large):
     one, other = both(Table(tmp_path / "t.parquet"), large)
     assert_same(one, other)
     assert set(filter(None, one.train["label"])) <= set(map(str, range(1, len(table))))
+    categories = table.assign(path=table["path"].where(table.index != 3)).astype("category")  # as Arrow dictionaries
+    categories.to_parquet(tmp_path / "t.parquet")
+    one, other = both(Table(tmp_path / "t.parquet"), large)
+    assert_same(one, other)
+    assert len(one.errors) == 1
     table.assign(text=[["a", "b"]] * len(table)).to_parquet(tmp_path / "t.parquet")
     for on in (True, False):
         large(on)

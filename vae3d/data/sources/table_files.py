@@ -202,22 +202,26 @@ def _parquet_pieces(path: Path) -> Iterator[pa.Table]:
         made = False
         for batch in file.iter_batches(CHUNK, columns=names):
             made = True
-            yield _with_texts(path, pa.Table.from_batches([batch]).replace_schema_metadata())
+            yield _plain_columns(path, pa.Table.from_batches([batch]).replace_schema_metadata())
         if not made:
             yield file.schema_arrow.empty_table().select(names).replace_schema_metadata()
 
 
-def _with_texts(path: Path, table: pa.Table) -> pa.Table:
-    """The table with texts where the file holds bytes, as older writers do. Raises DataError if they are not UTF-8."""
+def _plain_columns(path: Path, table: pa.Table) -> pa.Table:
+    """The table with values in place of dictionaries, as of categories of pandas, and texts in place of bytes, as older
+    writers store them. Raises DataError if they are not UTF-8."""
     import pyarrow as pa
 
-    for name in set(TEXT_COLUMNS) & set(table.column_names):
-        if pa.types.is_binary(table[name].type) or pa.types.is_large_binary(table[name].type):
+    for name in {*TEXT_COLUMNS, *NUMBER_COLUMNS} & set(table.column_names):
+        column = table[name]
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
             try:
-                texts = table[name].cast(pa.large_string())
+                column = column.cast(pa.large_string())
             except pa.ArrowInvalid as error:
                 raise DataError(f"{path}: its column `{name}` holds bytes that are not UTF-8 text") from error
-            table = table.set_column(table.column_names.index(name), name, texts)
+        table = table.set_column(table.column_names.index(name), name, column)
     return table
 
 
