@@ -46,8 +46,6 @@ def test_it_has_what_the_table_in_pandas_has(rows, tmp_path, kind):
     assert np.array_equal(table.numbers("num_frames"), rows["num_frames"], equal_nan=True)
     assert np.isnan(table.numbers("fps")).all()
     assert table["split"].tolist() == rows["split"].tolist()
-    assert table.has("split")
-    assert not table.has("text")
     assert table.equals("split", "val").tolist() == (rows["split"] == "val").tolist()
     assert table.missing("label").tolist() == rows["label"].isna().tolist()
     with pytest.raises(IndexError):

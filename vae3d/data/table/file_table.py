@@ -122,13 +122,6 @@ class FileTable:
             return np.zeros(len(self) if rows is None else len(rows), dtype=bool)
         return pc.fill_null(pc.equal(self._taken(name, rows), text), False).to_numpy()
 
-    def has(self, name: str) -> bool:
-        """Whether a row has a value in a column of texts."""
-        return any(
-            not self.missing(name, np.arange(first, min(first + CHUNK, len(self)))).all()
-            for first in range(0, len(self), CHUNK)
-        )
-
     def paths(self, rows: np.ndarray) -> list[str]:
         """The absolute paths of some rows."""
         return self._objects("path", np.asarray(rows))
