@@ -124,7 +124,7 @@ def choose(
         probed = [[m["height"], m["width"]] for m in _some_images(table, columns, results, trusted) if "error" not in m]
         notes += upscaled_notes(columns["height"], columns["width"], probed, settings)
     if small.any():
-        notes.append(skipped_note(int(small.sum()), settings.min_side))
+        notes.append(f"skipped: {plural(small.sum(), 'file')} smaller than data.min_side={settings.min_side}")
     train, val = (np.flatnonzero(rows).astype(np.int32) for rows in (is_train, is_val))
     return Choice(columns, train, val, skipped, notes)
 
@@ -212,9 +212,8 @@ def skipped_files(table: FileTable, choice: Choice, min_side: int | None) -> Ite
     """(path, reason) of files that are too small, piece by piece."""
     rows, heights, widths = choice.skipped
     for part in _chunks(np.arange(len(rows))):
-        reasons = [
-            why_too_small(height, width, min_side) for height, width in zip(heights[part], widths[part], strict=True)
-        ]
+        sizes = zip(heights[part], widths[part], strict=True)
+        reasons = [f"is {height:.0f}x{width:.0f}: skipped, because data.min_side={min_side}" for height, width in sizes]
         yield list(zip(table.paths(rows[part]), reasons, strict=True))
 
 
@@ -253,14 +252,6 @@ def too_small(height: np.ndarray, width: np.ndarray, min_side: int | None) -> np
             f"no file has a shorter side of data.min_side={min_side} pixels; the largest has {shorter.max():.0f}"
         )
     return small
-
-
-def why_too_small(height: float, width: float, min_side: int | None) -> str:
-    return f"is {height:.0f}x{width:.0f}: skipped, because data.min_side={min_side}"
-
-
-def skipped_note(count: int, min_side: int | None) -> str:
-    return f"skipped: {plural(count, 'file')} smaller than data.min_side={min_side}"
 
 
 def upscaled_notes(

@@ -245,7 +245,7 @@ class StreamingData(StepShapes):
             held=count,
             spawn=decodes_on_gpu(self.settings.reader),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=tuple,  # each item as it is
             pin_memory=torch.cuda.is_available(),
         )
         for number, reader, batch, position in batches:
@@ -263,10 +263,6 @@ class StreamingData(StepShapes):
             next((position for number, position in reversed(passed) if number < end), start)
             for passed, start in zip(self._passed, self.positions, strict=True)
         ]
-
-
-def _unchanged(item: Any) -> Any:
-    return item
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,9 @@ def select(large: Large, table: FileTable, rules: Rules, ranks: Ranks) -> Select
         probe_unknown(table, rules, results, ranks)
         with alone(folder.parent, KEPT):
             if _time_of(folder) == made:  # else another process has just made it again
+                one_name_per_file = json.loads((large.folder / "about.json").read_text())["one_name_per_file"]
                 with naming(folder), atomic_dir(folder) as tmp:
-                    _write(tmp, table, rules, results, _one_name_per_file(folder.parent))
+                    _write(tmp, table, rules, results, one_name_per_file)
     about = json.loads((folder / "about.json").read_text())
     errors, skipped = (ArrowFile(folder / f"{name}.arrow").table for name in ("errors", "skipped"))
     check_broken_share(_pairs(errors, SHOWN), len(errors), about["rows"], rules.max_broken)
@@ -68,10 +69,6 @@ def select(large: Large, table: FileTable, rules: Rules, ranks: Ranks) -> Select
         if len(listed) > LISTED:
             notes.append(f"{folder / name}.arrow lists all {len(listed)} files that {what}")
     return Selection(train, val, fingerprint, _pairs(errors, LISTED), _pairs(skipped, LISTED), notes)
-
-
-def _one_name_per_file(folder: Path) -> bool:
-    return json.loads((folder / "about.json").read_text())["one_name_per_file"]
 
 
 def _time_of(folder: Path) -> int | None:

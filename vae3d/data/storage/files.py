@@ -219,12 +219,7 @@ def open_range(url: str | Path, offset: int, size: int) -> bytes:
             content = file.read(size)
     except OSError as error:
         raise MediaError(name, f"cannot be read: {error.strerror}") from error
-    _check_length(name, content, size)
-    return content
-
-
-def _check_length(name: str, content: bytes, size: int) -> None:
     if len(content) != size:
-        raise MediaError(
-            name, f"gave {plural(len(content), 'byte')} of {size}; is the file shorter than its index says?"
-        )
+        got = plural(len(content), "byte")
+        raise MediaError(name, f"gave {got} of {size}; is the file shorter than its index says?")
+    return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import tarfile
@@ -77,18 +76,12 @@ def find_shard(path: str) -> Shard:
     return Shard(os.path.abspath(path), stat.st_size, f"mtime:{stat.st_mtime_ns}")
 
 
-class RangeReader(io.RawIOBase):
-    """A remote file for tarfile, read in ranges of at least REMOTE_BLOCK bytes."""
+class RangeReader:
+    """A remote file that can be read from any byte on, in ranges of at least REMOTE_BLOCK bytes."""
 
     def __init__(self, url: str, size: int) -> None:
         self.url, self.length = url, size
         self._position, self._start, self._block = 0, 0, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._position
