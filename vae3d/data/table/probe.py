@@ -199,43 +199,40 @@ class ProbeResults:
 
     def find(self, paths: Sequence[str], stamps: dict[str, list[int] | None]) -> dict[str, Metadata]:
         """Metadata of the paths that are known, with the stamp if one is given for the path; else the last."""
-        if not len(self._hashes) or not len(paths):
-            return {}
-        keys = [self.folders.key(path) for path in paths]
-        hashes = np.array([path_hash(key) for key in keys], dtype=np.int64)
-        lasts = np.searchsorted(self._hashes, hashes, "right") - 1
+        lasts, known = self._last(paths)
         found: dict[str, Metadata] = {}
-        places = np.flatnonzero((lasts >= 0) & (self._hashes[lasts] == hashes))
+        places = np.flatnonzero(known)
         while len(places):  # from the last entry of a path to the first
             rows = self._order[lasts[places]]
             entries = pa.table({name: take(self.table[name], rows) for name in self.table.column_names}).to_pylist()
             for place, entry in zip(places, entries, strict=True):
                 path = paths[place]
-                if path not in found and entry["path"] == keys[place] and _has_stamp(entry, path, stamps):
+                if path not in found and entry["path"] == self.folders.key(path) and _has_stamp(entry, path, stamps):
                     found[path] = {name: entry[name] for name in NUMBERS}
+            places = np.array([place for place in places if paths[place] not in found and lasts[place]], dtype=np.int64)
             lasts[places] -= 1
-            places = [p for p in places if paths[p] not in found and lasts[p] >= 0]
-            places = np.array([p for p in places if self._hashes[lasts[p]] == hashes[p]], dtype=np.int64)
+            places = places[self._hashes[lasts[places]] == self._hashes[lasts[places] + 1]]
         return found
 
     def knows(self, paths: Sequence[str]) -> np.ndarray:
         """[paths] whether a path has an entry, whatever its stamp."""
-        hashes = np.array([path_hash(self.folders.key(path)) for path in paths], dtype=np.int64)
-        if not len(self._hashes):
-            return np.zeros(len(hashes), dtype=bool)
-        places = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
-        return self._hashes[places] == hashes
+        return self._last(paths)[1]
 
     def stamps(self, paths: Sequence[str]) -> np.ndarray:
         """[paths, 2] size and time of modification, when the file was probed last; -1: it was not."""
         stamps = np.full((len(paths), 2), -1, np.int64)
-        if len(self._hashes) and len(paths):
-            hashes = np.array([path_hash(self.folders.key(path)) for path in paths], dtype=np.int64)
-            places = np.searchsorted(self._hashes, hashes, "right") - 1
-            found = (places >= 0) & (self._hashes[places] == hashes)
-            for column, name in enumerate(STAMP[:2]):
-                stamps[found, column] = take(self.table[name], self._order[places[found]]).to_numpy()
+        lasts, known = self._last(paths)
+        for column, name in enumerate(STAMP[:2]):
+            stamps[known, column] = take(self.table[name], self._order[lasts[known]]).to_numpy()
         return stamps
+
+    def _last(self, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """[paths] place in `_hashes` of the last entry with the hash of each path, and whether there is one."""
+        hashes = np.array([path_hash(self.folders.key(path)) for path in paths], dtype=np.int64)
+        lasts = np.searchsorted(self._hashes, hashes, "right") - 1
+        known = lasts >= 0
+        known[known] = self._hashes[lasts[known]] == hashes[known]
+        return lasts, known
 
     def add(self, metadata: dict[str, Metadata], stamps: dict[str, list[int] | None]) -> None:
         """Write a part. Files without a stamp, which vanished meanwhile, are left out."""
