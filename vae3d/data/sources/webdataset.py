@@ -94,12 +94,12 @@ class WebDataset:
     def indices(self) -> list[OpenIndex]:
         """The indices of the shards: one, or with val_path two. Opened, or made, once. Raises DataError."""
         if self._indices is None:
-            settings, val_paths = Settings("media", self.media), self.val_paths
-            opened = open_shard_index(self.paths, settings, self.index, without=self.val_shards)
-            self._indices = [OpenIndex(*opened, None if val_paths is None else "train")]
-            if val_paths is not None:
-                self._indices.append(OpenIndex(*open_shard_index(val_paths, settings, listed=self.val_shards), "val"))
-            self.notes = [note for opened in self._indices for note in opened.notes()]
+            settings = Settings("media", self.media)
+            indices = [open_shard_index(self.paths, settings, self.index, without=self.val_shards)]
+            if self.val_paths is not None:
+                val = open_shard_index(self.val_paths, settings, listed=self.val_shards)
+                indices = [indices[0]._replace(split="train"), val._replace(split="val")]
+            self._indices, self.notes = indices, [note for opened in indices for note in opened.notes()]
         return self._indices
 
     def pieces(self, size: int | None = None) -> Iterator[pd.DataFrame]:
@@ -122,12 +122,13 @@ class WebDataset:
 
 
 class OpenIndex(NamedTuple):
-    """table: rows of an index. shards: paths by number. file: where it is. split: of all rows; None: their own."""
+    """table: rows of an index. shards: absolute paths by number. file: where it is. split: of all rows; None: their
+    own."""
 
     table: pa.Table
     shards: list[str]
     file: str
-    split: str | None
+    split: str | None = None
 
     def used(self) -> list[str]:
         """Names of the shards of its rows, as the index has them."""
@@ -287,8 +288,8 @@ def open_shard_index(
     scan: Scan | None = None,
     without: Sequence[str] = (),
     listed: Sequence[str] | None = None,
-) -> tuple[pa.Table, list[str], str]:
-    """The index of tar shards, made now if there is none; absolute paths of its shards; and where it is.
+) -> OpenIndex:
+    """The index of tar shards, made now if there is none.
 
     scan: see build_index. without: shards whose rows are left out. listed: list_all(patterns), if it is known. Raises
     DataError.
@@ -337,9 +338,7 @@ def index_of(patterns: Sequence[str], paths: Sequence[str]) -> str:
     return f"{folders[0]}/{INDEX}" if is_url(paths[0]) else os.path.join(os.path.commonpath(folders), INDEX)
 
 
-def _checked_index(
-    index: str, settings: Settings, wanted: Sequence[str] | None, without: Sequence[str]
-) -> tuple[pa.Table, list[str], str]:
+def _checked_index(index: str, settings: Settings, wanted: Sequence[str] | None, without: Sequence[str]) -> OpenIndex:
     """wanted: the shards to open; None: all of the index."""
     table, header = read_index(index)
     if header["settings"]["kind"] != settings.kind:
@@ -356,4 +355,4 @@ def _checked_index(
         table = table.filter(pa.array(np.isin(table["shard"].combine_chunks().indices.to_numpy(), chosen)))
     if not len(table):
         raise DataError(f"{wanted[0] if wanted else index} has no samples")
-    return table, paths, index
+    return OpenIndex(table, paths, index)
