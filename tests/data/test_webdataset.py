@@ -286,6 +286,7 @@ MALFORMED = {
     "overwritten header": (lambda path: replaced(path, b"0002.json", b"XXXX.json"), "damaged"),
     "gzip": (lambda path: path.write_bytes(gzip.compress(path.read_bytes())), "compressed (gzip)"),
     "joined": (joined, "several tars"),
+    "joined and small": (lambda path: path.write_bytes(2 * path.read_bytes()), "several tars"),
     "symbolic link": (lambda path: link(path, tarfile.SYMTYPE), "x.mp4 is a link"),
     "hard link": (lambda path: link(path, tarfile.LNKTYPE), "x.mp4 is a link"),
     "pipe": (lambda path: link(path, tarfile.FIFOTYPE), "x.mp4 is no file"),

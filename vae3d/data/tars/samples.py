@@ -207,13 +207,13 @@ def _name_parts(path: str, info: tarfile.TarInfo) -> tuple[str, str] | None:
 
 
 def _check_end(path: str, stream: BinaryIO, end: int) -> None:
-    """tarfile ends without an error at a header that is damaged or missing."""
-    stream.seek(end)
-    block = stream.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise DataError(f"{path} is truncated: it ends at byte {end} without the mark of a tar's end")
-    if block.strip(b"\0"):
-        raise DataError(f"{path} is damaged: it has no header of a member at byte {end}")
+    """tarfile ends without an error at a header that is damaged or missing, and reads nothing behind the end."""
     rest = stream.seek(0, os.SEEK_END) - end
-    if rest > MAX_PADDING:
+    stream.seek(end)
+    padding = stream.read(MAX_PADDING)
+    if len(padding) < tarfile.BLOCKSIZE:
+        raise DataError(f"{path} is truncated: it ends at byte {end} without the mark of a tar's end")
+    if padding[: tarfile.BLOCKSIZE].strip(b"\0"):
+        raise DataError(f"{path} is damaged: it has no header of a member at byte {end}")
+    if rest > MAX_PADDING or padding.strip(b"\0"):
         raise DataError(f"{path} ends at byte {end}, and {rest} bytes follow; are several tars joined in one file?")
