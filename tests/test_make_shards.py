@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tarfile
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,18 @@ def test_a_sample_has_the_file_as_it_is_and_its_row(files, tmp_path):
     for column in ("name", "text", "label", "split", "start", "end"):
         assert [None if pd.isna(x) else x for x in ours[column]] == [None if pd.isna(x) else x for x in theirs[column]]
     assert ours[["num_frames", "height", "width", "fps"]].notna().all(axis=None)
+
+
+def test_labels_and_texts_that_are_no_text_are_written_as_one(files, tmp_path):
+    values = [True, 0.5, 2.0, 7, np.nan, pd.NaT, date(2026, 1, 2), 2**63]
+    table = open_source(files / "table.csv").table().assign(label=pd.Series(values, dtype=object), text=range(8))
+    spans = plan_shards(entries := entries_of(table)[0], None, None)
+    (tmp_path / "out").mkdir()
+    shard_writer.write_shards(entries, spans, tmp_path / "out")
+    found = WebDataset(tmp_path / "out").table()
+    assert found["error"].isna().all()
+    assert found["label"].tolist() == ["True", "0.5", "2", "7", None, None, "2026-01-02", str(2**63)]
+    assert found["text"].tolist() == [str(number) for number in range(8)]
 
 
 @pytest.mark.parametrize("options", [["--size", "15KB"], ["--samples", 2, "--shuffle", 3]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -75,14 +74,14 @@ def entries_of(
     entries, errors = [], []
     columns = ["path", "name", "error", *NUMBERS, *SEGMENT, *TEXTS]
     for path, name, error, *values in table[columns].itertuples(index=False):
-        row = {column: value for column, value in zip(columns[3:], values, strict=True) if not _is_missing(value)}
+        row = {column: value for column, value in zip(columns[3:], values, strict=True) if not pd.isna(value)}
         metadata = found.get(path, {})
         reason = error or metadata.get("error") or _obstacle(path, stamps.get(path))
         if reason:
             errors.append((path, str(reason)))
             continue
         row = {column: value for column, value in metadata.items() if column in NUMBERS} | row
-        content = {column: _plain(value) for column, value in row.items()} | {NAME: name}
+        content = {column: _plain(column, value) for column, value in row.items()} | {NAME: name}
         entries.append(Entry(path, stamps[path][0], stamps[path], content))
     return entries, errors
 
@@ -101,15 +100,15 @@ def _obstacle(path: str, stamp: list[int] | None) -> str | None:
     return None
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _plain(value: Any) -> Any:
-    """A value for JSON: whole numbers as integers."""
+def _plain(column: str, value: Any) -> int | float | str:
+    """A value for JSON that tars/rows.py reads: whole numbers as integers; texts, and labels other than these, which a
+    table may have as dates or fractions, as text."""
     if isinstance(value, np.generic):
         value = value.item()
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_class = column == "label" and type(value) is int and abs(value) < 2**63
+    return str(value) if column in TEXTS and not is_class else value
 
 
 def plan_shards(entries: Sequence[Entry], size: int | None, samples: int | None) -> list[range]:
