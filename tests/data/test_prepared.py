@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import signal
 import time
 from dataclasses import replace
 
@@ -220,6 +221,18 @@ def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large, monkeyp
     monkeypatch.setattr(prepared, "KEPT_BYTES", int(2.5 * size))  # two tables of this size
     prepared.delete_unused(tmp_path / "cache/tables")
     assert [folder.is_dir() for folder in folders] == [False, False, True]
+
+
+def killed(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_while_it_prepares_is_an_error_with_the_usual_reason(tmp_path, large, monkeypatch):
+    rows().to_csv(tmp_path / "t.csv", index=False)
+    large(processes=True)
+    monkeypatch.setattr(prepared_rows, "_converted", killed)
+    with pytest.raises(DataError, match="memory"):
+        read_tables(Table(tmp_path / "t.csv"), SETTINGS, 3, 0.0)
 
 
 def test_unfinished_tables_of_other_processes_are_left_for_a_day(tmp_path, large):

@@ -456,6 +456,16 @@ def test_two_machines_that_index_the_same_shards_at_once_do_not_disturb_each_oth
     assert not list(tmp_path.rglob("*.parts"))
 
 
+def killed(shard: Shard) -> pa.Table:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_while_it_indexes_is_an_error_with_the_usual_reason(tmp_path):
+    shards = [find_shard(str(write_tar(tmp_path / f"{number}.tar", samples(number)))) for number in range(2)]
+    with pytest.raises(DataError, match="memory"):
+        build_index(shards, tmp_path / INDEX, Settings(), scan=killed, workers=2)
+
+
 def test_two_processes_that_write_an_index_at_once_both_have_it(tmp_path):
     for number in range(3):
         write_tar(tmp_path / f"{number}.tar", samples(10 * number + 1))

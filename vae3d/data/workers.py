@@ -9,6 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ GIB = 2**30
 
 
 class WorkerError(DataError):
-    """A data worker died, or none returns a batch in time. Finished steps are valid and can be saved."""
+    """A worker process died, or none returns a batch in time. Finished steps are valid and can be saved."""
 
     on_every_rank = False
 
@@ -49,6 +51,17 @@ def usable_workers(wanted: int, setting: str = "data.workers") -> tuple[int, lis
 def processor_count() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def pool_errors(what: str) -> Iterator[None]:
+    """Raise WorkerError where a process of a ProcessPoolExecutor was killed. what: it did, such as "indexes shards"."""
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            f"a process that {what} was ended by the system, usually out of memory; give the job more memory"
+        ) from error
 
 
 def load(

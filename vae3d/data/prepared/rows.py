@@ -42,7 +42,7 @@ from vae3d.data.table.row_arrays import equal_in_a_file, path_hashes, row_arrays
 from vae3d.data.table.rows import NUMBERS, SPLITS, TEXTS, Listing, mark_missing_files, normalise_rows
 from vae3d.data.table.segments import SEGMENT
 from vae3d.data.table.versions import file_stamp
-from vae3d.data.workers import processor_count
+from vae3d.data.workers import pool_errors, processor_count
 from vae3d.progress import progress
 from vae3d.seeding import seed_of
 
@@ -283,7 +283,8 @@ def _in_processes(
         yield from (_converted(_known(piece), root, schema) for piece in pieces)
         return
     waiting: deque[Future] = deque()
-    with ProcessPoolExecutor(workers, get_context("fork")) as pool:  # as the workers of a DataLoader
+    pool = ProcessPoolExecutor(workers, get_context("fork"))  # as the workers of a DataLoader
+    with pool_errors("prepares a table"), pool:
         for piece in pieces:
             waiting.append(pool.submit(_converted, _known(piece), root, schema))
             if len(waiting) > 2 * workers:

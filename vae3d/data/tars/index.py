@@ -33,6 +33,7 @@ from vae3d.data.storage.paths import is_url, local_name
 from vae3d.data.storage.stores import StorageError
 from vae3d.data.tars.rows import FLOATS, INTEGERS, KEY, SCHEMA, media_rows
 from vae3d.data.tars.samples import Shard, find_shard
+from vae3d.data.workers import pool_errors
 from vae3d.hashing import json_hash
 from vae3d.io import atomic_write, naming
 from vae3d.progress import progress
@@ -93,7 +94,8 @@ def _build(
     scan = scan or partial(media_rows, media=settings.media, probe=probe)
     work = partial(_index_shard, folder=parts, settings=settings, probe=probe, scan=scan)
     errors = []
-    with _executor(todo, workers) as pool, progress(total=len(shards), unit="shard", desc="indexing") as bar:
+    bar = progress(total=len(shards), unit="shard", desc="indexing")
+    with pool_errors("indexes shards"), _executor(todo, workers) as pool, bar:
         bar.update(len(tables))
         futures: dict[Future[pa.Table], Shard] = {pool.submit(work, shard): shard for shard in todo}
         for future in as_completed(futures):
