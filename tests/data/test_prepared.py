@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import os
 import pickle
 import signal
+import threading
 import time
 from dataclasses import replace
 
@@ -24,6 +26,7 @@ from vae3d.data.prepared import selection as prepared_selection
 from vae3d.data.prepared import table as prepared
 from vae3d.data.sources import table_files as tables
 from vae3d.data.sources.table import Table
+from vae3d.data.storage import cache
 from vae3d.data.table import fingerprint, probe
 from vae3d.io import FileError
 
@@ -221,6 +224,16 @@ def test_tables_that_were_not_used_for_long_are_deleted(tmp_path, large, monkeyp
     monkeypatch.setattr(prepared, "KEPT_BYTES", int(2.5 * size))  # two tables of this size
     prepared.delete_unused(tmp_path / "cache/tables")
     assert [folder.is_dir() for folder in folders] == [False, False, True]
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "SILENT", 0.01)
+    caplog.set_level("INFO", "vae3d")
+    held = (tmp_path / "table.lock").open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    threading.Timer(0.1, held.close).start()
+    with cache.alone(tmp_path / "table", "tables"):
+        assert [str(tmp_path / "table.lock") in message for message in caplog.messages] == [True]
 
 
 def killed(*_) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vae3d.io import FileError
+
+SILENT = 10.0  # seconds of waiting for another process before a line in the log
+log = logging.getLogger("vae3d")
 
 
 def cache_folder() -> Path:
@@ -28,16 +32,20 @@ def warn_cache_unwritable(error: OSError, consequence: str) -> None:
 
 @contextmanager
 def alone(path: Path, kept: str) -> Iterator[None]:
-    """Only one process of all is inside, with the lock beside `path`; the others wait.
+    """Only one process of all is inside, with the lock beside `path`; the others wait, and say so in the log.
 
-    kept: what the folder keeps, for the message. Raises FileError if the cache folder cannot be written.
+    kept: what the folder keeps, for messages. Raises FileError if the cache folder cannot be written.
     """
-    from filelock import FileLock  # imports asyncio
+    from filelock import FileLock, Timeout  # imports asyncio
 
     lock = FileLock(path.with_name(f"{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=SILENT)
+        except Timeout:
+            log.info("waiting for another process, which writes %s; it holds %s", kept, lock.lock_file)
+            lock.acquire()
     except OSError as error:
         raise FileError(
             f"{path.parent} cannot be written ({error.strerror}), where {kept} are kept; set VAE3D_CACHE to a writable "
