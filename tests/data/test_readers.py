@@ -226,6 +226,8 @@ def make_faulty(folder, source):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     tiny.write_video(folder / "hdr.mp4", tiny.frames(2), pixels="yuv420p10le", transfer=16)
+    # Of this codec only the container says it here.
+    tiny.write_video(folder / "hdr.mkv", tiny.frames(2), codec="prores_ks", pixels="yuv422p10le", transfer=18)
 
 
 FAULTY = {
@@ -243,6 +245,7 @@ FAULTY = {
     "damaged.mp4": "is damaged|cannot be decoded",
     "audio.mp4": "has no video stream, only audio",
     "hdr.mp4": r"is HDR \(PQ\); tone-map it",
+    "hdr.mkv": r"is HDR \(HLG\); tone-map it",
 }
 
 

@@ -49,6 +49,7 @@ def build(file: FileRange) -> VideoIndex:
         stream = _video_stream(path, container)
         packets = _read_packets(file, container, stream, names)
         context = stream.codec_context
+        _check_sdr(path, context.color_trc)  # as the container says; some decoders pass on only what the frames say
         first = int(np.argmax(packets.rows["key"]))  # 0 if there is no key frame
         expected = _order_by_packets(packets, first, names, context)
         decoder, codec, container_name = Decoder.like(context), context.name, container.format.name
@@ -305,9 +306,7 @@ def _decode_in_order(
                 break
             if first_frame is None:
                 first_frame = frame
-                if transfer := HDR_TRANSFERS.get(int(frame.color_trc)):
-                    reason = "tone-map it to SDR first, 8-bit RGB would look washed out"
-                    raise MediaError(path, f"is HDR ({transfer}); {reason}")
+                _check_sdr(path, frame.color_trc)
             check_frame(path, frame, len(shown), (first_frame.height, first_frame.width))
             shown.append(frame.pts)
             hashes.append(zlib.crc32(np.ascontiguousarray(to_rgb(path, frame, convert, has_alpha(frame.format)))))
@@ -316,6 +315,12 @@ def _decode_in_order(
     if first_frame is None:
         raise MediaError(path, "holds no frame that can be decoded")
     return first_frame, shown, hashes
+
+
+def _check_sdr(path: str, transfer: int) -> None:
+    """transfer: an AVColorTransferCharacteristic. Raises MediaError."""
+    if name := HDR_TRANSFERS.get(int(transfer)):
+        raise MediaError(path, f"is HDR ({name}); tone-map it to SDR first, 8-bit RGB would look washed out")
 
 
 def _decodes_completely(file: FileRange, index: int, packets: _Packets, number: int) -> bool:
