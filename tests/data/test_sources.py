@@ -27,6 +27,7 @@ from vae3d.data.decoding.readers import media_info
 from vae3d.data.loader import check_files_exist, read_tables
 from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.folder import Folder, files_under
+from vae3d.data.sources.rooms import ErpRooms
 from vae3d.data.sources.table import Table
 from vae3d.data.table import parts, probe
 from vae3d.data.table.parts import PartFolders
@@ -153,6 +154,40 @@ def test_empty_or_missing_folder_is_refused(tmp_path):
         Folder(tmp_path).table()
     with pytest.raises(DataError, match="no such file or folder"):
         Folder(tmp_path / "x").table()
+
+
+def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
+    """As lost+found of a disk, and after an error of a network disk."""
+    room = tmp_path / "disk/area/room/output"
+    room.mkdir(parents=True)
+    (tmp_path / "disk/lost+found").mkdir()
+    Image.fromarray(tiny.frames(1)[0]).save(room / "panorama_0000.png")
+    number, names_of = errno.EACCES, {name: getattr(os, name) for name in ("scandir", "listdir")}
+
+    def failing(name: str):
+        def call(path="."):
+            if Path(path).name == "lost+found":
+                raise OSError(number, os.strerror(number), str(path))
+            return names_of[name](path)
+
+        return call
+
+    for name in names_of:
+        monkeypatch.setattr(os, name, failing(name))
+    listed = Folder(tmp_path / "disk"), Folder(tmp_path / "disk/*/room/output/panorama_*.png")
+    sources = [*listed, Folder(tmp_path / "disk/*/panorama_*.png"), ErpRooms(tmp_path / "disk", min_frames=1)]
+    for source in (sources[0], sources[3]):
+        with pytest.warns(UserWarning, match=r"lost\+found"):
+            assert len(source.table()) == 1
+    assert len(sources[1].table()) == 1
+    with pytest.warns(UserWarning, match=r"lost\+found"), pytest.raises(DataError, match="no file matches"):
+        sources[2].table()
+    with pytest.raises(DataError, match=r"lost\+found"):  # the folder that was asked for
+        Folder(tmp_path / "disk/lost+found").table()
+    number = errno.EIO
+    for source in (sources[0], sources[2], sources[3]):
+        with pytest.raises(DataError, match=r"lost\+found"):
+            source.table()
 
 
 def test_missing_facts_are_probed_once_and_kept(videos, monkeypatch, tmp_path):

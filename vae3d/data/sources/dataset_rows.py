@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from glob import escape, glob
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -278,12 +279,13 @@ def download_command(name: str | Path) -> str:
 
 def is_saved(folder: str | Path) -> bool:
     """Whether save_to_disk wrote it."""
-    return any(Path(folder, name).is_file() for name in SAVED)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in SAVED)  # False, and no error, without permission
 
 
 def has_tables(folder: str | Path) -> bool:
     """Whether a folder has parquet or arrow files, in it or in its folder `data`."""
-    return any(file.suffix.lower() in TABLES for place in (".", "data") for file in Path(folder, place).glob("*"))
+    places = (os.path.join(escape(str(folder)), place, "*") for place in (".", "data"))
+    return any(name.lower().endswith(TABLES) for place in places for name in glob(place))
 
 
 def _library() -> ModuleType:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from functools import partial
 from glob import escape, glob
 from pathlib import Path
 
@@ -85,13 +87,23 @@ def objects_under(url: str) -> tuple[list[str], list[str]]:
 
 def files_under(folder: str | Path) -> list[str]:
     """Relative names of all files under a folder, sorted. Links are followed. Hidden files and folders are skipped, and
-    what a probe wrote."""
+    what a probe wrote. Folders that cannot be listed: see report_unlisted."""
     found = []
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=partial(report_unlisted, top=folder)):
         folders[:] = [name for name in folders if not _is_left_out(here, name)]
         inside = os.path.relpath(here, folder)
         found += [os.path.normpath(os.path.join(inside, name)) for name in files if not name.startswith(".")]
     return sorted(found, key=lambda name: name.split(os.sep))
+
+
+def report_unlisted(error: OSError, top: str | Path = "") -> None:
+    """Warn that a folder below `top` must not be read, as lost+found of a disk; say nothing of one that is not there.
+    Raises DataError for other errors, by which files would be missing without a word."""
+    path = str(error.filename)
+    if path == str(top) or not isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+        raise DataError(f"{path} cannot be listed: {error.strerror}") from error
+    if isinstance(error, PermissionError):
+        warnings.warn(f"{path} cannot be listed ({error.strerror}); its files are left out", stacklevel=2)
 
 
 def _is_left_out(here: str, name: str) -> bool:
@@ -114,8 +126,13 @@ def sequences(path: Path) -> list[Path]:
         matches = number_matcher(path.name)
     except ValueError as error:
         raise DataError(f"{path}: {error}") from error
-    folders = sorted(glob(escape(str(path.parent)).replace("[*]", "*")))
-    found = [folder for folder in folders if os.path.isdir(folder) and any(map(matches, os.listdir(folder)))]
+    found = []
+    for folder in sorted(glob(escape(str(path.parent)).replace("[*]", "*"))):
+        try:
+            if os.path.isdir(folder) and any(map(matches, os.listdir(folder))):
+                found.append(folder)
+        except OSError as error:
+            report_unlisted(error)
     if not found:
         raise DataError(f"{path}: no file matches, with a number for the * of its name")
     return [Path(folder) / path.name for folder in found]

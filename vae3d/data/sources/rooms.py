@@ -10,6 +10,7 @@ import pandas as pd
 
 from vae3d.data.decoding.images import SEQUENCE_RATE, number_matcher
 from vae3d.data.media import DataError
+from vae3d.data.sources.folder import report_unlisted
 from vae3d.data.table.rows import rows_from_paths
 from vae3d.seeding import seed_of
 
@@ -70,11 +71,14 @@ class ErpRooms:
         if not self.root.is_dir():
             raise DataError(f"{self.root}: no such folder; data.source.root takes the folder that holds the areas")
         rooms = []
-        for area in _folders(self.root):
-            for room in _folders(self.root / area):
-                output = self.root / area / room / FOLDER
-                if output.is_dir():
-                    rooms.append((area, room, sum(matches(name) is not None for name in os.listdir(output))))
+        for area in _folders(self.root, self.root):
+            for room in _folders(self.root / area, self.root):
+                try:
+                    names = os.listdir(self.root / area / room / FOLDER)
+                except OSError as error:
+                    report_unlisted(error)
+                else:
+                    rooms.append((area, room, sum(matches(name) is not None for name in names)))
         return rooms
 
     def _held_out(self, areas: list[str]) -> list[str] | None:
@@ -89,6 +93,11 @@ class ErpRooms:
         return list(self.val_areas)
 
 
-def _folders(path: Path) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+def _folders(path: Path, root: Path) -> list[str]:
+    """Names of the folders in one; none of one that cannot be listed, see report_unlisted."""
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        report_unlisted(error, top=root)
+        return []
