@@ -29,6 +29,7 @@ from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.folder import Folder, files_under
 from vae3d.data.sources.rooms import ErpRooms
 from vae3d.data.sources.table import Table
+from vae3d.data.sources.webdataset import WebDataset
 from vae3d.data.table import parts, probe
 from vae3d.data.table.parts import PartFolders
 from vae3d.errors import UserError
@@ -185,8 +186,9 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"lost\+found"):  # the folder that was asked for
         Folder(tmp_path / "disk/lost+found").table()
     number = errno.EIO
-    for source in (sources[0], sources[2], sources[3]):
-        with pytest.raises(DataError, match=r"lost\+found"):
+    (tmp_path / "disk/0.tar").touch()
+    for source in (sources[0], sources[2], sources[3], WebDataset(tmp_path / "disk")):
+        with pytest.raises(DataError, match=r"lost\+found cannot be listed"):
             source.table()
 
 

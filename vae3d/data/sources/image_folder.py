@@ -12,7 +12,8 @@ import pandas as pd
 from vae3d.data.decoding.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.decoding.readers import is_image
 from vae3d.data.media import DataError
-from vae3d.data.sources.folder import Folder, files_under
+from vae3d.data.sources.folder import Folder
+from vae3d.data.sources.local_files import files_under
 from vae3d.data.sources.open_source import Source, holds_dataset, open_source
 from vae3d.data.storage.paths import is_stored, suffix_of
 from vae3d.data.table.rows import SPLITS, Listing, mark_missing_files

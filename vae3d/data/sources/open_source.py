@@ -21,9 +21,10 @@ import pandas as pd
 
 from vae3d.data.decoding.readers import is_media
 from vae3d.data.sources.dataset_rows import has_tables, is_saved
-from vae3d.data.sources.folder import Folder, files_under
+from vae3d.data.sources.folder import Folder
 from vae3d.data.sources.hugging_face import HuggingFace
 from vae3d.data.sources.json_clips import JsonClips
+from vae3d.data.sources.local_files import files_under
 from vae3d.data.sources.table import Table
 from vae3d.data.sources.table_files import JSON, kind_of
 from vae3d.data.sources.webdataset import WebDataset, is_indexed_url, is_shards

@@ -10,7 +10,7 @@ import pandas as pd
 
 from vae3d.data.decoding.images import SEQUENCE_RATE, number_matcher
 from vae3d.data.media import DataError
-from vae3d.data.sources.folder import report_unlisted
+from vae3d.data.sources.local_files import report_unlisted
 from vae3d.data.table.rows import rows_from_paths
 from vae3d.seeding import seed_of
 

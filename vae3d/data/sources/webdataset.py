@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from vae3d.data.decoding.readers import is_image, is_media
 from vae3d.data.media import DataError, MediaError, StreamItem
+from vae3d.data.sources.local_files import files_under
 from vae3d.data.storage.cache import alone, cache_folder
 from vae3d.data.storage.paths import is_http, is_url, local_name, member_path
 from vae3d.data.storage.stores import find_objects, list_urls
@@ -238,7 +239,7 @@ def list_shards(path: str) -> list[str]:
         except MediaError as error:
             raise DataError(str(error)) from error
     elif os.path.isdir(path):
-        found = sorted(glob(os.path.join(escape(path), "**", "*.tar"), recursive=True))
+        found = sorted(os.path.join(path, name) for name in files_under(path) if name.endswith(".tar"))
     else:
         found = list_urls(path)
     if not found:
