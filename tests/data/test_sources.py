@@ -32,6 +32,7 @@ from vae3d.data.sources.table import Table
 from vae3d.data.sources.webdataset import WebDataset
 from vae3d.data.table import parts, probe
 from vae3d.data.table.parts import PartFolders
+from vae3d.data.table.rows import why_missing
 from vae3d.errors import UserError
 
 SETTINGS = ClipSettings(16, 16)
@@ -396,6 +397,20 @@ def test_a_pipe_or_a_name_that_is_too_long_is_a_data_error(tmp_path, name, reaso
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(MediaError, match=reason):
         media_info(str(tmp_path / name))
+
+
+def test_a_file_that_must_not_be_looked_at_is_not_called_missing(tmp_path, monkeypatch):
+    stat = os.stat
+
+    def denied(path, *args, **options):
+        if str(path).endswith("a.mp4"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(MediaError, match="cannot be read: Permission denied"):
+        media_info(str(tmp_path / "a.mp4"))
+    assert "Permission denied" in why_missing(str(tmp_path / "a.mp4"))
 
 
 # --- results of a probe: beside the table, shared by ranks, kept when a probe is killed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from vae3d.text import plural
 Size = tuple[int, int]  # height, width
 ASPECT_TOLERANCE = 0.01  # a pixel aspect ratio this close to 1 counts as square
 NO_SUCH_FILE = "no such file"  # reason of an error
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class DataError(UserError):
@@ -39,8 +41,10 @@ class MediaError(UserError):
         return MediaError, (self.path, self.reason)
 
 
-def no_such_file(path: str | Path) -> str:
-    """The reason why a file that does not exist cannot be read."""
+def stat_reason(path: str | Path, error: OSError | ValueError) -> str:
+    """Why os.stat failed: there is no such file, or it must not be looked at."""
+    if isinstance(error, OSError) and error.errno not in ABSENT:
+        return f"cannot be read: {error.strerror}"
     from_windows = os.sep == "/" and "\\" in str(path)
     return NO_SUCH_FILE + ("; write / instead of \\ in paths" if from_windows else "")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,7 @@ from vae3d.data.decoding.images import (
 )
 from vae3d.data.decoding.kept_sources import keep_source, open_frame_source
 from vae3d.data.decoding.video_index import VideoIndex
-from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, no_such_file
+from vae3d.data.media import DataError, MediaError, MediaInfo, Reader, Size, check_indices, stat_reason
 from vae3d.data.storage.files import FileRange, RangeFile, local_range, size_and_version
 from vae3d.data.storage.paths import HF_IMAGE, HF_VIDEO, is_stored, suffix_of
 from vae3d.text import one_line, plural
@@ -124,12 +125,14 @@ def _require_file(path: str | Path) -> None:
         if size_and_version(path)[0] == 0:
             raise MediaError(path, "is empty (0 bytes)")
         return
-    if not os.path.exists(path):  # False, and no error, for a name that is too long
-        raise MediaError(path, no_such_file(path))
-    if not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: the name has the character NUL
+        raise MediaError(path, stat_reason(path, error)) from error
+    if not S_ISREG(found.st_mode):
+        kind = "a folder" if S_ISDIR(found.st_mode) else "a pipe or a device"
         raise MediaError(path, f"is {kind}, not a file")
-    if os.path.getsize(path) == 0:
+    if found.st_size == 0:
         raise MediaError(path, "is empty (0 bytes)")
 
 

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from vae3d.data.decoding.images import is_sequence
-from vae3d.data.media import DataError, MediaError, no_such_file
+from vae3d.data.media import NO_SUCH_FILE, DataError, MediaError, stat_reason
 from vae3d.data.storage.files import size_and_version
 from vae3d.data.storage.paths import is_stored, is_url, resolve
 from vae3d.data.table.segments import SEGMENT, SEGMENT_ERROR
@@ -167,8 +168,12 @@ def why_missing(path: str) -> str | None:
         except MediaError as error:
             return error.reason
         return None
-    found = os.path.isdir(os.path.dirname(path)) if is_sequence(path) else os.path.isfile(path)
-    return None if found else no_such_file(path)
+    sequence = is_sequence(path)
+    try:
+        mode = os.stat(os.path.dirname(path) if sequence else path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: the name has the character NUL
+        return stat_reason(path, error)
+    return None if (S_ISDIR if sequence else S_ISREG)(mode) else NO_SUCH_FILE
 
 
 def file_hashes(table: pd.DataFrame) -> np.ndarray:
