@@ -50,6 +50,7 @@ def vae_metadata(codec: LatentCodec, checkpoint: str) -> dict[str, Any]:
 
 
 def encoder_hash(codec: LatentCodec) -> str:
+    """Hash of all weights that a latent depends on: those of a video autoencoder's 2D encoder too."""
     modules = codec.model.trainable_parts()["encoder"]
     return weights_hash(nn.ModuleList(modules).state_dict())
 

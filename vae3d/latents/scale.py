@@ -55,6 +55,7 @@ class LatentStats:
 
     @classmethod
     def of(cls, stats: RunningStats, clips: int, size: tuple[int, int, int] | None = None) -> LatentStats:
+        """From sums over all latent positions. clips, size: as the fields."""
         return cls(clips, stats.mean.cpu(), stats.variance.sqrt().cpu(), size)
 
     def over_channels(self) -> tuple[float, float]:

@@ -106,6 +106,7 @@ class LatentStatistics:
         self.histogram.view(-1).index_add_(0, codes, torch.ones_like(codes))
 
     def merge(self, other: LatentStatistics) -> None:
+        """Add the clips of `other`, which has as many channels."""
         self.clips += other.clips
         self.first.merge(other.first)
         self.rest.merge(other.rest)
@@ -164,6 +165,7 @@ class LatentStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> LatentStatistics:
+        """The inverse of to_tensors. Raises KeyError, IndexError, RuntimeError or TypeError for other tensors."""
         statistics = cls(len(tensors["first.mean"]), int(tensors["clips"]))
         statistics.histogram.view(-1)[tensors["level"]] = tensors["occurs"]
         for part in ("first", "rest"):

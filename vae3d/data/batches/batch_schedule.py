@@ -199,6 +199,7 @@ class BatchSchedule(OneStream):
             yield from self.step(step)
 
     def clip_at(self, position: int, frames: int) -> ClipIndex:
+        """The clip at a position of the training order; of another row if that one has fewer frames."""
         row = self._row_at(position)
         if self.lengths[row] < frames:
             return ClipIndex(position, self.replacement(position, frames, "short"), frames)

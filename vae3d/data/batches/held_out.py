@@ -50,6 +50,7 @@ class HeldOut:
 def held_out_clip(
     table: FileTable, row: int, settings: ClipSettings, frames: int, groups: tuple[str, ...] = ()
 ) -> HeldOut:
+    """The clip of a row of a table of held-out files, counted from 0."""
     return HeldOut(row, table.path(row), table.bounds(row), settings, frames, groups)
 
 

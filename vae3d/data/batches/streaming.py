@@ -67,6 +67,7 @@ class StreamingSource(Protocol):
 
 
 def is_streaming(source: Any) -> bool:
+    """Whether a source is read as a stream, and is a StreamingSource."""
     return bool(getattr(source, "streaming", False))
 
 

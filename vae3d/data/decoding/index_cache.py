@@ -44,6 +44,7 @@ def cached(path: str) -> tuple[list, bytes] | None:
 
 
 def key_of(video: FileRange) -> list:
+    """Path and version of a video: the index of another version is outdated."""
     return [os.path.abspath(video.file) if video.is_plain else video.name, *video.version]
 
 

@@ -34,6 +34,7 @@ class Folder:
         self.path = path if is_stored(path) else Path(path)
 
     def table(self) -> pd.DataFrame:
+        """Raises DataError as `listing` does."""
         return self.listing().table()
 
     def listing(self) -> Listing:

@@ -27,6 +27,7 @@ class Table:
         self.root = root if root is not None else folder_of(path)
 
     def table(self) -> pd.DataFrame:
+        """Raises DataError if the file is no table, or has no column `path` or no row."""
         raw = read_table(self.path)
         self.check_columns(raw.columns, len(raw))
         return normalise_rows(raw, self.root)

@@ -268,8 +268,7 @@ def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
 def _plain_rows(block: bytes, header: list[str], delimiter: str) -> pa.Table | None:
     """The rows of a block of whole lines; None if it has a quotation mark other than around a field of one line, a
     stray carriage return, an odd number of fields, bytes that are no text, a very long line, or a byte-order mark at
-    its begin, which Arrow would drop. Columns of numbers are
-    numbers if all their values are."""
+    its begin, which Arrow would drop. Columns of numbers are numbers if all their values are."""
     import pyarrow as pa
     import pyarrow.csv
 
