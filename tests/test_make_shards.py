@@ -182,6 +182,9 @@ def test_the_extension_of_a_video_in_a_dataset_is_that_of_its_container(files, t
     for name, content in (
         ("mp4", (files / "0.mp4").read_bytes()),
         ("webm", b"\x1aE\xdf\xa3\x42\x82webm"),
+        ("mov", b"\0\0\0\x08wide\0\0\0\x08mdat"),  # QuickTime of old cameras
+        ("mpg", b"\0\0\x01\xb3\x04\x000\x13"),
+        ("m2ts", b'\x0e\xbfF"G' + bytes(191) + b"G"),
         (None, b"junk"),
     ):
         (tmp_path / "rows.arrow").write_bytes(content)

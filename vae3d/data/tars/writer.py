@@ -35,6 +35,7 @@ BLOCK = 512  # bytes of a tar: of a header, and to which contents are padded
 TEXTS = ("text", "label", "split")
 VIDEO_STARTS = {  # first bytes of a container -> its extension
     rb"....ftyp": "mp4",
+    rb"....(?:moov|mdat|wide|free|skip|pnot)": "mov",  # QuickTime from before `ftyp`
     rb"\x1aE\xdf\xa3.{0,60}webm": "webm",
     rb"\x1aE\xdf\xa3": "mkv",
     rb"RIFF....AVI ": "avi",
@@ -42,7 +43,8 @@ VIDEO_STARTS = {  # first bytes of a container -> its extension
     rb"FLV": "flv",
     rb"OggS": "ogv",
     rb"G.{187}G": "ts",
-    rb"\0\0\x01\xba": "mpg",
+    rb".{4}G.{191}G": "m2ts",
+    rb"\0\0\x01[\xba\xb3]": "mpg",
     rb"0&\xb2u": "wmv",
 }
 SHOWN = 10
