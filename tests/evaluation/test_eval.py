@@ -83,14 +83,16 @@ def test_report_says_how_it_was_computed(folders, all_weights):
 
 def test_tables_hold_every_video_and_on_request_every_frame(folders):
     ori, rec = folders
+    for one in folders:
+        (one / "v1.mp4").rename(one / "v\r1.mp4")
     assert evaluate(ori, rec, "--metric", "psnr", "tpsnr", "--per_frame") == 0
     folder = rec.with_name("x_rec_eval")
-    videos = list(csv.DictReader((folder / "per_video.csv").open()))
-    assert [row["name"] for row in videos] == ["v0", "v1", "v2"]
+    videos = list(csv.DictReader((folder / "per_video.csv").open(newline="")))
+    assert [row["name"] for row in videos] == ["v\r1", "v0", "v2"]
     frames = psnr(original(1), noisy(1))
-    assert float(videos[1]["psnr_min"]) == pytest.approx(frames.min(), abs=1e-5)
-    assert float(videos[1]["psnr_std"]) == pytest.approx(frames.std(), abs=1e-5)
-    rows = [row for row in csv.DictReader((folder / "per_frame.csv").open()) if row["name"] == "v1"]
+    assert float(videos[0]["psnr_min"]) == pytest.approx(frames.min(), abs=1e-5)
+    assert float(videos[0]["psnr_std"]) == pytest.approx(frames.std(), abs=1e-5)
+    rows = [row for row in csv.DictReader((folder / "per_frame.csv").open(newline="")) if row["name"] == "v\r1"]
     assert [float(row["psnr"]) for row in rows] == pytest.approx(frames, abs=1e-5)
     assert [bool(row["tpsnr"]) for row in rows] == [True] * 5 + [False]  # pairs of neighbours
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from vae3d.data.table.rows import QUOTED_CSV
 from vae3d.evaluation.store import VideoScore
 from vae3d.io import write_text
 from vae3d.report import number, text_table
@@ -111,7 +112,7 @@ def write_per_video(path: Path, videos: Sequence[VideoScore]) -> None:
                 row |= {f"{column}_min": min(score.frames), f"{column}_max": max(score.frames)}
                 row[f"{column}_std"] = statistics.pstdev(score.frames)
         rows.append(row | video.counts)
-    write_text(path, pd.DataFrame(rows).to_csv(index=False))
+    write_text(path, pd.DataFrame(rows).to_csv(**QUOTED_CSV))
 
 
 def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
@@ -121,4 +122,4 @@ def write_per_frame(path: Path, videos: Sequence[VideoScore]) -> None:
         for frame in range(video.info.frames):
             values = {c: s.frames[frame] for c, s in video.scores.items() if frame < len(s.frames)}
             rows.append({"name": video.name, "frame": frame, **values})
-    write_text(path, pd.DataFrame(rows).to_csv(index=False))
+    write_text(path, pd.DataFrame(rows).to_csv(**QUOTED_CSV))
