@@ -34,6 +34,7 @@ def test_a_row_for_each_reader_size_and_number_of_workers(folder, tmp_path, caps
     options = ["--reader", "pyav", "decord", "--size", "32x40", "--frames", 5, "--workers", 1, 2, "--clips", 12]
     assert run(folder, *options, "--gpus", 8, "--batch", 4, "--step_seconds", 0.5, "--json", out) == 0
     found = json.loads(out.read_text())
+    assert (found["settings"]["workers"], found["settings"].keys() & {"json", "command"}) == ([1, 2], set())
     rows = [Row(**row) for row in found["rows"]]
     assert [(row.reader, row.workers) for row in rows] == [("pyav", 1), ("pyav", 2), ("decord", 1), ("decord", 2)]
     size = os.path.getsize(folder / "0.mp4")

@@ -302,7 +302,7 @@ def main(args: argparse.Namespace) -> int:
     for line in _need_lines(needs, args):
         print(line)
     if args.json:
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
+        settings = {name: value for name, value in vars(args).items() if name not in ("json", "command")}
         result = {"settings": settings, "machine": machine(processors), "rows": list(map(asdict, rows))}
         write_json(args.json, result | {"needs": list(map(asdict, needs)), "errors": errors, "notes": notes})
         print(f"wrote {args.json}")
