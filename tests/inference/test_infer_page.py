@@ -15,7 +15,7 @@ from vae3d.errors import UserError
 from vae3d.inference import page as pages
 from vae3d.inference.video import write_video
 
-SETTINGS = ["metrics=[psnr]", "height=16", "width=16", "report=true"]
+SETTINGS = ["metrics=[psnr]", "height=16", "width=16", "fps=59.94", "report=true"]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_the_page_shows_all_outputs_with_scores_and_links(export, source, tmp_pa
     assert (clip["frames"], clip["source"]) == (3, [16, 16])
     assert np.mean(clip["curves"]["rec"]["psnr"]) == pytest.approx(first["scores"]["rec"]["psnr"], rel=1e-5)
     assert (folder / first["links"]["spatial"]).samefile(tmp_path / "out_spatial/000001_a-0-.mp4")
-    assert report["facts"]["codec"] == "lossless"
+    assert (report["facts"]["codec"], report["facts"]["fps"]) == ("lossless", "59.94")
     weights = json.loads((tmp_path / "out_rec/command.json").read_text())["weights of checkpoint"]
     assert report["facts"]["weights of checkpoint"] == weights
     assert sorted(report["links"]) == ["command.json", "index.csv", "metrics.json"]

@@ -68,9 +68,8 @@ def make_report(
     if means:
         tables.append(Table("Means", ["metric", "mean"], [[name, number(mean)] for name, mean in means.items()]))
     if cost is not None:
-        tables.append(
-            Table("Cost, on the first chunk", ["", ""], [[k.replace("_", " "), _shown(v)] for k, v in cost.items()])
-        )
+        rows = [[k.replace("_", " "), f"{v:.3g}" if isinstance(v, float) else str(v)] for k, v in cost.items()]
+        tables.append(Table("Cost, on the first chunk", ["", ""], rows))
     scored = {c: better for c, better in columns.items() if any(c in file.result.scores for file in files)}
     chapter = Chapter(
         "Videos",
@@ -86,7 +85,7 @@ def make_report(
         f"Reconstructions: {Path(reconstructor.config.save_dir).name}",
         [chapter],
         facts={"checkpoint": reconstructor.config.checkpoint, "source": reconstructor.config.source}
-        | {name: _shown(value) for name, value in settings.items() if value not in (None, False, [], {})}
+        | {name: _text(value) for name, value in settings.items() if value not in (None, False, [], {})}
         | {"version": f"vae3d {__version__}"},
         commands=command,
         links={path.name: os.path.relpath(path, folder) for path in written if path.is_file()},
@@ -112,8 +111,5 @@ def _video(reconstructor: Reconstructor, file: FileResult, folder: Path) -> Vide
     )
 
 
-def _shown(value: Any) -> str:
-    """A setting or a number of measure_cost."""
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
