@@ -13,7 +13,7 @@ from PIL import Image
 from vae3d.inference.pictures import grid
 from vae3d.report import score_names
 from vae3d.report.html import img, resize_to_width, subplots, svg
-from vae3d.text import plural
+from vae3d.text import byte_text, plural, significant
 
 
 def test_pictures_are_inline_and_keep_their_pixels():
@@ -64,3 +64,9 @@ def test_psnr_video_is_shown_unless_every_validation_has_the_same_value_for_psnr
 )  # fmt: skip
 def test_plural(count, noun, expected):
     assert plural(count, noun) == expected
+
+
+def test_large_numbers_have_no_exponent():
+    assert [significant(value) for value in (0.36363, 9.999, 20.46, 1234.5)] == ["0.364", "10", "20.5", "1230"]
+    assert significant(16384, 4) == "16380"
+    assert [byte_text(count) for count in (512, 999_700, 2 * 10**15)] == ["512 B", "1000 kB", "2000 TB"]

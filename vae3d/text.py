@@ -12,15 +12,20 @@ def plural(count: int | str, noun: str) -> str:
     return f"{count} {noun}{'es' if noun.endswith(('s', 'x', 'sh', 'tch')) else 's'}"
 
 
+def significant(value: float, digits: int = 3) -> str:
+    """A number rounded to so many significant digits, a large one without exponent: 0.364, 20.5, 1230."""
+    return f"{float(f'{value:.{digits}g}'):.15g}"
+
+
 def epoch_text(epochs: float) -> str:
     """0.364 epochs, 1 epoch, 138182 epochs."""
-    return plural(f"{epochs:.3g}" if epochs < 1000 else f"{epochs:.0f}", "epoch")
+    return plural(significant(epochs) if epochs < 1000 else f"{epochs:.0f}", "epoch")
 
 
 def byte_text(count: int) -> str:
     """Bytes in the largest unit of 1000 that they fill: 512 B, 20.5 kB, 1.02 GB."""
     power = min(4, (len(str(count)) - 1) // 3)
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return f"{significant(count / 1000**power)} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def is_utf8(text: str) -> bool:

@@ -201,6 +201,9 @@ def test_files_that_are_too_short_are_no_training_files(videos, tmp_path):
     assert used + skipped == len(t.data.streams[0].schedule.lengths)
 
 
-@pytest.mark.parametrize(("epochs", "text"), [(0.3636, "0.364 epochs"), (1.0, "1 epoch"), (138181.8, "138182 epochs")])
+@pytest.mark.parametrize(
+    ("epochs", "text"),
+    [(0.3636, "0.364 epochs"), (1.0, "1 epoch"), (999.7, "1000 epochs"), (138181.8, "138182 epochs")],
+)
 def test_epochs(epochs, text):
     assert epoch_text(epochs) == text

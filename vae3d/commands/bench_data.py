@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from vae3d.argparse_types import Parser, height_and_width, non_negative_int, positive_float, positive_int
 from vae3d.data.read_speed import File, Measured, measure, plan
 from vae3d.errors import UserError, printable
-from vae3d.text import plural
+from vae3d.text import plural, significant
 
 # Functions import what takes long (torch, pandas, PyAV), so that --help and a wrong flag are answered at once.
 if TYPE_CHECKING:
@@ -346,12 +346,12 @@ def _line(row: Row, cold: bool) -> str:
 def _need_lines(needs: Sequence[Need], args: argparse.Namespace) -> list[str]:
     if not needs:
         return []
-    rate = needs[0].clips_per_second
-    lines = [
-        f"{plural(args.gpus, 'GPU')} x {plural(args.batch, 'clip')} in {args.step_seconds:g} s: {rate:.4g} clips/s need"
-    ]
+    rate = significant(needs[0].clips_per_second, 4)
+    clips = plural(args.batch, "clip")
+    lines = [f"{plural(args.gpus, 'GPU')} x {clips} in {args.step_seconds:g} s: {rate} clips/s need"]
     for need in needs:
-        traffic = "" if need.bytes_per_second is None else f", {need.bytes_per_second / 1e6:.4g} MB/s of files"
+        read = need.bytes_per_second
+        traffic = "" if read is None else f", {significant(read / 1e6, 4)} MB/s of files"
         workers = f"{plural(need.workers, 'worker')} ({math.ceil(need.workers / args.gpus)} per GPU)"
         size = f"{need.height}x{need.width}"
         lines.append(f"{need.reader:{WIDTH}}{size:>10}  {plural(math.ceil(need.cores), 'core')}, {workers}{traffic}")

@@ -15,7 +15,7 @@ from vae3d.commands.step_cost import Needs, StepCost, bytes_of, fake_tensors
 from vae3d.diffusion.processes import training_losses
 from vae3d.distributed import reduction_elements
 from vae3d.precision import DTYPES, autocast
-from vae3d.text import plural
+from vae3d.text import plural, significant
 from vae3d.training.memory import GIB
 from vae3d.training.runlog import duration
 
@@ -97,7 +97,7 @@ def estimates(
         f"  memory of the device, per rank: {amount(needs.memory)} = {stays}, on top in a step "
         f"{amount(max(needs.parts.values()))}; on a GPU add about 1 GiB for CUDA itself",
         f"  memory of the host, per rank: {amount(on_host)} = {', '.join(host)}; without a GPU the above comes on top",
-        f"  time: {step_flops / 1e12:.3g} TFLOP per step and rank: for {plural(trainer.max_steps, 'step')} "
+        f"  time: {significant(step_flops / 1e12)} TFLOP per step and rank: for {plural(trainer.max_steps, 'step')} "
         f"{duration(whole / 1e12 / GPU_TFLOPS)} on a GPU that reaches {GPU_TFLOPS} TFLOP/s, {duration(whole / cpu)} on "
         f"this CPU, where a convolution reaches {cpu / 1e12:.2g}; reading, validation and waiting come on top",
         f"  disk: {disk(config, needs, ranks)}",

@@ -22,6 +22,7 @@ from vae3d.metrics.base import frame_curves
 from vae3d.pixels import displayable
 from vae3d.report import number
 from vae3d.report.page import Chapter, Report, Table, Video, clip_id, encode_clip, read_clip, write_clip
+from vae3d.text import significant
 
 LABELS = {"ori": "original", "rec": "rec", "spatial": "spatial"}  # kind of output -> on the page
 LOSSY = "codec=h264: pictures and errors are those of the written files, scores those of the pixels before the codec"
@@ -68,7 +69,7 @@ def make_report(
     if means:
         tables.append(Table("Means", ["metric", "mean"], [[name, number(mean)] for name, mean in means.items()]))
     if cost is not None:
-        rows = [[k.replace("_", " "), f"{v:.3g}" if isinstance(v, float) else str(v)] for k, v in cost.items()]
+        rows = [[k.replace("_", " "), significant(v) if isinstance(v, float) else str(v)] for k, v in cost.items()]
         tables.append(Table("Cost, on the first chunk", ["", ""], rows))
     scored = {c: better for c, better in columns.items() if any(c in file.result.scores for file in files)}
     chapter = Chapter(
