@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from multiprocessing.connection import Connection
@@ -66,33 +67,33 @@ def serve(
     def send(**message: Any) -> None:
         connection.send_bytes(json.dumps(message, allow_nan=False).encode())
 
-    worker = Runner(checkpoints, device, Limits(**limits), lambda *state: send(**dict(zip(STATE, state, strict=True))))
+    def progress(stage: str, fraction: float, text: str) -> None:
+        send(stage=stage, fraction=fraction, text=text)
+
+    runner = Runner(checkpoints, device, Limits(**limits), progress)
     try:
         while True:
-            request = json.loads(connection.recv_bytes())
-            answer, error = _answer(worker, request)
-            if error is not None:
+            message = _answer(runner, json.loads(connection.recv_bytes()))
+            if "error" in message:
                 free_cache()  # not while the error is handled, whose traceback holds tensors
-            send(**({"answer": answer} if error is None else {"error": error}))
+            send(**message)
     except (EOFError, ConnectionError):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-STATE = ("stage", "fraction", "text")
-
-
-def _answer(runner: Runner, request: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """The answer, or what went wrong. Other errors end the process, with their traceback in the terminal."""
+def _answer(runner: Runner, request: Mapping[str, Any]) -> dict[str, Any]:
+    """{"answer": ...}, or {"error": what went wrong}. Other errors end the process, with their traceback in the
+    terminal."""
     try:
-        return (runner.describe() if request["do"] == "describe" else runner.run(request)), None
+        return {"answer": runner.describe() if request["do"] == "describe" else runner.run(request)}
     except UserError as error:
-        return None, str(error)
+        return {"error": str(error)}
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
             runner.forget()
-            return None, f"{MEMORY} ({first_line(error)[:200]})"
+            return {"error": f"{MEMORY} ({first_line(error)[:200]})"}
         if is_disk_error(error):
-            return None, f"the result cannot be written: {getattr(error, 'strerror', None) or first_line(error)}"
+            return {"error": f"the result cannot be written: {getattr(error, 'strerror', None) or first_line(error)}"}
         raise
 
 
@@ -207,7 +208,7 @@ class Runner:
                     chunks.append(read_resized(reader, indices[start : start + CHUNK], size))
         except MediaError as error:  # the path is of the server, and the name is what the user knows
             raise UserError(f"{name}: {error.reason_for(str(path))}") from None
-        self.clip = Clip(key, np.concatenate(chunks), info)
+        self.clip = Clip(key, np.concatenate(chunks), info, settings.start)
         return self.clip
 
     def _write(
@@ -274,15 +275,18 @@ class Runner:
         return rows
 
 
+@dataclass(frozen=True)
 class Clip:
-    """The frames that are reconstructed, [T, H, W, 3 or 4] uint8. key: of what was read."""
+    """The frames that are reconstructed, [T, H, W, 3 or 4] uint8. key: of what was read. info: of the file. start:
+    index of the first frame in it."""
 
-    def __init__(self, key: tuple[Any, ...], frames: np.ndarray, info: MediaInfo) -> None:
-        self.key, self.frames, self.info = key, frames, info
+    key: tuple[Any, ...]
+    frames: np.ndarray
+    info: MediaInfo
+    start: int = 0
 
     def facts(self) -> dict[str, str]:
         frames, height, width = self.frames.shape[:3]
-        start = self.key[1]
         size = f"{width} x {height}"
         if (height, width) != (self.info.height, self.info.width):
             size += f", reduced from {self.info.width} x {self.info.height}"
@@ -290,15 +294,17 @@ class Clip:
             return {"image": size}
         part = plural(frames, "frame")
         if frames != self.info.num_frames:
-            part = f"frames {start} to {start + frames - 1} of {self.info.num_frames}"
+            part = f"frames {self.start} to {self.start + frames - 1} of {self.info.num_frames}"
         return {"video": f"{part}, {size}, {self.info.fps:g} frames per second, {self.info.codec}"}
 
 
+@dataclass(frozen=True)
 class Coded:
     """Raw latents [1, C, t, h, w], their reconstruction [T, H, W, 3 or 4] uint8, and facts of it."""
 
-    def __init__(self, z: Tensor, frames: np.ndarray, facts: str) -> None:
-        self.z, self.frames, self.facts = z, frames, facts
+    z: Tensor
+    frames: np.ndarray
+    facts: str
 
 
 def code(model: VideoAutoencoder, clip: Clip, report: Callable[[int], None]) -> Coded:
