@@ -37,6 +37,7 @@ from vae3d.errors import UserError
 from vae3d.evaluation.page import page_metrics
 from vae3d.inference.video import VideoWriter, video_suffix, write_image
 from vae3d.io import is_disk_error
+from vae3d.loading import require_file_channels
 from vae3d.metrics import MetricSet
 from vae3d.metrics.base import frame_curves
 from vae3d.models.interface import VideoAutoencoder
@@ -142,10 +143,7 @@ class Runner:
         if index not in self.models:
             path = self.checkpoints[index] if self.checkpoints else default_checkpoint()
             model = api.from_pretrained(path).to(self.device())
-            if model.pixel_channels not in (3, 4):
-                raise UserError(
-                    f"{path}: takes {plural(model.pixel_channels, 'channel')} of pixels, and videos have 3 or 4"
-                )
+            require_file_channels(model, path)
             self.models[index] = model.requires_grad_(False)
         return self.models[index]
 

@@ -50,8 +50,9 @@ HINTS = (
 def main(args: Namespace) -> int:
     device = as_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     info = media_info(args.video)
-    model = api.from_pretrained(args.checkpoint or default_checkpoint()).to(device)
-    require_file_channels(model, args.checkpoint)
+    checkpoint = args.checkpoint or default_checkpoint()
+    model = api.from_pretrained(checkpoint).to(device)
+    require_file_channels(model, checkpoint)
     video = read(args.video, info, args.frames, args.height, alpha=model.pixel_channels == 4)
     out = make_folder(args.out or default_folder(args.video, args.checkpoint))
     names = file_names(still=not info.fps, alpha=model.pixel_channels == 4)
