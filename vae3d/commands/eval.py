@@ -26,6 +26,7 @@ from vae3d.io import hold_lock, remove_unfinished, write_json
 from vae3d.metrics import PRESETS, MetricSet, build_metrics
 from vae3d.metrics.presets import require_shapes
 from vae3d.progress import progress
+from vae3d.report import text_table
 from vae3d.report.page import CLIPS, PAGE, check_replaceable, remove_page, unpack_page, write_page
 
 COMPARISON = "comparison.json"
@@ -92,7 +93,7 @@ def evaluate(args: Namespace) -> int:
         differences = compare(results, metrics.columns)
         if ranks.is_main_process:
             summaries = {evaluation.name: evaluation.summary for evaluation in evaluations}
-            print(f"\n{means_table(summaries)}\n\n{comparison_table(differences)}")
+            print(f"\n{text_table(*means_table(summaries))}\n\n{comparison_table(differences)}")
             for warning in unequal_sets({name: [v.name for v in videos] for name, videos in results.items()}):
                 print(f"warning: {warning}", file=sys.stderr)
             file = common / COMPARISON

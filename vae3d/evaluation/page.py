@@ -15,13 +15,12 @@ from vae3d.evaluation.pairs import PairReader, Protocol
 from vae3d.evaluation.score import ScoringJob
 from vae3d.evaluation.store import VideoScore
 from vae3d.evaluation.summary import unequal_sets
-from vae3d.evaluation.tables import metric_table
+from vae3d.evaluation.tables import means_table, metric_table
 from vae3d.hashing import json_hash
 from vae3d.metric_names import MEANINGS, PANORAMA, unit
 from vae3d.metrics import MetricSet
 from vae3d.metrics.base import Better, Nearest, frame_curves
 from vae3d.pixels import displayable
-from vae3d.report import number
 from vae3d.report.clip import ORIGINAL
 from vae3d.report.page import (
     Chapter,
@@ -200,8 +199,7 @@ def make_report(
         Table(f"Scores of {rec}" if len(recs) > 1 else "Scores", *metric_table(s)) for rec, s in summaries.items()
     ]
     if len(recs) > 1:
-        means = [[c, *(number(s["metrics"][c]["mean"]) for s in summaries.values())] for c in first["metrics"]]
-        tables.insert(0, Table("Means", ["metric", *recs], means))
+        tables.insert(0, Table("Means", *means_table(summaries)))
     chapter = Chapter(
         "Videos",
         reconstructions=recs,

@@ -76,11 +76,11 @@ def _ends(ends: Sequence[float | None] | None) -> str:
     return "-" if not ends or None in ends else f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
-def means_table(summaries: dict[str, dict[str, Any]]) -> str:
-    """Means of several reconstructions, a column each."""
+def means_table(summaries: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: means of several reconstructions, a column each."""
     metrics = next(iter(summaries.values()))["metrics"]
     rows = [[name, *(number(s["metrics"][name]["mean"]) for s in summaries.values())] for name in metrics]
-    return text_table(["metric", *summaries], rows)
+    return ["metric", *summaries], rows
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
