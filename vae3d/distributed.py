@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -211,6 +211,20 @@ def broadcast_object(item: T, source: int = 0) -> T:
     items = [item if dist.get_rank() == source else None]
     dist.broadcast_object_list(items, source)
     return items[0]
+
+
+def on_first_rank(compute: Callable[[], T]) -> T:
+    """compute() of the first rank, on every rank, which also raise the UserError that it raises there."""
+    result, failure = None, None
+    if not is_distributed() or dist.get_rank() == 0:
+        try:
+            result = compute()
+        except UserError as error:
+            failure = error
+    result, failure = broadcast_object((result, failure))
+    if failure is not None:
+        raise failure
+    return result
 
 
 def reduction_buffer(tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Tensor | None:

@@ -62,6 +62,7 @@ if __name__ == "__main__":
         trained(top / "together", settings)
         assert distributed.gather_to_main(console.rank()) == ([0, 1] if console.rank() == 0 else [])
         assert distributed.broadcast_object(console.rank(), source=1) == 1
+        assert distributed.on_first_rank(console.rank) == 0
         latent_runs.sample(f"checkpoint={top}/together", f"out={top}/of_two", *THREE, against(settings))
         refused(top / "refused", settings)
         without_memory(top / "without_memory", settings)

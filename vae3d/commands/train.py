@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from os.path import isfile as is_file
 from pathlib import Path
@@ -9,8 +10,7 @@ from shlex import quote
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
-from torch import nn
+from torch import Tensor, nn
 
 from vae3d.checkpoints.export import lost_settings, size_notes
 from vae3d.checkpoints.formats import Checkpoint, load_weights, read_checkpoint
@@ -20,7 +20,7 @@ from vae3d.commands.training_data import build_training_data
 from vae3d.data.batches.held_out import HELD_OUT, write_held_out
 from vae3d.data.batches.streaming import StreamingData
 from vae3d.data.loader import TrainingData
-from vae3d.distributed import broadcast_object, check_ranks_agree, init_training
+from vae3d.distributed import check_ranks_agree, init_training, on_first_rank
 from vae3d.errors import UserError
 from vae3d.latents.scale import longest_clips
 from vae3d.layout import place
@@ -97,23 +97,19 @@ def fit_shortcut_everywhere(
 
     Raises UserError, on every rank, if it cannot be fitted.
     """
-    errors: list[tuple[str, str]] = []
-    line, failure = "", None
     model.to(device)  # to stay there
-    if PartialState().is_main_process:
-        clips = longest_clips(data, config.stage.fit_shortcut, errors)
-        try:
-            line = fit_shortcut(model, clips, config.run.seed)
-        except UserError as error:
-            failure = error
     vae = model.temporal_vae if isinstance(model, OpenSoraVAE) else model
     layers = nn.ModuleList([vae.shortcut_in, vae.shortcut_out])
-    fitted = {name: weight.cpu() for name, weight in layers.state_dict().items()}  # for ranks of other devices
-    line, failure, errors, weights = broadcast_object((line, failure, errors, fitted))
-    if failure is not None:
-        raise failure
+
+    def fit() -> tuple[list[str], dict[str, Tensor]]:
+        errors: list[tuple[str, str]] = []
+        line = fit_shortcut(model, longest_clips(data, config.stage.fit_shortcut, errors), config.run.seed)
+        weights = {name: weight.cpu() for name, weight in layers.state_dict().items()}  # for ranks of other devices
+        return [line, *_skipped(errors)], weights
+
+    lines, weights = on_first_rank(fit)
     layers.load_state_dict(weights)
-    return [line, *(f"skipped: {path}: {reason}" for path, reason in errors)]
+    return lines
 
 
 def prune_everywhere(
@@ -124,36 +120,34 @@ def prune_everywhere(
 
     Raises UserError, on every rank, if it cannot be pruned.
     """
-    errors: list[tuple[str, str]] = []
-    lines, smaller, failure, settings = [], [], None, config.stage.prune
-    if PartialState().is_main_process:
-        path = config.stage.init_from["prune"]
-        try:
-            with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
-                adapter = isinstance(model, DiffusersVAE)
-                checkpoint = read_checkpoint(path, getattr(model, "variant", None), adapter=adapter)
-                larger = build_from_checkpoint(checkpoint)
-            load_weights(larger, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
-            notes = [f"the model is pruned from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
-            notes += changed_variant(model, checkpoint)
-            notes += check_scale(model, checkpoint, any_scale=config.trainer.publish.measure_scale > 0)
-            larger = larger.to(device)
-            clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
-            if not clips:
-                raise UserError(f"{path} cannot be pruned: no clip could be read")
-            options = {"importance": settings.importance, "refit": settings.refit, "seed": config.run.seed}
-            pruned = prune(larger, model.to(device), torch.cat(clips), **options)
-            lines = [*notes, *(f"{path} {line}" for line in pruned)]
-            smaller = [part for part in model.trainable_parts() if _sizes(model, part) != _sizes(larger, part)]
-        except UserError as error:
-            failure = error
-        model.cpu()
-    found = (lines, smaller, failure, errors, model.state_dict())
-    lines, smaller, failure, errors, weights = broadcast_object(found)
-    if failure is not None:
-        raise failure
+    path, settings = config.stage.init_from["prune"], config.stage.prune
+
+    def prune_from_checkpoint() -> tuple[list[str], list[str], dict[str, Tensor]]:
+        errors: list[tuple[str, str]] = []
+        with torch.random.fork_rng(devices=[]):  # all ranks go on with the same random numbers
+            adapter = isinstance(model, DiffusersVAE)
+            checkpoint = read_checkpoint(path, getattr(model, "variant", None), adapter=adapter)
+            larger = build_from_checkpoint(checkpoint)
+        load_weights(larger, checkpoint.state, f"{checkpoint.path} ({checkpoint.layout})")
+        lines = [f"the model is pruned from {checkpoint.path} ({checkpoint.layout})", *checkpoint.notes]
+        lines += changed_variant(model, checkpoint)
+        lines += check_scale(model, checkpoint, any_scale=config.trainer.publish.measure_scale > 0)
+        larger = larger.to(device)
+        clips = [clip.to(device).video for clip in longest_clips(data, settings.clips, errors)]
+        if not clips:
+            raise UserError(f"{path} cannot be pruned: no clip could be read")
+        options = {"importance": settings.importance, "refit": settings.refit, "seed": config.run.seed}
+        lines += [f"{path} {line}" for line in prune(larger, model.to(device), torch.cat(clips), **options)]
+        smaller = [part for part in model.trainable_parts() if _sizes(model, part) != _sizes(larger, part)]
+        return [*lines, *_skipped(errors)], smaller, model.cpu().state_dict()
+
+    lines, smaller, weights = on_first_rank(prune_from_checkpoint)
     model.load_state_dict(weights)
-    return [*lines, *(f"skipped: {path}: {reason}" for path, reason in errors)], smaller
+    return lines, smaller
+
+
+def _skipped(errors: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"skipped: {path}: {reason}" for path, reason in errors]
 
 
 def _sizes(model: VideoAutoencoder, part: str) -> list[torch.Size]:
