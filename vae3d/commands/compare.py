@@ -35,4 +35,4 @@ def run(config: CompareConfig) -> None:
         build_metrics(["psnr", "ssim", *lpips], device),
         measures=ranks.is_main_process,
     )
-    reconstruct(config, ranks, checkpoint, reconstructor, command_line("compare"), comparer)
+    reconstruct(ranks, checkpoint, reconstructor, command_line("compare"), comparer)

@@ -44,7 +44,7 @@ def run(config: InferConfig) -> None:
     """Reconstruct the files of config.source, shared among the ranks."""
     ranks, device = init_inference(config.device)
     checkpoint, reconstructor = build_reconstructor(config, device)
-    reconstruct(config, ranks, checkpoint, reconstructor, command_line("infer"))
+    reconstruct(ranks, checkpoint, reconstructor, command_line("infer"))
 
 
 def command_line(name: str) -> str:
@@ -80,11 +80,10 @@ def build_reconstructor(config: InferConfig, device: torch.device) -> tuple[Chec
 
 
 def reconstruct(
-    config: InferConfig,
     ranks: PartialState,
     checkpoint: Checkpoint,
     reconstructor: Reconstructor,
-    command: str = "",
+    command: str,
     comparer: Comparer | None = None,
 ) -> None:
     """Reconstruct all files; those that the same command finished before are kept.
@@ -92,8 +91,9 @@ def reconstruct(
     command: to show on pages. comparer: also compare the model with a teacher. The main process holds the lock of
     save_dir meanwhile.
     """
+    config = reconstructor.config
     table = select_rows(config.source, config.root, config.split, config.num_samples)
-    check_not_own_source(reconstructor, config.source)
+    check_not_own_source(reconstructor)
     main, results = ranks.is_main_process, Results(reconstructor, comparer)
     with results.locked() if main else nullcontext():
         if main:
@@ -103,18 +103,9 @@ def reconstruct(
             hashes = {name: weights_hash(network.state_dict()) for name, network in networks.items()}
             hashes["checkpoint's configuration"] = json_hash(checkpoint.config)
             results.begin(command_record(asdict(config), hashes, table), config.overwrite)
-        skip_errors = config.on_error == "skip"
-        cost = measure_first_file(reconstructor, table, skip_errors=skip_errors) if config.cost and main else None
+        cost = measure_first_file(reconstructor, table) if config.cost and main else None
         ranks.wait_for_everyone()
-        reconstruct_files(
-            results,
-            table,
-            skip_errors=skip_errors,
-            rank=ranks.process_index,
-            world_size=ranks.num_processes,
-            cost=cost,
-            command=command,
-        )
+        reconstruct_files(results, table, ranks.process_index, ranks.num_processes, cost, command)
 
 
 def set_precision(precision: str) -> None:

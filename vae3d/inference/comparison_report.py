@@ -33,7 +33,7 @@ UNITS = {
 }
 
 
-def report_comparison(comparer: Comparer, compared: Sequence[dict[str, Any]], command: str = "") -> None:
+def report_comparison(comparer: Comparer, compared: Sequence[dict[str, Any]], command: str) -> None:
     """Write comparison.json and the page, and log the means. compared: what Comparer.file returned, on all ranks."""
     if not compared:
         return

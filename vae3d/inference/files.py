@@ -61,29 +61,22 @@ def command_record(
     return {"rows of the source": json_hash(rows), **hashes, **fixed}
 
 
-def check_not_own_source(reconstructor: Reconstructor, source: str) -> None:
+def check_not_own_source(reconstructor: Reconstructor) -> None:
     """Raises UserError if the results would be written into the source folder."""
-    folders = [reconstructor.folder(kind) for kind in (*KINDS, *PAGES)]
-    if any(folder.resolve().is_relative_to(Path(source).resolve()) for folder in folders):
-        raise UserError(f"save_dir={reconstructor.config.save_dir} is inside source={source}; choose another save_dir")
+    config, folders = reconstructor.config, [reconstructor.folder(kind) for kind in (*KINDS, *PAGES)]
+    if any(folder.resolve().is_relative_to(Path(config.source).resolve()) for folder in folders):
+        raise UserError(f"save_dir={config.save_dir} is inside source={config.source}; choose another save_dir")
 
 
 def reconstruct_files(
-    results: Results,
-    table: pd.DataFrame,
-    *,
-    skip_errors: bool,
-    rank: int,
-    world_size: int,
-    cost: dict[str, Any] | None,
-    command: str = "",
+    results: Results, table: pd.DataFrame, rank: int, world_size: int, cost: dict[str, Any] | None, command: str
 ) -> None:
     """Reconstruct this rank's share of the table, and compare it if there is a teacher; rank 0 reports on all.
 
     Files that a killed run of the same command finished are kept. cost: of measure_cost, for the report. command: to
     show on pages.
-    Raises MediaError at the first file that cannot be read or scored; with skip_errors UserError at the end,
-    which lists them all.
+    Raises MediaError at the first file that cannot be read or scored; with on_error=skip UserError at the end, which
+    lists them all.
     """
     reconstructor, comparer = results.reconstructor, results.comparer
     done: list[Finished] = []
@@ -94,7 +87,7 @@ def reconstruct_files(
         try:
             finished, was_there = finish_file(results, entry)
         except MediaError as error:
-            if not skip_errors:
+            if reconstructor.config.on_error == "stop":
                 others = "; on_error=skip goes on with the other files" if len(table) > 1 else ""
                 raise MediaError(error.path, error.reason + others) from None
             log.warning("skipped: %s", error)
@@ -153,10 +146,8 @@ def finish_file(results: Results, entry: pd.Series) -> tuple[Finished, bool]:
     return finished, False
 
 
-def measure_first_file(
-    reconstructor: Reconstructor, table: pd.DataFrame, *, skip_errors: bool
-) -> dict[str, Any] | None:
-    """measure_cost of the model on the first chunk of the first file, with skip_errors of the first that can be read,
+def measure_first_file(reconstructor: Reconstructor, table: pd.DataFrame) -> dict[str, Any] | None:
+    """measure_cost of the model on the first chunk of the first file, with on_error=skip of the first that can be read,
     None if none can. Raises MediaError, and UserError if no row has a file."""
     usable = table[(table["name"] != "") & (table["error"] != SEGMENT_ERROR)]
     if usable.empty:
@@ -165,7 +156,7 @@ def measure_first_file(
         try:
             chunk = reconstructor.first_chunk(path, bounds)
         except MediaError:
-            if not skip_errors:
+            if reconstructor.config.on_error == "stop":
                 raise
             continue  # reconstruct_files names it
         return measure_cost(reconstructor.model, chunk, reconstructor.config.precision)
