@@ -86,7 +86,7 @@ def evaluate(args: Namespace) -> int:
             score(evaluation, metrics, ranks, device, fresh=args.fresh, on_error=args.on_error)
             if ranks.is_main_process:
                 evaluation.summary = summarize_one(evaluation, metrics, protocol, args)
-                report(evaluation, metrics, per_frame=args.per_frame)
+                report(evaluation, per_frame=args.per_frame)
     differences = []
     if len(evaluations) > 1:
         results = {evaluation.name: evaluation.videos for evaluation in evaluations}
@@ -225,11 +225,11 @@ def summarize_one(evaluation: Evaluation, metrics: MetricSet, protocol: Protocol
     }
 
 
-def report(evaluation: Evaluation, metrics: MetricSet, *, per_frame: bool) -> None:
+def report(evaluation: Evaluation, *, per_frame: bool) -> None:
     """Print the scores of one reconstruction and write them to its folder."""
     summary, folder = evaluation.summary, evaluation.output
     print(set_table(summary))
-    absent = [f"{name} is skipped: {reason}" for name, reason in metrics.skipped.items()]
+    absent = [f"{name} is skipped: {reason}" for name, reason in summary["absent"].items()]
     failed = [f"not scored: {reason}" for reason in evaluation.failed]
     for warning in [*summary["warnings"], *evaluation.unmatched, *failed, *absent]:
         print(f"warning: {warning}", file=sys.stderr)
