@@ -75,7 +75,6 @@ def places(trainer: Trainer) -> list[tuple[str, str]]:
     """(what, path) of a run's files that exist."""
     folder = trainer.folder
     exports = step_folders(folder / "exports")
-    tracks = [path.name for path in (folder / "tensorboard",) if path.exists()]
     found = [
         ("run", folder),
         ("checkpoint", latest_state(folder / "checkpoints")),
@@ -85,7 +84,7 @@ def places(trainer: Trainer) -> list[tuple[str, str]]:
         ("profile", folder / "profile.txt"),
     ]
     lines = [(name, shown(path)) for name, path in found if path is not None and path.exists()]
-    logs = [name for name in ("metrics.jsonl", "rank0.log", *tracks) if (folder / name).exists()]
+    logs = [name for name in ("metrics.jsonl", "rank0.log", "tensorboard") if (folder / name).exists()]
     return [*lines, ("logs", f"{shown(folder)}/{{{','.join(logs)}}}")]
 
 
