@@ -240,14 +240,14 @@ class Quantized(NamedTuple):
         return self.pixels.numpy()
 
 
-def quantize_unchecked(video: Tensor, pixel_range: str = "signed") -> Quantized:
-    """As quantize, of [..., C, T, H, W] in `pixel_range`, but for the check: that is `Quantized.numpy`."""
+def quantize_unchecked(video: Tensor) -> Quantized:
+    """As quantize, of [..., C, T, H, W] in [-1, 1], but for the check: that is `Quantized.numpy`."""
     video = video.float()
     if not has_streams(video.device) and math.isfinite(sum(value_range(video))):  # on a CPU faster than isfinite
         not_finite = torch.zeros(video.shape[-3], dtype=torch.int64)
     else:
         not_finite = (~video.isfinite()).movedim(-3, 0).flatten(1).sum(1)
-    return Quantized(_round_to_bytes(video, pixel_range).movedim(-4, -1).contiguous(), not_finite)
+    return Quantized(_round_to_bytes(video, "signed").movedim(-4, -1).contiguous(), not_finite)
 
 
 def to_uint8(video: Tensor, name: str = "", start: int = 0) -> np.ndarray:

@@ -155,7 +155,7 @@ def open_tree(path: str | Path) -> Any:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def read_tree(path: str | Path, *, lazy: bool = False) -> Any:
+def read_tree(path: str | Path, *, lazy: bool) -> Any:
     """The nested dicts, lists, tuples and plain values of a weight file, with its tensors on the CPU.
 
     A container that occurs several times is copied as often, so that whoever walks through the result meets no more
@@ -416,7 +416,7 @@ def _map_file(path: Path) -> memoryview | None:
         return None
 
 
-def _read_entry(path: Path, entry: zipfile.ZipInfo, mapping: memoryview | None = None) -> Buffer:
+def _read_entry(path: Path, entry: zipfile.ZipInfo, mapping: memoryview | None) -> Buffer:
     """The bytes of an archive's entry. Raises FileError if it is compressed, damaged or not within the archive.
 
     mapping: of the file, to which they belong if they are aligned, as torch.save writes them.
