@@ -87,6 +87,8 @@ def test_every_listed_model_is_a_file():
         (lambda: vae3d.build("tahv"), "tahv.*taehv"),
         (lambda: vae3d.build("taesd"), "model.variant"),
         (lambda: vae3d.build("wan", "model.colour=3"), "colour"),
+        (lambda: vae3d.build("wan", "model.channels=no"), "channels is 'no'"),
+        (lambda: vae3d.build("wan", "model.multipliers=[1,2]"), "3 entries for 2 multipliers"),
         (lambda: vae3d.open_codec("x", precision="fp8"), "'fp8'.*bf16"),
         (lambda: vae3d.build("wan", "model.channels=-1"), "channels is -1"),
         (lambda: vae3d.build("temporal_vae", "model.spatial.channels=3"), "model.spatial.channels=3: channels is 3"),

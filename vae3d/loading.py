@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,19 @@ RANDOM = "random"
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:
-    """The object that a `_target_` node describes. Lists and dicts in it become plain Python ones."""
-    return hydra.utils.instantiate(node, _convert_="all")
+    """The object that a `_target_` node describes. Lists and dicts in it become plain Python ones.
+
+    Raises what its values raise: a UserError, or another ValueError; InstantiationException for errors of other types.
+    """
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if not isinstance(cause, ValueError):
+            raise
+    raise cause
 
 
 def model_config(name: str, *overrides: str) -> dict[str, Any]:
@@ -96,10 +107,8 @@ def build(name: str, *overrides: str) -> VideoAutoencoder:
     config = model_config(name, *overrides)
     try:
         return instantiate(config).eval()
-    except InstantiationException as error:
-        if not isinstance(cause := error.__cause__, ValueError):
-            raise
-        raise UserError(f"{name} with {' '.join(overrides)}: {cause}") from error
+    except ValueError as error:
+        raise UserError(f"{name} with {' '.join(overrides)}: {error}") from error
 
 
 def load(
@@ -327,13 +336,11 @@ def merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **{k: merge(config[k], v) if k in nested else v for k, v in changes.items()}}
 
 
-def require_file_channels(model: nn.Module, path: str | Path, channels: Sequence[int] = (3, 4)) -> None:
-    """Raises UserError for a model whose pixels no video or image has. path: of its checkpoint, for the message.
-    channels: as files are read."""
-    if model.pixel_channels not in channels:
-        read_as = " or ".join({3: "RGB", 4: "RGBA"}[count] for count in channels)
+def require_file_channels(model: nn.Module, path: str | Path) -> None:
+    """Raises UserError for a model whose pixels no video or image has. path: of its checkpoint, for the message."""
+    if model.pixel_channels not in (3, 4):
         raise UserError(
-            f"{path} takes {plural(model.pixel_channels, 'channel')} of pixels; files are read as {read_as} here: use "
+            f"{path} takes {plural(model.pixel_channels, 'channel')} of pixels; files are read as RGB or RGBA: use "
             "vae3d.load and model(video), or vae3d.open_codec, from Python"
         )
 
