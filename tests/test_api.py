@@ -7,6 +7,7 @@ import contextlib
 import errno
 import inspect
 import io
+import math
 import os
 import re
 import runpy
@@ -96,6 +97,11 @@ def test_every_listed_model_is_a_file():
         (lambda: vae3d.read_video("x.mp4", height=0), "height=0"),
         (lambda: vae3d.save(tiny.model("wan"), "x.pth"), "x.pth.*export is a folder"),
         (lambda: vae3d.save(tiny.model("wan"), "."), r"^\. .*new"),
+        (lambda: vae3d.save(tiny.model("wan"), "x", psnr=np.float64(31.5)), r"float64\(31.5\)"),
+        (lambda: vae3d.save(tiny.model("wan"), "x", psnr=math.nan), "x: psnr: nan"),
+        (lambda: vae3d.save(tiny.model("wan"), "x", note=["${y}"]), r"x: note\[0\]: '\${y}'"),
+        (lambda: vae3d.load("x", tiny.model("wan"), channels=8), "channels.*cannot be changed"),
+        (lambda: vae3d.write_video(os.devnull + "/x.mp4", torch.zeros(1, 3, 2, 8, 8), 8), "/dev/null/x.mp4"),
         (lambda: vae3d.score(np.zeros((1, 3, 2, 8, 8)), "a.mp4"), "ndarray.*from_numpy"),
         (lambda: vae3d.reconstruct(tiny.model("taesd"), np.zeros((1, 3, 2, 8, 8))), "ndarray.*from_numpy"),
         (lambda: vae3d.reconstruct(tiny.model("taesd"), torch.zeros(1, 3, 2, 8, 8), "x.mp4"), "x.mp4.*write_video"),

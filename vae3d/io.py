@@ -170,14 +170,17 @@ class naming:
 
 
 def yaml_text(value: Any) -> str:
-    """YAML that read_yaml accepts: without aliases, with keys in their order."""
+    """YAML without aliases, with keys in their order. Raises FileError for other than plain values."""
     import yaml
 
     class PlainDumper(yaml.SafeDumper):
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
-    return yaml.dump(value, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+    try:
+        return yaml.dump(value, Dumper=PlainDumper, sort_keys=False, allow_unicode=True)
+    except yaml.representer.RepresenterError as error:
+        raise FileError(f"{error.args[-1]!r} cannot be written; use numbers, text, lists and dicts") from error
 
 
 # ---- atomic writing: under the temporary name `.NAME.tmp` or `.NAME.<8 hex digits>.tmp`, then renamed
@@ -301,7 +304,8 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def remove_empty(*folders: Path) -> None:

@@ -31,7 +31,7 @@ from vae3d.config.adapter import adapter_issues
 from vae3d.config.issues import close_match, walk
 from vae3d.config.schema import CONF
 from vae3d.errors import UserError
-from vae3d.io import FileError, atomic_files, naming
+from vae3d.io import FileError, atomic_files, naming, parse_yaml, yaml_text
 from vae3d.latents.codec import LatentCodec
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import VideoAutoencoder
@@ -138,6 +138,8 @@ def load_with_checkpoint(
 ) -> tuple[Checkpoint, nn.Module]:
     """`load`, which also returns the checkpoint: layout, configuration and weights."""
     changes = changes or {}
+    if model is not None and changes:
+        raise UserError(f"{', '.join(changes)}: arguments of a model that is given cannot be changed")
     checkpoint = read_checkpoint(
         path,
         changes.get("variant", getattr(model, "variant", None)),
@@ -152,8 +154,6 @@ def load_with_checkpoint(
             log.info("%s: %s", checkpoint.path, note)
     if model is None:
         model = build_from_checkpoint(checkpoint, changes)
-    elif changes:
-        raise ValueError(f"{', '.join(changes)}: arguments of a model that is given cannot be changed")
     state = checkpoint.state
     if changes and isinstance(model, VideoAutoencoder):
         state, note = fit_channels(model, state)
@@ -180,7 +180,7 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
     taesd; see docs/checkpoints.md. path: a folder; for ldm, wan, videox_fun and taehv a file. info: plain values that
     an export holds beside the configuration.
     Raises CheckpointError if the model does not fit the layout, UserError for a model of another project, and FileError
-    for a folder with other files.
+    for a folder with other files, and for values in `info` that no export may hold.
     """
     if layout not in WRITERS:
         raise UserError(f"layout is {layout!r}; use one of {', '.join(WRITERS)}")
@@ -188,6 +188,7 @@ def save(model: VideoAutoencoder, path: str | Path, *, layout: str = "export", *
         raise UserError(f"{', '.join(info)}: only an export holds further values; leave them out with layout={layout}")
     path = Path(path)
     check_target(path, layout)
+    parse_yaml(yaml_text(info), str(path))  # an export with other values could not be read again
     checkpoint = Checkpoint(config_of(model), model.state_dict(), path, "export")
     with naming(path), atomic_files(path) as tmp:
         written = tmp / path.name
