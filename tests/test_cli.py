@@ -84,6 +84,17 @@ def test_an_empty_argument_is_not_the_working_directory(parse, words, capsys):
     assert "is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("parse", "words", "needed"),
+    [(flags.parse_latent_stats, ["cache", "--out=x"], "--write"), (flags.parse_latent_stats, ["cache", "--shift"], "--write"),
+     (flags.parse_probe_latents, ["m", "--source=s", "--height=8", "--width=8", "--out=o", "--tile_overlap=8"], "--tile")],
+)  # fmt: skip
+def test_a_flag_that_would_do_nothing_names_the_one_it_needs(parse, words, needed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(words)
+    assert f"needs {needed}" in capsys.readouterr().err
+
+
 def test_a_reader_that_ends_first_leaves_no_traceback_but_another_process_does(monkeypatch, capsys):
     broken = BrokenPipeError, BrokenPipeError(), None
     sys.excepthook(*broken)

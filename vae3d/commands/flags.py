@@ -274,6 +274,9 @@ def parse_latent_stats(argv: Sequence[str] | None = None) -> Namespace:
     args = parser.parse_args(argv)
     if args.partial and (args.write or args.verify):
         parser.error("--partial: neither --write nor --verify; they need the whole cache")
+    for name in ("out", "shift", "per_channel", "of_means"):
+        if getattr(args, name) and not args.write:
+            parser.error(f"--{name} needs --write")
     return args
 
 
@@ -322,7 +325,10 @@ def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
         "--tile_overlap", type=non_negative_int, help="blend tiles over this many pixels; default: exact tiles"
     )
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.tile is None and args.tile_overlap is not None:
+        parser.error("--tile_overlap needs --tile")
+    return args
 
 
 def parse_eval(argv: Sequence[str] | None = None) -> Namespace:
