@@ -158,6 +158,14 @@ def test_a_broken_or_foreign_json_beside_a_file(tmp_path):
         vae3d.load(tmp_path / "taehv.pth")
 
 
+@pytest.mark.parametrize(("name", "own"), [("taehv", "of variant taew2_1"), ("wan", "a vae3d.models.wan.WanVAE")])
+def test_converting_gives_a_model_no_other_variant(tmp_path, capsys, name, own):
+    vae3d.save(tiny.model(name), tmp_path / "a")
+    assert tiny.status("convert", tmp_path / "a", tmp_path / "b", "--to", "export", "--variant", "taecvx") == 2
+    assert f"is {own}; leave out --variant" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_converting_replaces_no_file_beside_the_target(tmp_path, capsys):
     vae3d.save(tiny.model("taehv"), tmp_path / "a")
     (tmp_path / "mine.json").write_text("{}")

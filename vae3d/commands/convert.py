@@ -17,6 +17,9 @@ def main(args: Namespace) -> None:
         raise CheckpointError(f"{args.target} already exists")
     check_target(args.target, args.to)
     checkpoint = read_checkpoint(args.source, args.variant)
+    if args.variant is not None and (own := checkpoint.config.get("variant")) != args.variant:
+        what = f"of variant {own}" if own else f"a {checkpoint.config['_target_']}"
+        raise CheckpointError(f"{checkpoint.path} ({checkpoint.layout}) is {what}; leave out --variant")
     if args.part:
         checkpoint = half(checkpoint, args.part)
     factors = {name: getattr(args, name) for name in ("scaling_factor", "shift_factor")}
