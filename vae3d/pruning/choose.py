@@ -332,13 +332,12 @@ def _without(inverse: Tensor, index: int) -> Tensor:
 
 def _output_moments(group: list[Channels], statistics: dict[str, Statistics], query: bool) -> Tensor:
     """E[y y^T] of the queries, or of the keys, of a class."""
-    name, places = next(
-        (name, places)
-        for name, _ in group[0].nodes
-        if (places := [[i for i in channels.nodes[name, "out"] if (i in channels.queries.get(name, ())) == query]
-                       for channels in group])[0]
-    )  # fmt: skip
-    index = torch.tensor(places)[:, 0]
+
+    def own(channels: Channels, name: str) -> list[int]:
+        return [i for i in channels.nodes[name, "out"] if (i in channels.queries.get(name, ())) == query]
+
+    name = next(name for name, _ in group[0].nodes if own(group[0], name))
+    index = torch.tensor([own(channels, name)[0] for channels in group])
     return statistics[name].outputs.cpu()[index][:, index] / statistics[name].count
 
 
