@@ -264,6 +264,14 @@ def atomic_files(target: Path) -> Iterator[Path]:
         remove(tmp)
 
 
+def check_output_file(path: Path, flag: str) -> None:
+    """Raises FileError where no file can be written, before the work whose results it is for. flag: that names it."""
+    if path.is_dir():
+        raise FileError(f"{flag} {path}: is a folder; name a file in it")
+    if not path.resolve().parent.is_dir():
+        raise FileError(f"{flag} {path}: its folder does not exist")
+
+
 def is_same_file(a: str | Path, b: str | Path) -> bool:
     """Whether both exist and are one file, also by links."""
     return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)

@@ -77,6 +77,7 @@ def test_bad_files_are_listed_and_give_status_1(folder, tmp_path, capsys):
         (["--clips", "1", "--workers", "4", "--frames", "5"], "--clips 1"),
         (["--reader", "torchcodec_cuda"], "torchcodec"),
         (["--json", "absent/out.json"], "--json absent/out.json"),
+        (["--json", "."], "--json .: is a folder"),
     ],
 )
 def test_what_cannot_be_measured_is_an_error_with_status_2(folder, capsys, arguments, message, monkeypatch):

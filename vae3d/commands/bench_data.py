@@ -255,10 +255,10 @@ def main(args: argparse.Namespace) -> int:
     from vae3d.data.batches.clips import ClipSettings
     from vae3d.data.storage.paths import is_stored
     from vae3d.data.workers import processor_count
-    from vae3d.io import write_json
+    from vae3d.io import check_output_file, write_json
 
-    if args.json and not args.json.resolve().parent.is_dir():
-        raise UserError(f"--json {args.json}: its folder does not exist")
+    if args.json:
+        check_output_file(args.json, "--json")
     readers, notes = installed_readers(args.reader)
     listed, errors = list_files(args.paths, args.root, args.files)
     processors = processor_count()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from vae3d.argparse_types import Parser, positive_int
 from vae3d.errors import UserError, printable
-from vae3d.io import is_same_file, naming
+from vae3d.io import check_output_file, is_same_file, naming
 from vae3d.text import plural
 
 # Functions import what takes long (torch, pandas, PyAV), so that --help and a wrong flag are answered at once.
@@ -123,10 +123,10 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
     from vae3d.data.table.segments import SEGMENT, bounds_of
     from vae3d.data.workers import usable_workers
 
-    if clean and not clean.resolve().parent.is_dir():
-        raise UserError(f"--clean {clean}: its folder does not exist")
-    if clean and is_same_file(clean, path):
-        raise UserError(f"--clean {clean}: is the table itself, whose other columns would be lost; choose another name")
+    if clean:
+        check_output_file(clean, "--clean")
+        if is_same_file(clean, path):
+            raise UserError(f"--clean {clean}: is the table itself, whose other columns would be lost; name another")
     source = open_source(path, root)
     table = source.table()
     usable, notes = usable_workers(workers or 4, "--workers")
