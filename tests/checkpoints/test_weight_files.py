@@ -322,14 +322,14 @@ def test_each_wrong_file_gets_one_error_soon(tmp_path, name):
     content, message = DAMAGED[name]
     file = tmp_path / "weights.pth"
     file.write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()  # of a busy machine as of an idle one
     if message is None:
         assert read_tensors(file) == {}
     else:
         with pytest.raises(FileError, match=message) as error:
             read_tensors(file)
         assert str(file) in str(error.value)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("how", FORMATS, ids=["zip", "legacy"])
