@@ -409,6 +409,7 @@ SAME = {"origin": HOST, "sec-fetch-site": "same-origin"}
         ({"origin": "http://evil.example"}, 403),
         ({"origin": "http://localhost:3000"}, 403),  # another server on this machine
         ({"origin": "null"}, 403),
+        ({"origin": "http://["}, 403),
         ({"sec-fetch-site": "cross-site"}, 403),
         ({"sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"}, 403),
         ({"cookie": "vae3d=wrong"}, 401),

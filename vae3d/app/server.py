@@ -183,7 +183,7 @@ class Guard:
         if name not in self.hosts:
             return refuse(f"this server is not {name!r}; if that is a name of this machine, start it with --allow_host")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return refuse(f"requests from {origin!r} are refused")
         # A link to the page is fine, wherever it stands.
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and (
