@@ -103,18 +103,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--root", help="folder of relative paths; default: the table's folder")
     parser.add_argument("--full", action="store_true", help="decode every frame")
     parser.add_argument("--alpha", action="store_true", help="read RGBA; files without alpha are bad")
-    parser.add_argument("--clean", metavar="OUT.csv", help="write the good rows here")
+    parser.add_argument("--clean", type=Path, metavar="OUT.csv", help="write the good rows here")
     parser.add_argument("--workers", type=positive_int, help="processes; default: 4, or one per processor")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Returns the exit status: 1 if there are bad rows. Raises UserError."""
-    return check(args.table, args.root, args.full, args.clean and Path(args.clean), args.workers, args.alpha)
-
-
-def check(path: str, root: str | None, full: bool, clean: Path | None, workers: int | None, alpha: bool = False) -> int:
-    """Print the bad rows, and write the good ones to `clean`. Returns the exit status. Raises UserError."""
+    """Print the bad rows, and write the good ones to --clean. Returns the exit status. Raises UserError."""
     import pandas as pd
 
     from vae3d.data.sources.open_source import open_source
@@ -123,16 +118,16 @@ def check(path: str, root: str | None, full: bool, clean: Path | None, workers: 
     from vae3d.data.table.segments import SEGMENT, bounds_of
     from vae3d.data.workers import usable_workers
 
-    if clean:
+    if clean := args.clean:
         check_output_file(clean, "--clean")
-        if is_same_file(clean, path):
+        if is_same_file(clean, args.table):
             raise UserError(f"--clean {clean}: is the table itself, whose other columns would be lost; name another")
-    source = open_source(path, root)
+    source = open_source(args.table, args.root)
     table = source.table()
-    usable, notes = usable_workers(workers or 4, "--workers")
-    for note in notes if workers else ():  # no warning about the default
+    usable, notes = usable_workers(args.workers or 4, "--workers")
+    for note in notes if args.workers else ():  # no warning about the default
         print(note, file=sys.stderr)
-    results = examine_all(table["path"].tolist(), bounds_of(table), full, usable, alpha)
+    results = examine_all(table["path"].tolist(), bounds_of(table), args.full, usable, args.alpha)
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
         if pd.notna(row["error"]):
