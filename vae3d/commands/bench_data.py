@@ -284,12 +284,12 @@ def main(args: argparse.Namespace) -> int:
     clips = args.clips or max(64, 4 * counts[-1] * args.clips_per_file)
     if clips < counts[-1] * args.clips_per_file:
         raise UserError(f"--clips {clips} are too few for {plural(counts[-1], 'worker')}; use 4 per worker, or more")
+    opened = {reader: opened_by(files, replace(base, reader=reader)) for reader in readers}
+    notes += [line for _, refused in opened.values() for line in refused]
     rows: list[Row] = []
-    for size in dict.fromkeys(args.size):
-        for reader in readers:
-            settings = replace(base, height=size[0], width=size[1], reader=reader)
-            usable, refused = opened_by(files, settings)
-            notes += [line for line in refused if line not in notes]
+    for height, width in dict.fromkeys(args.size):
+        for reader, (usable, _) in opened.items():
+            settings = replace(base, height=height, width=width, reader=reader)
             for workers in counts if usable else ():
                 shares = plan(usable, workers, clips, args.clips_per_file)
                 rows.append(row_of(settings, workers, len(usable), measure(shares, settings, args.frames, args.cold)))
