@@ -218,6 +218,13 @@ def _is_lossy(info: MediaInfo) -> bool:
     return info.lossy or info.pixels not in (*RGB_FORMATS, *RGBA_FORMATS) or info.codec in ("mjpeg", "gif")
 
 
+def pieces(info: MediaInfo, frames: int) -> Iterator[range]:
+    """The indices of so many frames of a file, in pieces of bounded memory."""
+    size = max(1, min(16, CHUNK_PIXELS // (info.height * info.width)))
+    for start in range(0, frames, size):
+        yield range(start, min(start + size, frames))
+
+
 class PairReader:
     """Reads the compared frames of a pair; a context manager."""
 
@@ -237,25 +244,19 @@ class PairReader:
 
     def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All compared frames, in chunks of bounded memory."""
-        for indices in self._pieces():
+        for indices in pieces(self.ref.info, len(self.indices)):
             yield self.read(indices)
 
     def pictures(self, original: bool) -> Iterator[np.ndarray]:
         """Chunks [T, H, W, 3 or 4] uint8 of one side, as compared. Raises MediaError."""
         exact = not (self.protocol.cut or self.protocol.resize or self.protocol.resolution or self.protocol.crop)
         reader, first = (self.ref, self.pair.start) if original else (self.rec, 0)
-        for indices in self._pieces():
+        for indices in pieces(self.ref.info, len(self.indices)):
             if exact:
                 yield reader.read([first + self.indices[i] for i in indices])
             else:
                 frames = self.read(indices)[0 if original else 1]
                 yield quantize(frames, "unit").permute(0, 2, 3, 1).cpu().numpy()
-
-    def _pieces(self) -> Iterator[range]:
-        info = self.ref.info
-        size = max(1, min(16, CHUNK_PIXELS // (info.height * info.width)))
-        for start in range(0, len(self.indices), size):
-            yield range(start, min(start + size, len(self.indices)))
 
     def __enter__(self) -> PairReader:
         return self

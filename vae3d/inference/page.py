@@ -13,7 +13,7 @@ import numpy as np
 from vae3d import __version__
 from vae3d.data.decoding.readers import open_media
 from vae3d.evaluation.page import page_metrics, rank_column
-from vae3d.evaluation.pairs import CHUNK_PIXELS
+from vae3d.evaluation.pairs import pieces
 from vae3d.hashing import json_hash
 from vae3d.inference.reconstruct import FileResult, Reconstructor
 from vae3d.inference.results import Results
@@ -47,10 +47,8 @@ def write_clips(reconstructor: Reconstructor, files: Iterable[FileResult]) -> No
 def read_displayable(path: Path) -> Iterator[np.ndarray]:
     """Chunks [T, H, W, 3] uint8 of a video or image. Raises MediaError."""
     with closing(open_media(path, alpha=None)) as reader:
-        info = reader.info
-        step = max(1, min(16, CHUNK_PIXELS // (info.height * info.width)))
-        for start in range(0, info.num_frames, step):
-            yield displayable(reader.read(range(start, min(start + step, info.num_frames))))
+        for indices in pieces(reader.info, reader.info.num_frames):
+            yield displayable(reader.read(indices))
 
 
 def make_report(
