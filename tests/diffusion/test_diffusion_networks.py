@@ -152,6 +152,7 @@ def test_patch_is_chosen_from_the_size_of_the_latents(side, patch):
     ("config", "message"),
     [({"_target_": "vae3d.diffusion.unet.LatentUNet", "width": 48}, "head_channels is 64, which does not divide the 48"),
      ({"_target_": "vae3d.diffusion.unet.LatentUNet", "multipliers": [1, 2], "attention": [True]}, "attention has 1 entries for 2"),
+     ({"_target_": "vae3d.diffusion.unet.LatentUNet", "attention": []}, "attention has 0 entries for 2"),
      ({"_target_": "vae3d.diffusion.transformer.VideoTransformer", "attention": "sparse"}, "use one of full, factorised"),
      ({"_target_": "vae3d.diffusion.transformer.VideoTransformer", "attention": "factorised", "depth": 3}, "depth is 3"),
      ({"_target_": "vae3d.diffusion.transformer.VideoTransformer", "width": 40, "heads": 8}, "at least 6"),

@@ -100,10 +100,11 @@ class LatentUNet(nn.Module):
     def infer_defaults(config: Mapping[str, Any], latent_shape: Sequence[int]) -> dict[str, Any]:
         """Fill in `multipliers` and `attention`, if the configuration has none, for latents (C, t, h, w)."""
         shorter = min(latent_shape[2:])
-        multipliers = config.get("multipliers") or MULTIPLIERS[max(size for size in MULTIPLIERS if size <= shorter)]
-        attention = config.get("attention") or [
-            shorter // 2**level <= MAX_ATTENTION_SIDE for level in range(len(multipliers))
-        ]
+        multipliers, attention = config.get("multipliers"), config.get("attention")
+        if multipliers is None:
+            multipliers = MULTIPLIERS[max(size for size in MULTIPLIERS if size <= shorter)]
+        if attention is None:
+            attention = [shorter // 2**level <= MAX_ATTENTION_SIDE for level in range(len(multipliers))]
         return {**config, "multipliers": list(multipliers), "attention": list(attention)}
 
     def forward(self, z: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
