@@ -17,7 +17,13 @@ from vae3d.commands import step_cost, train
 from vae3d.config.issues import ConfigError
 from vae3d.losses.distillation import FeatureDistillation, LatentDistillation
 from vae3d.training.step_status import StepMetrics
-from vae3d.training.teacher import Distillation, TeacherError, capture_activations, one_per_latent
+from vae3d.training.teacher import (
+    Distillation,
+    StudentWithProjections,
+    TeacherError,
+    capture_activations,
+    one_per_latent,
+)
 from vae3d.types import ClipBatch, Delta, Reconstruction, TeacherTargets
 
 FACTORS = ["model.latents_mean=[1,2,3,4]", "model.latents_std=[2,2,2,2]"]
@@ -204,6 +210,18 @@ def test_features_of_chunks_are_those_of_each_clip(name, module, size):
         found.append(torch.cat(each))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[0], found[2], rtol=0, atol=1e-5)
+
+
+def test_features_of_a_fused_layer_have_the_same_gradients_with_gradient_checkpointing():
+    """Recomputed blocks of such a layer ran otherwise than in forward, and torch refused them."""
+    name, gradients = "decoder.middle.0.residual.6", []
+    for checkpointing in (False, True):
+        network = tiny.model("wan", f"model.gradient_checkpointing={checkpointing}")
+        width = network.get_submodule(name).out_channels
+        out = StudentWithProjections(network, {name: (width, 2)})(clip_of().video, sample=False)
+        out.features[name].sum().backward()
+        gradients.append(network.decoder.conv1.weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_losses_against_a_teacher_have_their_formulas():

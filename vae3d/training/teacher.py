@@ -160,6 +160,10 @@ class StudentWithProjections(nn.Module):
         self.student = student
         self.names = list(channels)
         self.projections = nn.ModuleList(nn.Conv3d(*pair, 1) for pair in channels.values())
+        for name in self.names:
+            # For good: fused layers run apart where there is a hook (wan_blocks.is_hooked), and when gradient
+            # checkpointing recomputes them, in backward, those of capture_activations are gone.
+            student.get_submodule(name).register_forward_hook(_keep_apart)
 
     def forward(self, video: Tensor, **settings: Any) -> Reconstruction:
         with capture_activations(self.student, self.names, len(video)) as activations:
@@ -169,6 +173,10 @@ class StudentWithProjections(nn.Module):
             for name, project in zip(self.names, self.projections, strict=True)
         }
         return replace(out, features=features)
+
+
+def _keep_apart(module: nn.Module, given: Any, output: Any) -> None:
+    """A hook that does nothing."""
 
 
 @contextmanager
