@@ -269,20 +269,13 @@ class DiffusionTrainer(Trainer[Batch]):
         changed = state.check_same_run(checkpoint, asdict(self.config), MUST_MATCH)
         return changed | self.changed_clips_per_step(checkpoint)
 
-    def export(self, folder: Path, **info: Any) -> None:
-        """Write the weights at every averaging rate, and what sampling needs beside them."""
-        weights = {}
-        for rate, ema in self.ema.rates.items():
-            with ema.applied():
-                weights[rate] = {name: tensor.cpu().clone() for name, tensor in self.network.state_dict().items()}
-        write_export(folder, self._export_metadata(self.step, **info), weights)
-
-    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
+    def export_of(self, step: int, saved: Mapping[str, Any], **info: Any) -> Callable[[Path], None]:
+        """Of the weights at every averaging rate, and what sampling needs beside them."""
         weights = {
             rate: {**saved["model"], **ema.in_state_dict(self.network, saved["ema"][str(rate)])}
             for rate, ema in self.ema.rates.items()
         }
-        metadata = self._export_metadata(step)
+        metadata = self._export_metadata(step, **info)
         return lambda folder: write_export(folder, metadata, weights)
 
     def _export_metadata(self, step: int, **info: Any) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Ema:
             yield
         finally:
             self._swap()
+            self._wait()  # a state_dict of before holds this memory, and is written from the CPU
 
     @torch.no_grad()
     def _swap(self) -> None:

@@ -175,12 +175,8 @@ class Trainer(ABC, Generic[Batch]):
         """
 
     @abstractmethod
-    def export(self, folder: Path, **info: Any) -> None:
-        """Write the averaged weights. info: more entries for the export's metadata."""
-
-    @abstractmethod
-    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
-        """A function that exports the averaged weights of `saved`, see `outputs`."""
+    def export_of(self, step: int, saved: Mapping[str, Any], **info: Any) -> Callable[[Path], None]:
+        """A function that exports the averaged weights of `saved`, see `outputs`, with `info` in the metadata."""
 
     @abstractmethod
     def check_same_run(self, checkpoint: Path) -> dict[str, tuple[Any, Any]]:
@@ -204,6 +200,14 @@ class Trainer(ABC, Generic[Batch]):
         """
         path = step_folder(self.folder / "exports", step)
         return {path: self.export if saved is None else self.export_of(step, saved)}
+
+    def export(self, folder: Path, **info: Any) -> None:
+        """Write the current averaged weights. info: more entries for the export's metadata."""
+        self.export_of(self.step, self.current_state(), **info)(folder)
+
+    def current_state(self) -> dict[str, Any]:
+        """What exports are made of, by its name in checkpoints; not copied."""
+        return {"model": self.network.state_dict(), "ema": self.ema.state_dict()}
 
     def final_outputs(self, step: int) -> Outputs:
         """Files to write after the last step, which are never pruned."""

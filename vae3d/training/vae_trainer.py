@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,11 +242,11 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         if published.prefix is not None:
             training, averaged = published_files(self.folder, published.prefix, step)
             source = step_folder(self.folder / "checkpoints", step) / state.STATE
-            flat = self._write_flat
-            if saved is not None:
-                weights = self._saved_weights(saved)
-                flat = partial(write_flat, weights, published.layout)
-            files |= {training: lambda path: link(source, path), averaged: flat}
+            weights = self._averaged(saved)
+            files |= {
+                training: lambda path: link(source, path),
+                averaged: lambda path: write_flat(weights, published.layout, path),
+            }
         return files
 
     def final_outputs(self, step: int) -> Outputs:
@@ -255,43 +254,25 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         if published.prefix is not None:
             _, averaged = published_files(self.folder, published.prefix, step)
             files[self.folder / f"{published.prefix}_final_ema.pt"] = lambda path: link(averaged, path)
-        if published.final_model:
-            files[self.folder / "final_model.pth"] = self._write_final_model  # the last of its three files
+        if published.final_model:  # the last of its three files
+            final = self.folder / "final_model.pth"
+            files[final] = lambda path: write_final_model(self._averaged(), path.parent)
         return files
 
-    def export(self, folder: Path, **info: Any) -> None:
-        """Write the averaged weights (the current ones without EMA), for vae3d.load, with their latent scale."""
-        config = self.config
-        with self.ema.applied():
-            weights = self._current_weights()
-            info = {"stage": config.stage.name, "step": self.step, "ema": config.trainer.ema.decay, **info}
-            if config.trainer.publish.measure_scale:
-                weights, latents = self._with_measured_scale(weights)
-                info |= latents
-            replace_export(weights, folder, **info)
-
-    def export_of(self, step: int, saved: Mapping[str, Any]) -> Callable[[Path], None]:
-        weights, latents = self._saved_weights(saved), {}
+    def export_of(self, step: int, saved: Mapping[str, Any], **info: Any) -> Callable[[Path], None]:
+        """Of the averaged weights (the current ones without EMA), for vae3d.load, with their latent scale."""
+        weights, latents = self._averaged(saved), {}
         if self.config.trainer.publish.measure_scale:
             with self.ema.applied():  # which are those of `saved`
                 weights, latents = self._with_measured_scale(weights)
-        info = {"stage": self.config.stage.name, "step": step, "ema": self.config.trainer.ema.decay, **latents}
+        info = {"stage": self.config.stage.name, "step": step, "ema": self.config.trainer.ema.decay, **info, **latents}
         return lambda folder: replace_export(weights, folder, **info)
 
-    def _saved_weights(self, saved: Mapping[str, Any]) -> Checkpoint:
+    def _averaged(self, saved: Mapping[str, Any] | None = None) -> Checkpoint:
+        """The averaged weights of `saved`; None: the current ones."""
+        saved = saved or self.current_state()
         averages = self.ema.in_state_dict(self.network, saved["ema"])
         return Checkpoint(self.config.model, {**saved["model"], **averages}, self.folder, "export")
-
-    def _current_weights(self) -> Checkpoint:
-        return Checkpoint(self.config.model, self.network.state_dict(), self.folder, "export")
-
-    def _write_flat(self, path: Path) -> None:
-        with self.ema.applied():
-            write_flat(self._current_weights(), self.config.trainer.publish.layout, path)
-
-    def _write_final_model(self, path: Path) -> None:
-        with self.ema.applied():
-            write_final_model(self._current_weights(), path.parent)
 
     def _with_measured_scale(self, weights: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         """The weights with the latent scale of training clips of the largest size, and its statistics."""
