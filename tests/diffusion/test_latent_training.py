@@ -392,6 +392,15 @@ def test_one_batch_can_be_overfitted(cached, tmp_path):
     assert [batch.positions for batch in one.data.batches(0, 2)] == [[0, 1], [0, 1]]
 
 
+def test_profile_is_of_the_same_steps_as_that_of_an_autoencoder(cached, tmp_path):
+    trainer = latent_runs.trainer(tmp_path, *cached, "debug=profile", "debug.steps=1")
+    with trainer.profiler() as step_is_done:
+        for _ in range(3):
+            step_is_done()
+    assert (tmp_path / "profile.txt").is_file()
+    assert (tmp_path / "profile.json").is_file()
+
+
 def test_a_cache_of_another_autoencoder_is_refused(cached, pictures, tmp_path):
     other = latent_runs.vae("spatial", tmp_path / "other", pictures, FOUR, seed=1)
     with pytest.raises(CacheError, match="holds latents of another autoencoder"):

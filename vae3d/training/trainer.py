@@ -9,7 +9,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, NoAdversary, UpdatePhase
@@ -187,10 +188,6 @@ class Trainer(ABC, Generic[Batch]):
 
     def preflight(self) -> None:
         """Find errors of any step before the first one. Nothing by default."""
-
-    def profiler(self) -> AbstractContextManager[Callable[[], object]]:
-        """Yields a function to call after every step."""
-        return nullcontext(lambda: None)
 
     def outputs(self, step: int, saved: Mapping[str, Any] | None = None) -> Outputs:
         """Files that belong to the checkpoint of `step`: path -> function that writes it.
@@ -459,6 +456,12 @@ class Trainer(ABC, Generic[Batch]):
             self.meter.add(result.metrics, applied=result.applied)
             self.checkpointer.save_then_raise(error, self.step, skipped)
 
+    def profiler(self) -> AbstractContextManager[Callable[[], object]]:
+        """Yields a function to call after every step; with debug=profile that of `profiled`, on the first rank."""
+        if self.config.debug.mode != "profile" or self.rank > 0:
+            return nullcontext(lambda: None)
+        return profiled(self.folder, self.config.debug.steps)
+
     @property
     def step_timeout(self) -> timedelta:
         """How long a rank waits for another in a step, in which that one may wait for data."""
@@ -607,3 +610,26 @@ class StepBatches(Generic[Batch]):
         self.fetch()
         taken, self._fetched = self._fetched, None
         return taken
+
+
+@contextmanager
+def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
+    """Yields a function to call after every step. One step is skipped, one warms up, then `steps` are recorded.
+
+    Writes profile.json (for chrome://tracing or Perfetto) and profile.txt (operators by time) to `folder`.
+    """
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+
+    def write(recorded: profile) -> None:
+        recorded.export_chrome_trace(str(folder / "profile.json"))
+        table = recorded.key_averages().table(sort_by=sort, row_limit=30, max_name_column_width=60)
+        (folder / "profile.txt").write_text(table + "\n")
+
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=1, warmup=1, active=steps, repeat=1),
+        on_trace_ready=write,
+        profile_memory=True,
+    ) as recorder:
+        yield recorder.step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, schedule
 
 from vae3d import distributed
 from vae3d.adversarial.base import Adversary, UpdatePhase
@@ -160,11 +158,6 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
         accumulate = self.config.trainer.accumulate
         preflight(self.strategy, self.adversary, self.data, accumulate, self.forward_backward, self.sync_status)
 
-    def profiler(self) -> AbstractContextManager[Callable[[], object]]:
-        if self.config.debug.mode != "profile" or self.rank > 0:
-            return super().profiler()
-        return profiled(self.folder, self.config.debug.steps)
-
     def perf_metrics(self) -> dict[str, float]:
         """Also frames per second, steps and clips of each source and bucket so far, the value of the proximal term,
         and the share of this rank's clips since its start whose targets were in the teacher's cache."""
@@ -287,26 +280,3 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             return weights, {}
         finally:
             self.log.errors(errors)
-
-
-@contextmanager
-def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after every step. One step is skipped, one warms up, then `steps` are recorded.
-
-    Writes profile.json (for chrome://tracing or Perfetto) and profile.txt (operators by time) to `folder`.
-    """
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-
-    def write(recorded: profile) -> None:
-        recorded.export_chrome_trace(str(folder / "profile.json"))
-        table = recorded.key_averages().table(sort_by=sort, row_limit=30, max_name_column_width=60)
-        (folder / "profile.txt").write_text(table + "\n")
-
-    with profile(
-        activities=activities,
-        schedule=schedule(wait=1, warmup=1, active=steps, repeat=1),
-        on_trace_ready=write,
-        profile_memory=True,
-    ) as recorder:
-        yield recorder.step
