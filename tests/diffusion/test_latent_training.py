@@ -573,6 +573,9 @@ def test_errors_are_told_together(vae, pictures, tmp_path):
         latent_runs.config(f"vae.path={vae}", f"data.source.path={pictures}", "labels=folder", "label_dropout=0",
                            "validation.guidance=2")  # fmt: skip
     told = [f"vae.path={vae}", f"data.source.path={pictures}", "data.height=64", "data.width=64"]
+    with pytest.raises(ConfigError) as why:  # by the rules of `vae3d train` on clips
+        latent_runs.config(*told, "data.roll=true", "data.sampling=strided", "data.stride=2", "data.short_side=32")
+    assert [issue.key for issue in why.value.issues] == ["data.short_side", "data.roll", "data.stride"]
     config = latent_runs.config(*told, "denoiser.width=3", "process.logit_std=0", "data.frames.max=2")
     clips = build_latent_data(latent_runs.config(*told), train_diffusion.codec_of(config, torch.device("cpu")), 0, 1)
     with pytest.raises(ConfigError) as why:

@@ -16,6 +16,7 @@ from vae3d.config.issues import MISSING, ConfigIssue
 from vae3d.config.schema import Buckets, Data, Debug, Launcher, Limits, Logger, Optim, Run, Steps, register
 from vae3d.config.validate import (
     BUCKET_RULES,
+    CLIP_RULES,
     DECAY_RULE,
     FRAMES_RULE,
     SIZE_RULE,
@@ -157,7 +158,7 @@ def _cache_issues(config: DiffusionConfig) -> Iterator[ConfigIssue]:
 
 # fmt: off
 TRAINING_RULES = [
-    FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, batch_issues, resume_issues, logger_issues, reader_issues,
+    FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, *CLIP_RULES, batch_issues, resume_issues, logger_issues, reader_issues,
     _cache_issues,
     Rule("data.source", lambda c: c.cache is None and c.data.source is None and not c.data.sources,
          "is not given, and neither are data.sources or a cache", "set one of them"),

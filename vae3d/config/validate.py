@@ -187,6 +187,19 @@ BUCKET_RULES = [
     Rule("data.frames.fit", lambda c: c.data.buckets is not None and c.data.frames.fit,
          "chooses frame counts, and with data.buckets these are those of the buckets", "use false"),
 ]
+CLIP_RULES = [
+    Rule("data.short_side",
+         lambda c: c.data.short_side is not None and c.data.short_side < max(c.data.height, c.data.width),
+         "is smaller than the crop of {c.data.height}x{c.data.width}", "raise it, or use null"),
+    Rule("data.roll", lambda c: c.data.roll and not c.data.panorama,
+         "needs data.panorama=true", "set it, or data.roll=false"),
+    Rule("data.width", lambda c: c.data.panorama and c.data.width != 2 * c.data.height,
+         "must be twice data.height={c.data.height}, for data.panorama=true", "change either"),
+    Rule("data.crop", lambda c: c.data.panorama and c.data.crop == "random", NOT_CROPPED, "use center"),
+    Rule("data.short_side", lambda c: c.data.panorama and c.data.short_side is not None, NOT_CROPPED, "use null"),
+    Rule("data.stride", lambda c: c.data.sampling == "strided" and c.data.stride != 1, NO_STRIDE, "use 1"),
+    Rule("data.fps", lambda c: c.data.sampling == "strided" and c.data.fps is not None, NO_STRIDE, "use null"),
+]
 TRAINING_RULES = [
     FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, batch_issues, resume_issues, logger_issues, reader_issues,
     _precision_issues, _no_weight, _needs_checkpoints,
@@ -207,19 +220,9 @@ TRAINING_RULES = [
     # clips
     Rule("data.source", lambda c: c.data.source is None and not c.data.sources,
          "is not given, and neither are data.sources", "set one of them"),
-    Rule("data.short_side",
-         lambda c: c.data.short_side is not None and c.data.short_side < max(c.data.height, c.data.width),
-         "is smaller than the crop of {c.data.height}x{c.data.width}", "raise it, or use null"),
-    Rule("data.roll", lambda c: c.data.roll and not c.data.panorama,
-         "needs data.panorama=true", "set it, or data.roll=false"),
+    *CLIP_RULES,
     Rule("validation.roll", lambda c: c.validation.roll and not c.data.panorama,
          "needs data.panorama=true", "set it, or validation.roll=false"),
-    Rule("data.width", lambda c: c.data.panorama and c.data.width != 2 * c.data.height,
-         "must be twice data.height={c.data.height}, for data.panorama=true", "change either"),
-    Rule("data.crop", lambda c: c.data.panorama and c.data.crop == "random", NOT_CROPPED, "use center"),
-    Rule("data.short_side", lambda c: c.data.panorama and c.data.short_side is not None, NOT_CROPPED, "use null"),
-    Rule("data.stride", lambda c: c.data.sampling == "strided" and c.data.stride != 1, NO_STRIDE, "use 1"),
-    Rule("data.fps", lambda c: c.data.sampling == "strided" and c.data.fps is not None, NO_STRIDE, "use null"),
     Rule("data.depth.far", lambda c: c.data.depth.far <= c.data.depth.near,
          "must be above data.depth.near={c.data.depth.near}", "raise it"),
     # loss and validation
