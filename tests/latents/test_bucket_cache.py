@@ -201,7 +201,7 @@ def test_a_rule_gives_sizes_of_one_area_for_the_aspect_ratios_of_the_files(video
     assert job.transform.buckets == ((5, 12, 22),)
 
 
-def test_errors_of_buckets_are_told_together():
+def test_errors_of_sizes_are_told_together():
     given = ["checkpoint=.", "source=.", "cache=x"]
     for settings, keys in [
         (["buckets=[[5, 8, 8], [5, 8, 8]]", "frames=5", "height=8", "width=8", "short_side=9"],
@@ -211,6 +211,8 @@ def test_errors_of_buckets_are_told_together():
         (["buckets={aspects: ['16:9']}", "height=8", "width=8", "clips=all"], {"buckets.frames"}),
         (["buckets=[{frames: 5, height: 8, width: 8, weight: 2}]"], {"buckets.shapes[0].weight"}),
         (["buckets=[]"], {"buckets.shapes"}),
+        (["short_side=9"], {"short_side"}),  # which counted for nothing, as the next
+        (["short_side=9", "height=8", "width=16"], {"short_side"}),
     ]:  # fmt: skip
         with pytest.raises(ConfigError) as error:
             check_encoding(tiny.compose(*given, *settings, config="latents"))
