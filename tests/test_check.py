@@ -179,6 +179,8 @@ def test_accelerate_must_not_be_told_another_precision(videos, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ConfigError, match=r"trainer.precision=fp32: .*bf16"):
         tiny.training("temporal_vae", videos, "loss=recon_kl")
+    with pytest.raises(ConfigError, match=r"trainer.precision=fp32: .*bf16"):
+        check_diffusion(tiny.compose("trainer.precision=fp32", config="diffusion"))
 
 
 def test_a_sound_configuration_comes_back_typed(videos):

@@ -23,6 +23,7 @@ from vae3d.config.validate import (
     TILE_RULE,
     batch_issues,
     logger_issues,
+    precision_issues,
     reader_issues,
     source_paths,
 )
@@ -159,7 +160,7 @@ def _cache_issues(config: DiffusionConfig) -> Iterator[ConfigIssue]:
 # fmt: off
 TRAINING_RULES = [
     FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, *CLIP_RULES, batch_issues, resume_issues, logger_issues, reader_issues,
-    _cache_issues,
+    precision_issues, _cache_issues,
     Rule("data.source", lambda c: c.cache is None and c.data.source is None and not c.data.sources,
          "is not given, and neither are data.sources or a cache", "set one of them"),
     Rule("validation.height", lambda c: (c.validation.height is None) != (c.validation.width is None),

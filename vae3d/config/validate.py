@@ -99,7 +99,8 @@ def shape_issues(key: str, shapes: Sequence[BucketShape]) -> Iterator[ConfigIssu
             yield ConfigIssue(f"{key}[{i}]", NO_VALUE, f"is the same as {key}[{sizes.index(size)}]", "leave it out")
 
 
-def _precision_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
+def precision_issues(config: Any) -> Iterator[ConfigIssue]:
+    """Of another precision than `accelerate launch` was given, which would count for nothing."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
     precision = config.trainer.precision
     if launched not in (None, "no", precision):  # accelerate launch sets "no" by default
@@ -202,7 +203,7 @@ CLIP_RULES = [
 ]
 TRAINING_RULES = [
     FRAMES_RULE, DECAY_RULE, *BUCKET_RULES, batch_issues, resume_issues, logger_issues, reader_issues,
-    _precision_issues, _no_weight, _needs_checkpoints,
+    precision_issues, _no_weight, _needs_checkpoints,
     Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and not _has_shortcut(c),
          "needs a model with a shortcut", "set model.shortcut=true or model.temporal.shortcut=true, or 0"),
     Rule("stage.fit_shortcut", lambda c: c.stage.fit_shortcut and c.optim.proximal,
