@@ -57,11 +57,11 @@ class Sampler:
     step: Callable[[Tensor, int, Tensor, Generators], Tensor]
 
 
-def one_of(name: str, value: str, choices: Sequence[str]) -> str:
-    """Return `value`. Raises ValueError if it is not among `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; use {' or '.join(choices)}")
-    return value
+def choose_method(method: str | None, choices: Sequence[str]) -> str:
+    """The method of sampling; the first of `choices` for None. Raises ValueError if it is not among them."""
+    if method not in (None, *choices):
+        raise ValueError(f"method is {method!r}; use {' or '.join(choices)}")
+    return method or choices[0]
 
 
 def check_unused(process: str, **changed: bool) -> None:

@@ -57,7 +57,7 @@ class RectifiedFlow:
 
         Raises ValueError for another method, and for eta.
         """
-        base.one_of("method", sampling.method or "euler", ("euler",))
+        base.choose_method(sampling.method, ("euler",))
         base.check_unused("rectified flow", eta=sampling.eta != 0)
         scheduler = from_diffusers("FlowMatchEulerDiscreteScheduler")(shift=sampling.shift)
         sigmas = torch.linspace(1, 1 / sampling.steps, sampling.steps)  # the scheduler's own would be shifted twice

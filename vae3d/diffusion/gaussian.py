@@ -112,7 +112,7 @@ class GaussianDiffusion:
         arXiv 2010.02502).
         Raises ValueError for another method, for steps that do not divide the chain, and for shift.
         """
-        method = base.one_of("method", sampling.method or "ddpm", ("ddpm", "ddim"))
+        method = base.choose_method(sampling.method, ("ddpm", "ddim"))
         base.check_unused("Gaussian diffusion", shift=sampling.shift != 1)
         base.check_unused("ddpm", eta=method == "ddpm" and sampling.eta != 0)
         # A single step would be the one from the least noise; ddim needs an integer stride.
