@@ -523,14 +523,11 @@ class Trainer(ABC, Generic[Batch]):
         peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         schedule = self.data.schedule
         clips = schedule.clips_before(self.step) - schedule.clips_before(self._timed_from)
-        return {
-            **{
-                f"lr/{group['part']}" if "part" in group else "lr": group["lr"] for group in self.optimizer.param_groups
-            },
-            "clips_per_second": clips / (time.perf_counter() - self._timer),
-            "memory_gib": peak / 2**30,
-            **({"memory_idle_gib": idle_gib()} if cuda else {}),
-        }
+        rates = {f"lr/{g['part']}" if "part" in g else "lr": g["lr"] for g in self.optimizer.param_groups}
+        perf = {**rates, "clips_per_second": clips / (time.perf_counter() - self._timer), "memory_gib": peak / 2**30}
+        if cuda:
+            perf["memory_idle_gib"] = idle_gib()
+        return perf
 
     def reset_timer(self) -> None:
         self._timer, self._timed_from = time.perf_counter(), self.step
