@@ -65,7 +65,7 @@ def test_a_floor_lifts_the_poles_before_the_mean_is_taken():
 
 @pytest.mark.parametrize("wrong", [{"floor": -0.1}, {"floor": 1.1}, {"blend": 2}])
 def test_impossible_weights_are_refused(wrong):
-    with pytest.raises(ValueError, match="both must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="give a finite number from 0 to 1"):
         ErpCosine(**wrong)
 
 
@@ -399,7 +399,10 @@ def test_settings_of_the_loss_are_checked(videos):
             "loss.pixel_weight.flor=0.1",
             "loss.pixel_weight.flor: is not an argument of .*did you mean loss.pixel_weight.floor",
         ),
-        ("loss.pixel_weight.floor=2", "floor is 2 and blend is 1.0; both must lie between 0 and 1"),
+        ("loss.pixel_weight.floor=2", "floor is 2; give a finite number from 0 to 1"),
+        ("loss.pixel_weight.blend=null", "blend is None; give a finite number from 0 to 1"),
+        ("loss.terms.cube_l1.term.size=x", "size is 'x'; give an integer from 1"),
+        ("loss.terms.edge.term.normalize=no_thanks", "normalize is 'no_thanks'; give true or false"),
     ]:
         with pytest.raises(ConfigError, match=message):
             check_training(tiny.compose(*overrides, wrong))

@@ -7,6 +7,7 @@ import torch
 
 from tests.losses.test_erp import clip_and_error, loaded, loss_of
 from tests.losses.test_objective import as_clip, reconstruction
+from vae3d.losses.cube import CubeLPIPS
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel import L1, Charbonnier, Wavelet, haar, pyramid
@@ -30,11 +31,6 @@ def test_charbonnier_by_hand(error, value):
     loss.backward()
     slope = error / value / out.video.numel()
     torch.testing.assert_close(out.video.grad, torch.full_like(out.video, slope))
-
-
-def test_charbonnier_needs_an_eps():
-    with pytest.raises(ValueError, match=r"eps is 0.0; use a positive number, or L1"):
-        Charbonnier(eps=0.0)
 
 
 # ---- wavelets
@@ -126,9 +122,19 @@ def test_rows_are_weighted_where_their_coefficients_lie():
     torch.testing.assert_close(loss_of(Wavelet(levels=1), clip, out, ErpCosine()), plain * weight)
 
 
-def test_a_wavelet_loss_needs_a_level():
-    with pytest.raises(ValueError, match="levels is 0; use at least 1"):
-        Wavelet(levels=0)
+@pytest.mark.parametrize(
+    ("term", "arguments", "message"),
+    [(Wavelet, {"levels": 0}, "levels is 0; give an integer from 1"),
+     (Charbonnier, {"eps": 0.0}, "eps is 0.0; give a finite number from 1e-30"),
+     (LPIPS, {"net": "resnet"}, "net is 'resnet'; give one of vgg, alex"),
+     (LPIPS, {"frame_batch": 1.5}, "frame_batch is 1.5; give an integer from 1"),
+     (LPIPS, {"wrap": -1}, "wrap is -1; give an integer from 0"),
+     (CubeLPIPS, {"size": 20.5}, "size is 20.5; give an integer from 1"),
+     (CubeLPIPS, {"frame_batch": "all"}, "frame_batch is 'all'; give an integer from 1")],
+)  # fmt: skip
+def test_arguments_of_terms_are_checked(term, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        term(**arguments)
 
 
 # ---- LPIPS

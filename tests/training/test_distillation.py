@@ -233,7 +233,7 @@ def test_losses_against_a_teacher_have_their_formulas():
     assert LatentDistillation("l1")(clip, out).map.mean() == 1.5
     assert LatentDistillation("l1")(clip, out).numel == 2
     assert FeatureDistillation()(clip, out).map.mean() == (2.5 + 1.0) / 2
-    with pytest.raises(ValueError, match="norm is 'l3'; use one of mse, l1"):
+    with pytest.raises(ValueError, match="norm is 'l3'; give one of mse, l1"):
         LatentDistillation("l3")
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from vae3d import panorama
+from vae3d.arguments import Count
 from vae3d.losses.objective import PixelTerm
 from vae3d.losses.perceptual import LPIPS
 from vae3d.losses.pixel_weights import mean_one
@@ -24,7 +26,7 @@ from vae3d.types import ClipBatch
 class CubeL1(PixelTerm):
     """|reconstruction - clip| on cube faces. size: pixels of a face's side, by default half the panorama's height."""
 
-    size: int | None = None
+    size: Count | None = None
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         # Sampling is linear: the faces of the error equal the error of the faces.
@@ -42,18 +44,19 @@ class CubeLPIPS(LPIPS):
     """
 
     min_size = {"vgg": 16, "alex": 31}
+    size: Count | None
 
     def __init__(
         self,
         *,
         size: int | None = None,
-        net: str = "vgg",
+        net: Literal["vgg", "alex"] = "vgg",
         path: str | Path | None = None,
         frame_batch: int = 24,
         gradient_checkpointing: bool = True,
     ) -> None:
-        super().__init__(net=net, path=path, frame_batch=frame_batch, gradient_checkpointing=gradient_checkpointing)
         self.size = size
+        super().__init__(net=net, path=path, frame_batch=frame_batch, gradient_checkpointing=gradient_checkpointing)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         size = self.size or batch.video.shape[-2] // 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
 from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
@@ -10,6 +13,7 @@ from vae3d.types import ClipBatch, Reconstruction, TeacherTargets
 NORMS = {"mse": torch.square, "l1": torch.abs}
 
 
+@dataclass(eq=False)
 class LatentDistillation(Term):
     """Error of the posterior's mean against the teacher's latents, to make the encoders interchangeable.
 
@@ -20,10 +24,7 @@ class LatentDistillation(Term):
     needs_pixels = False
     needs_posterior = True
 
-    def __init__(self, norm: str = "mse") -> None:
-        if norm not in NORMS:
-            raise ValueError(f"norm is {norm!r}; use one of {', '.join(NORMS)}")
-        self.norm = NORMS[norm]
+    norm: Literal["mse", "l1"] = "mse"
 
     def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap:
         mean = out.posterior.mean.float()
@@ -33,7 +34,7 @@ class LatentDistillation(Term):
                 f"the model encodes to latents of {_shape(mean)} and the teacher to {_shape(target)}; choose "
                 "data.frames that both take without padding"
             )
-        return ErrorMap(self.norm(mean - target), numel_per_frame(target))
+        return ErrorMap(NORMS[self.norm](mean - target), numel_per_frame(target))
 
 
 class FeatureDistillation(Term):

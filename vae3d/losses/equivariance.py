@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.arguments import Range, check_fields
+from vae3d.arguments import Range
 from vae3d.losses.objective import ErrorMap, Term, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.frames import clips_of, frames_of
@@ -61,7 +61,7 @@ class Equivariance(Term):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(vars(self), type(self))
+        super().__post_init__()
         combinations = product(map(float, self.scales), (False, True) if self.flip else (False,), self.rotations)
         self.transforms = [Transform(*settings) for settings in combinations if settings != (1.0, False, 0)]
         if not self.transforms:

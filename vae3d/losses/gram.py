@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.arguments import Count, Range, check_fields
+from vae3d.arguments import Count, Range
 from vae3d.losses.objective import NetworkTerm, PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
@@ -66,7 +66,7 @@ class Gram(NetworkTerm, PixelTerm):
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(vars(self), type(self))
+        super().__post_init__()
         self.published = RECIPES[self.recipe]
         self.network = LPIPSNet("vgg")
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vae3d.arguments import check_fields
 from vae3d.layout import place
 from vae3d.losses.pixel_weights import PixelWeight, mean_one
 from vae3d.precision import autocast_off
@@ -38,12 +39,18 @@ class ErrorMap(NamedTuple):
 class Term:
     """A loss term. Its own parameters are not trained: those of pretrained networks must have requires_grad=False.
 
+    Arguments are fields of a dataclass, whose values are checked against their annotations.
+
     needs_pixels: whether it uses out.video, for which the pixel decoder must run. needs_posterior: whether it uses
     out.posterior; clips are then encoded even if a teacher's latents are decoded.
     """
 
     needs_pixels = True
     needs_posterior = False
+
+    def __post_init__(self) -> None:
+        """Raises ArgumentError."""
+        check_fields(vars(self), type(self))
 
     def __call__(self, batch: ClipBatch, out: Reconstruction) -> ErrorMap | None:
         """Errors, or None if the term does not apply to this clip."""

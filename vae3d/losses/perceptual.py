@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d import panorama
+from vae3d.arguments import Count, Range
 from vae3d.losses.objective import NetworkTerm, PixelTerm
 from vae3d.models.layers.checkpointing import maybe_checkpoint
 from vae3d.models.layers.frames import clips_of, frames_of
@@ -29,13 +31,14 @@ class LPIPS(NetworkTerm, PixelTerm):
     The clip's weight applies inside each layer, at its size; see LPIPSNet.
     """
 
-    net: str = "vgg"
+    net: Literal["vgg", "alex"] = "vgg"
     path: str | Path | None = None
-    frame_batch: int = 4
+    frame_batch: Count = 4
     gradient_checkpointing: bool = True
-    wrap: int = 0
+    wrap: Annotated[int, Range(0, 4096)] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.network = LPIPSNet(self.net)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d import panorama
+from vae3d.arguments import Range
 from vae3d.losses.objective import PixelTerm
 from vae3d.types import ClipBatch
 
@@ -30,6 +32,7 @@ class MSE(PixelTerm):
         return (rec - batch.video).square()
 
 
+@dataclass(eq=False)
 class Charbonnier(PixelTerm):
     """sqrt(e ** 2 + eps ** 2), e = reconstruction - clip: L1, smooth around 0 (LapSRN, arXiv 1710.01992, equation 4).
 
@@ -37,10 +40,7 @@ class Charbonnier(PixelTerm):
     Raises ValueError unless eps is positive.
     """
 
-    def __init__(self, eps: float = 1e-3) -> None:
-        if eps <= 0:
-            raise ValueError(f"eps is {eps}; use a positive number, or L1")
-        self.eps = eps
+    eps: Annotated[float, Range(1e-30, 1e30)] = 1e-3
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
         return ((rec - batch.video).square() + self.eps**2).sqrt()
@@ -89,6 +89,7 @@ class Sobel(PixelTerm):
         return torch.cat([frames[..., :1], frames, frames[..., -1:]], -1)
 
 
+@dataclass(kw_only=True, eq=False)
 class Wavelet(PixelTerm):
     """|Haar coefficients of the error|, all bands of `levels` levels alike: LTX-Video's DWT loss (arXiv 2501.00103).
 
@@ -98,19 +99,17 @@ class Wavelet(PixelTerm):
     A coefficient stands at the first pixel of its block and takes the clip's weight there. For odd lengths the last
     pixel or frame is paired with itself; a length of 1 is not transformed, so images give the same with `temporal`.
     Blocks with an invalid pixel do not count.
-    Raises ValueError unless levels is positive.
+    Raises ValueError unless levels is 1 to 16.
     """
 
-    def __init__(self, *, levels: int = 2, temporal: bool = False) -> None:
-        if levels < 1:
-            raise ValueError(f"levels is {levels}; use at least 1")
-        self.levels = levels
-        self.axes = (2, 3, 4) if temporal else (3, 4)
+    levels: Annotated[int, Range(1, 16)] = 2
+    temporal: bool = False
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
-        bands = pyramid(rec - batch.video, self.levels, self.axes, haar).abs()
+        axes = (2, 3, 4) if self.temporal else (3, 4)
+        bands = pyramid(rec - batch.video, self.levels, axes, haar).abs()
         if batch.valid is not None:
-            invalid = pyramid((~batch.valid).float(), self.levels, self.axes, lambda a, b: (a + b, a + b))
+            invalid = pyramid((~batch.valid).float(), self.levels, axes, lambda a, b: (a + b, a + b))
             bands = bands * _renormalised((invalid == 0).float(), batch)
         return bands
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from vae3d.arguments import Range, check_fields
 from vae3d.panorama import latitude_weights
 
 PixelWeight = Callable[[int, torch.device], Tensor]  # (height, device) -> [height], mean 1
 
 
+@dataclass(eq=False)
 class ErpCosine:
     """Weights rows of a panorama by their area on the sphere.
 
@@ -20,11 +24,11 @@ class ErpCosine:
     blend gives them more weight. Raises ValueError if either is not between 0 and 1.
     """
 
-    def __init__(self, floor: float = 0.0, blend: float = 1.0) -> None:
-        if not (0 <= floor <= 1 and 0 <= blend <= 1):
-            raise ValueError(f"floor is {floor} and blend is {blend}; both must lie between 0 and 1")
-        self.floor = floor
-        self.blend = blend
+    floor: Annotated[float, Range(0, 1)] = 0.0
+    blend: Annotated[float, Range(0, 1)] = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(vars(self), type(self))
 
     def __call__(self, height: int, device: torch.device) -> Tensor:
         area = latitude_weights(height, device).clamp_min(self.floor)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.arguments import Count, Range, check_fields
+from vae3d.arguments import Count, Range
 from vae3d.losses.objective import ErrorMap, NetworkTerm, PixelTerm, Term, numel_per_frame
 from vae3d.losses.pixel_weights import mean_one
 from vae3d.models.layers.checkpointing import maybe_checkpoint
@@ -73,7 +73,7 @@ class WarpedConsistency(NetworkTerm, PairTerm):
     path: str | Path | None = None
 
     def __post_init__(self) -> None:
-        check_fields(vars(self), type(self))
+        super().__post_init__()
         if self.flow != "dis":
             self.network = Raft(self.flow)
 
@@ -113,7 +113,7 @@ class FlowLoss(NetworkTerm, PairTerm):
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        check_fields(vars(self), type(self))
+        super().__post_init__()
         self.network = Raft(self.net)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
@@ -156,7 +156,7 @@ class WindowConsistency(Term):
     latents: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(vars(self), type(self))
+        super().__post_init__()
         if self.step >= self.num_frames:
             raise ValueError(
                 f"step is {self.step}, num_frames {self.num_frames}; windows that overlap need a lower step"
