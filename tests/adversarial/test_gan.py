@@ -468,7 +468,7 @@ def test_lecam_sees_the_averages_of_the_steps_before_and_then_moves_them():
         ({"weight": -1.0}, "adversary.weight is -1.0; give a finite number from 0"),
         ({"scales": 0}, "adversary.scales is 0; give an integer from 1"),
         ({"penalty_every": 0}, "adversary.penalty_every is 0; give an integer from 1"),
-        ({"lecam_decay": 1.0}, "adversary.lecam_decay is 1.0; use 0 to less than 1"),
+        ({"lecam_decay": 1.0}, "adversary.lecam_decay is 1.0; give a finite number from 0 to 0.99"),
         ({"adaptive_max": 0.0}, "adversary.adaptive_max is 0.0; give a finite number from 1e-30"),
         ({"grad_clip": 0.0}, "adversary.grad_clip is 0.0; give a finite number from 1e-30"),
         ({"start": 5, "discriminator_start": 6}, "discriminator_start is 6, after adversary.start=5"),

@@ -126,6 +126,13 @@ def test_gradients_in_bf16_of_clips_shorter_than_the_kernel_are_those_in_fp32(fr
     [
         ({"norm": "layer"}, "adversary.norm is 'layer'; give one of spectral_group, spectral, batch, group, none"),
         ({"layers": 0}, "adversary.layers is 0; give an integer from 1"),
+        ({"lr": -1.0}, "adversary.lr is -1.0; give a finite number from 1e-30"),
+        ({"betas": [0.5]}, r"adversary.betas is \[0.5\]; give a list"),
+        ({"betas": [0.5, 1.0]}, r"adversary.betas\[1\] is 1.0; give a finite number from 0 to 0.99"),
+        ({"weight_decay": -1}, "adversary.weight_decay is -1; give a finite number from 0"),
+        ({"warmup_steps": -5}, "adversary.warmup_steps is -5; give an integer from 0"),
+        ({"cycles": 0}, "adversary.cycles is 0; give an integer from 1"),
+        ({"power": -1}, "adversary.power is -1; give a finite number from 1e-30"),
         ({"channels": 10, "groups": 3}, "adversary.groups is 3, which does not divide 20 channels; use a divisor"),
     ],
 )

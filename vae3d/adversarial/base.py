@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vae3d.arguments import ArgumentError, Range, check_fields
+from vae3d.arguments import ArgumentError, Range, Size, check_fields
 from vae3d.distributed import all_reduce_mean, reduction_buffer
 from vae3d.errors import UserError
 from vae3d.layout import place
@@ -24,6 +24,8 @@ LossAndMetrics = tuple[Tensor, dict[str, Tensor]]
 Step = Annotated[int, Range(0, 10**12)]
 Weight = Annotated[float, Range(0, 1e12)]
 Positive = Annotated[float, Range(1e-30, 1e30)]
+Decay = Annotated[float, Range(0, 1 - 1e-9)]
+Betas = Annotated[Sequence[Decay], Size(2, 2)]
 
 
 class UpdatePhase(NamedTuple):
@@ -123,9 +125,9 @@ class DiscriminatorAdversary(Adversary):
     start: Step
     ramp: Step
     discriminator_start: Step | None
-    lr: float
-    betas: Sequence[float]
-    weight_decay: float
+    lr: Positive
+    betas: Betas
+    weight_decay: Weight
     eps = 1e-8  # torch's default
     grad_clip: Positive | None
 

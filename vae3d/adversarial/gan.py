@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +12,8 @@ from torch.func import functional_call
 
 from vae3d.adversarial.adaptive import AdaptiveWeight
 from vae3d.adversarial.base import (
+    Betas,
+    Decay,
     DiscriminatorAdversary,
     LossAndMetrics,
     Positive,
@@ -67,7 +68,7 @@ class Gan(DiscriminatorAdversary):
     scales: Count = 1
     criterion: Literal["hinge", "vanilla", "non_saturating", "relativistic", "hinge_non_saturating"] = "hinge"
     lecam: Weight = 0.0
-    lecam_decay: float = 0.999
+    lecam_decay: Decay = 0.999
     r1: Weight = 0.0
     r2: Weight = 0.0
     penalty_every: Count = 16
@@ -78,16 +79,16 @@ class Gan(DiscriminatorAdversary):
     ramp: Step = 0
     discriminator_start: Step | None = None
     alternate: bool = False
-    lr: float = 1e-4
-    betas: Sequence[float] = (0.5, 0.9)
-    weight_decay: float = 0.0
+    lr: Positive = 1e-4
+    betas: Betas = (0.5, 0.9)
+    weight_decay: Weight = 0.0
     grad_clip: Positive | None = 1.0
     schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    max_steps: int = 0
-    min_lr: float = 0.0
-    cycles: int = 1
-    power: float = 1.0
+    warmup_steps: Step = 0
+    max_steps: Step = 0
+    min_lr: Weight = 0.0
+    cycles: Count = 1
+    power: Positive = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
 
     name = "gan"
@@ -96,8 +97,6 @@ class Gan(DiscriminatorAdversary):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.lecam_decay < 1:
-            raise ValueError(f"adversary.lecam_decay is {self.lecam_decay}; use 0 to less than 1")
         if self.norm == "batch" and (self.r1 or self.r2):
             raise ValueError(
                 "adversary.norm=batch mixes images, so adversary.r1 and adversary.r2 would not be gradients of an "

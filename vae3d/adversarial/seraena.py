@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -11,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.adversarial.base import DiscriminatorAdversary, LossAndMetrics, Positive, Step, Weight, group_frames
+from vae3d.adversarial.base import Betas, DiscriminatorAdversary, LossAndMetrics, Positive, Step, Weight, group_frames
 from vae3d.adversarial.discriminators import SERAENA_STRIDE, ConditionalPatchDiscriminator
 from vae3d.adversarial.replay import ReplayBuffer
-from vae3d.arguments import Count, Range, Widths
+from vae3d.arguments import Count, Range, Width, Widths
 from vae3d.pixels import as_rgb
 from vae3d.precision import autocast, autocast_off
 from vae3d.seeding import generator_of
@@ -55,7 +54,7 @@ class Seraena(DiscriminatorAdversary):
     diagnostics_every: steps between measurements of correction_over_reconstruction; 0: never.
     """
 
-    context_channels: int
+    context_channels: Width
     weight: Weight = 1.0
     start: Step = 0
     ramp: Step = 0
@@ -66,8 +65,8 @@ class Seraena(DiscriminatorAdversary):
     buffer_length: Count = 16384
     buffer_gib: Positive | None = None
     fresh_fraction: Annotated[float, Range(0, 1)] = 0.5
-    lr: float = 3e-4
-    betas: Sequence[float] = (0.9, 0.99)
+    lr: Positive = 3e-4
+    betas: Betas = (0.9, 0.99)
     grad_clip: Positive | None = None
     norm: Literal["batch", "group"] = "batch"
     channels: Widths = (64, 128, 256, 512, 512, 512)
