@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tracemalloc
 import zlib
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -21,6 +24,7 @@ from vae3d.data.sources.table import Table
 from vae3d.data.storage.files import local_range
 from vae3d.data.table import parts, probe, shared_index
 from vae3d.data.table.parts import parts_of
+from vae3d.loading import merge
 
 
 @pytest.fixture
@@ -156,3 +160,31 @@ def test_merged_parts_are_found(folder, monkeypatch):
         assert results.indices.find(index_cache.key_of(local_range(folder / name))) is not None
         assert open_media(str(folder / name)).info.num_frames
     assert names == []
+
+
+HOSTILE_HEADERS = {
+    "a size that its frames do not have": {"info": {"height": 2**40}},
+    "a size of the other way round": {"orientation": [True, False, False]},
+    "no rate": {"info": {"fps": float("nan")}},
+    "an infinite rate": {"info": {"fps": float("inf")}},
+    "pixels without a width": {"info": {"aspect": 0.0}},
+    "an unknown pixel format": {"info": {"pixels": "bogus"}},
+    "no decoder": {"decoder": None},
+    "a decoder of sound": {"decoder": {"codec": "aac"}},
+    "an unknown decoder": {"decoder": {"codec": "bogus"}},
+    "negative sizes of the decoder": {"decoder": {"numbers": {"width": -1}}},
+}
+
+
+def test_headers_of_indices_that_a_stranger_made_are_not_used(tmp_path):
+    tiny.write_video(tmp_path / "0.mp4", tiny.frames(5, 16, 32))
+    video = local_range(tmp_path / "0.mp4")
+    key, index = index_cache.key_of(video), index_cache.build(video)
+    head, _, rows = video_index.pack(key, index)[video_index.CRC_BYTES :].partition(b"\n")
+    assert video_index.parse(packed(json.loads(head), rows), key) is not None
+    for case, change in HOSTILE_HEADERS.items():
+        value = json.loads(head)
+        value["header"] = merge(value["header"], change)
+        assert video_index.parse(packed(value, rows), key) is None, case
+    for times in ([0, 1, 2, 3, math.nan], [0, 1, 2, 1, 4]):
+        assert video_index.parse(video_index.pack(key, replace(index, times=np.array(times, float))), key) is None

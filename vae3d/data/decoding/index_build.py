@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 from vae3d.data.decoding.containers import demux, media_errors, open_container, set_number
 from vae3d.data.decoding.frame_source import BYTE_SEEK, KEYS_BACK, FrameSource
 from vae3d.data.decoding.frames import check_frame, has_alpha, orientation_of, to_rgb
-from vae3d.data.decoding.video_index import FRAME, PACKET, SEEK, Decoder, Header, VideoIndex
+from vae3d.data.decoding.video_index import FRAME, MIN_ASPECT, PACKET, SEEK, Decoder, Header, VideoIndex
 from vae3d.data.media import MediaError, MediaInfo
 from vae3d.data.storage.files import FileRange, RangeFile
 
@@ -87,7 +87,7 @@ def build(file: FileRange) -> VideoIndex:
 
     times, rate = _times(packets, shown if ordered == "counted" else order, names, unit, rates)
     orientation, stored = orientation_of(path, first_frame), (first_frame.height, first_frame.width)
-    if not 1 / 8 <= aspect <= 8:
+    if not MIN_ASPECT <= aspect <= 1 / MIN_ASPECT:
         raise MediaError(path, f"has pixels {aspect:g} times as wide as high; correct its aspect ratio")
     header = Header(
         info=MediaInfo(

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 
 import av
 import numpy as np
+from av.video.format import VideoFormat
 from pydantic import TypeAdapter
 
 from vae3d.data.media import MediaInfo, Size
@@ -35,6 +36,7 @@ DECODER_NUMBERS = (  # attributes of a codec context
     *("width", "height", "bits_per_coded_sample"),
     *("color_range", "color_primaries", "color_trc", "colorspace"),
 )
+MIN_ASPECT = 1 / 8  # width of a pixel by its height; a wider or higher one is an error of the file
 MAX_DELAY = 64  # packets after its own until a frame comes out
 
 PACKET = np.dtype([("offset", "<i8"), ("size", "<u4"), ("key", "u1")])
@@ -148,25 +150,33 @@ def parse(content: bytes, key: Sequence) -> VideoIndex | None:
             offset += arrays[name].nbytes
         index = VideoIndex(HEADER.validate_python(value["header"]), **arrays)
         return index if _is_consistent(index) else None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
 
 
 def _is_consistent(index: VideoIndex) -> bool:
-    """Whether all numbers of an index are those of frames and packets that it has."""
+    """Whether all numbers of an index are those of frames and packets that it has, and its decoder is one of videos.
+
+    Raises what parse catches for an unknown codec or pixel format, and for a number that a decoder cannot have.
+    """
     header, packets, frames = index.header, len(index.packets), len(index.frames)
-    decoder, is_counted = header.decoder, header.ordered == "counted"
-    if decoder is not None:
-        base64.b64decode(decoder.extradata)
+    decoder, is_counted, info, times = header.decoder, header.ordered == "counted", header.info, index.times
+    if decoder is not None and decoder.numbers.keys() <= set(DECODER_NUMBERS):
+        decoder.open(1)  # an AttributeError for one of sound
+    elif decoder is not None or index.seek is None:
+        return False
+    VideoFormat(info.pixels)
     return (
         frames == header.info.num_frames > 0
         and 0 <= header.first < packets
         and index.frames["start"].max() < packets
         and (is_counted or index.frames["packet"].max() < packets)
         and (index.seek is None or len(index.seek) == packets)
-        and (index.times is None or len(index.times) == frames)
-        and (decoder is None or decoder.numbers.keys() <= set(DECODER_NUMBERS))
-        and min(header.info.height, header.info.width, *header.stored) > 0
+        and (times is None or (len(times) == frames and np.isfinite(times).all() and (np.diff(times) >= 0).all()))
+        and min(header.stored) > 0
+        and header.stored == ((info.width, info.height) if header.orientation[0] else (info.height, info.width))
+        and 0 < info.fps < math.inf
+        and MIN_ASPECT <= info.aspect <= 1 / MIN_ASPECT
     )
 
 
