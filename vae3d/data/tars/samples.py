@@ -19,12 +19,12 @@ from vae3d.text import one_line
 REMOTE_BLOCK = 2**19  # bytes of a range read of headers
 MAX_PADDING = 2**20  # zero bytes after the end of a tar
 MAX_HEADER = 2**20  # bytes of a member's name, and of others that a header declares
+# Digits of a header: names of files have at most 255 bytes, and tarfile's time grows with the square of their number.
+LONG_NUMBER = re.compile(rb"[0-9]{256}")
 MAX_SIDECAR = 2**24  # bytes of a .json, .txt or .cls member
 SIDECARS = ("json", "txt", "cls")
 COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# As webdataset splits a name: up to the first dot of its last component.
-MEMBER_NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 METADATA_NAME = re.compile(r"__[^/]*__($|/)")  # members that webdataset skips
 
 
@@ -128,7 +128,7 @@ def samples_of(shard: Shard, with_content: Callable[[int, str], bool] = lambda *
         raise
     except MediaError as error:
         raise DataError(str(error)) from error
-    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+    except (tarfile.TarError, EOFError, OverflowError, ValueError, RecursionError) as error:
         raise DataError(f"{shard.path} is damaged or truncated: {one_line(error)}") from error
     except OSError as error:
         raise DataError(f"{shard.path} cannot be read: {error.strerror or one_line(error)}") from error
@@ -143,7 +143,10 @@ class _HeaderReader:
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER:
             raise tarfile.ReadError(f"a header of {size} bytes")
-        return self._read(size)
+        content = self._read(size)
+        if LONG_NUMBER.search(content):
+            raise tarfile.ReadError("a header with a number of more than 255 digits")
+        return content
 
 
 def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], bool]) -> Iterator[Sample]:
@@ -189,8 +192,10 @@ def _samples(path: str, stream: BinaryIO, with_content: Callable[[int, str], boo
 
 def _name_parts(path: str, info: tarfile.TarInfo) -> tuple[str, str] | None:
     """Key and extension of a member; None for one that is skipped. Raises DataError."""
-    found = None if info.isdir() or METADATA_NAME.match(info.name) else MEMBER_NAME.fullmatch(info.name)
-    if found is None or os.path.basename(info.name).startswith("."):  # such as d/._a.jpg, which macOS adds to d/a.jpg
+    # As webdataset splits a name: at the first dot of its last component.
+    folder, slash, file = info.name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    if info.isdir() or METADATA_NAME.match(info.name) or not (stem and dot):  # also d/._a.jpg, which macOS adds
         return None
     try:
         info.name.encode()
@@ -203,7 +208,7 @@ def _name_parts(path: str, info: tarfile.TarInfo) -> tuple[str, str] | None:
         kind = "a link" if info.islnk() or info.issym() else "no file"
         hint = "; make the tar with --dereference --hard-dereference" if kind == "a link" else ""
         raise DataError(f"{path}: {info.name} is {kind}{hint}")
-    return found[1], found[2].lower()
+    return folder + slash + stem, extension.lower()
 
 
 def _check_end(path: str, stream: BinaryIO, end: int) -> None:
