@@ -747,6 +747,13 @@ def test_content_is_read_as_it_is_stored(odd):
     assert storage.local_range(f"{odd}/table.csv.gz").read() == gzip.compress(b"path\na.mp4\n", mtime=0)
 
 
+@pytest.mark.parametrize("path", [".tar?" * 40_000 + "@1", ".tar?" + "@1+1/" * 40_000, "@1+1/" * 40_000 + "a.tar@"])
+def test_a_long_path_takes_no_time(path):
+    before = time.process_time()
+    assert paths.split_member(f"a{path}") in (None, ("a.tar?", 1, 1, "@1+1/" * 39_999))
+    assert time.process_time() - before < 1
+
+
 def test_a_path_with_a_number_of_many_digits_is_no_member():
     assert paths.split_member(f"a.tar@{'9' * 5000}+1/a.mp4") is None
     assert not paths.is_stored(f"a.tar@1+{'9' * 19}/a.mp4")

@@ -20,7 +20,9 @@ from vae3d.data.media import DataError
 
 HF_IMAGE, HF_VIDEO = ".hfimage", ".hfvideo"  # suffixes of rows of datasets
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-MEMBER = re.compile(r"(.+?\.(?:tar|arrow)(?:\?.*?)?)@([0-9]{1,18})\+([0-9]{1,18})/(.+)", re.DOTALL)
+TAR = (".tar", ".arrow")  # suffixes of what has members
+QUERY = re.compile(r"(?s:.)\.(?:tar|arrow)\?")  # the end of a tar's name, where a query follows
+PLACE = re.compile(r"@([0-9]{1,18})\+([0-9]{1,18})/(?=(?s:.))")
 
 
 def is_url(path: str | Path) -> bool:
@@ -47,8 +49,15 @@ def member_path(tar: str | Path, offset: int, size: int, member: str) -> str:
 def split_member(path: str | Path) -> tuple[str, int, int, str] | None:
     """(tar, offset, size, member) of the path of a member of a tar; None for other paths."""
     path = os.fspath(path)
-    found = MEMBER.fullmatch(path) if "@" in path else None
-    return (found[1], int(found[2]), int(found[3]), found[4]) if found else None
+    if "@" not in path:
+        return None
+    # Not by one pattern, whose time would grow with the square of the path's length.
+    query = QUERY.search(path)
+    for found in PLACE.finditer(path):
+        place = found.start()
+        if path.endswith(TAR, 1, place) or (query is not None and query.end() <= place):
+            return path[:place], int(found[1]), int(found[2]), path[found.end() :]
+    return None
 
 
 def name_of(path: str | Path) -> str:
