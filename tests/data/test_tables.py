@@ -107,6 +107,7 @@ REFUSED = {
     "twice.csv": (b"path,path\na,b\n", ["two columns `path`"]),
     "headless.csv": (b"a.mp4,x\nb.mp4,y\n", ["no column `path`", "first line"]),
     "cut.csv.gz": (gzip.compress(CSV.encode() * 99)[:-20], ["cut.csv.gz"]),
+    "bomb.json.gz": (gzip.compress(b" " * (2**26 + 1), 1), ["bomb.json.gz", "67,108,864 bytes"]),
     "plain.csv.gz": (CSV.encode(), ["plain.csv.gz"]),
     "t.parquet": (b"PAR1 not really", ["not a readable parquet file"]),
     "twice.parquet": (parquet([("path", pa.array(["a"])), ("path", pa.array(["b"]))]), ["two columns `path`"]),

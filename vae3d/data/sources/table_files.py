@@ -7,13 +7,14 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from vae3d.data.media import DataError, MediaError
@@ -34,6 +35,8 @@ NUMBER_COLUMNS = ("num_frames", "height", "width", "fps", "start", "end")
 TEXT_COLUMNS = ("path", "split", "text", "label")
 ERROR = "error"  # column that is added; one that a file has is ignored
 MAX_LINE = 2**24  # bytes of a line; a file with longer lines is no table
+# Bytes of a gzipped file, or so many times its own if that is more. JSON in indented lines has 70 times.
+MAX_UNPACKED, MAX_RATIO = 2**26, 200
 BLOCK = 2**24  # bytes that are read at a time
 CHUNK = 100_000  # rows that are held at a time
 ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # by byte-order mark
@@ -174,7 +177,7 @@ def count_rows(path: Path) -> int:
             return pq.read_metadata(path).num_rows
     mark = b'"path"' if kind_of(path) == ".json" else b"\n"
     try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
+        with _opened(path) as stream:
             return sum(block.count(mark) for block in iter(lambda: stream.read(BLOCK), b""))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
@@ -247,7 +250,7 @@ def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
             yield pa.Table.from_pandas(named, preserve_index=False)
 
     made = False
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as stream:
+    with _opened(path) as stream:
         header = [stream.readline(MAX_LINE) for _ in range(reader.header_lines)]
         position, line, block = sum(map(len, header)), 1 + len(header), b""
         while new := stream.read(BLOCK):
@@ -339,9 +342,8 @@ def _json(text: str, path: Path, line: int | None = None) -> Any:
 def _lines(path: Path, limit: int = MAX_LINE, start: int = 0, first: int = 1) -> Iterator[str]:
     """The lines of a UTF-8 file, without byte-order mark. start: byte to begin at, where line number `first` begins.
     Raises DataError with the line that is no text."""
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with opened(path, "rb") as stream:
+        with _opened(path) as stream:
             stream.seek(start)
             for number, line in enumerate(iter(lambda: stream.readline(limit), b""), first):
                 if number == 1 and (encoding := ENCODINGS.get(line[:2])):
@@ -351,6 +353,43 @@ def _lines(path: Path, limit: int = MAX_LINE, start: int = 0, first: int = 1) ->
                 yield _text(line, f"{path}, line {number}").removeprefix("\ufeff" if number == 1 else "")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The bytes of a file, of a gzipped one unpacked."""
+    if path.suffix.lower() != ".gz":
+        return open(path, "rb")
+    return io.BufferedReader(_Unpacked(path), 2**17)
+
+
+class _Unpacked(io.RawIOBase):
+    """A gzipped file, for reading. Raises DataError if it has more than MAX_UNPACKED: it could fill the memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = gzip.open(path, "rb")  # noqa: SIM115
+        self._path, self._max = path, max(MAX_UNPACKED, MAX_RATIO * path.stat().st_size)
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        if self._file.tell() > self._max:
+            raise DataError(f"{self._path} has more than {self._max:,} bytes when it is unpacked; is it a table?")
+        return count
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _text(line: bytes, where: str) -> str:
