@@ -23,6 +23,16 @@ def printable(line: str) -> str:
     if len(line) > MAX_LINE:
         half = MAX_LINE // 2
         line = f"{line[:half]}...{line[-half:]}"
+    return escape(line)
+
+
+def escape(line: str) -> str:
+    """The line with control characters escaped, which would change a terminal's title or hide what is printed."""
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line)
+
+
+def escape_lines(text: str) -> str:
+    """escape of each line of a text."""
+    return "\n".join(map(escape, text.split("\n")))

@@ -136,3 +136,7 @@ def test_columns_line_up():
         "-----------------",
         "long name       -",
     ]
+
+
+def test_a_name_in_a_table_does_not_reach_the_terminal_as_an_escape_sequence():
+    assert text_table(["name"], [["\x1b[2Ja\nb\x07"]]).splitlines()[2:] == [r"\x1b[2Ja\nb\x07"]

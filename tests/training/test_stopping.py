@@ -409,6 +409,15 @@ def test_the_log_file_follows_no_link_and_a_runs_folder_may_be_one(videos, tmp_p
     assert not (tmp_path / "log").exists()
 
 
+def test_no_escape_sequence_of_a_name_reaches_the_terminal_or_the_log(tmp_path, capsys):
+    record = console.logging.makeLogRecord({"msg": "first\n%s", "args": ("\x1b]0;title\x07.mp4",)})
+    for handler in (console.ConsoleHandler(), console.RunLogFile(tmp_path / "log")):
+        handler.emit(record)
+    console.show("first\n\x1b]0;title\x07.mp4")
+    line = "first\n\\x1b]0;title\\x07.mp4\n"
+    assert (capsys.readouterr().out, (tmp_path / "log").read_text()) == (2 * line, line)
+
+
 def test_a_log_file_on_a_full_disk_lacks_lines_without_a_traceback(capsys):
     handler = console.RunLogFile("/dev/full")
     for _ in range(2):

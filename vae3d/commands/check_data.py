@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vae3d.argparse_types import Parser, positive_int
+from vae3d.commands.console import show
 from vae3d.errors import UserError, printable
 from vae3d.io import check_output_file, is_same_file, naming
 from vae3d.text import plural
@@ -126,7 +127,7 @@ def main(args: argparse.Namespace) -> int:
     table = source.table()
     usable, notes = usable_workers(args.workers or 4, "--workers")
     for note in notes if args.workers else ():  # no warning about the default
-        print(note, file=sys.stderr)
+        show(note, file=sys.stderr)
     results = examine_all(table["path"].tolist(), bounds_of(table), args.full, usable, args.alpha)
     good = []
     for (_, row), result in zip(table.iterrows(), results, strict=True):
@@ -139,7 +140,7 @@ def main(args: argparse.Namespace) -> int:
         else:
             print(printable(f"row {row['row']}: {row['path']}: {reason}"))
     for note in getattr(source, "notes", ()):
-        print(note)
+        show(note)
     are = "is" if len(table) == 1 else "are"
     print(f"{len(good)} of {plural(len(table), 'row')} {are} good, {len(table) - len(good)} bad")
     if clean:

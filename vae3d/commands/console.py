@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from vae3d.errors import UserError
+from vae3d.errors import UserError, escape_lines
 from vae3d.io import open_nofollow
 from vae3d.text import is_utf8
 
@@ -50,7 +50,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if rank() == 0 or record.levelno >= logging.WARNING:
-            write_above_bar(self.format(record), self.stream)
+            write_above_bar(escape_lines(self.format(record)), self.stream)
 
 
 class RunLogFile(logging.FileHandler):
@@ -66,6 +66,9 @@ class RunLogFile(logging.FileHandler):
     def _open(self) -> IO[str]:
         return open_nofollow(Path(self.baseFilename), self.mode)
 
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_lines(super().format(record))
+
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
@@ -80,6 +83,11 @@ def no_log_file() -> None:
     for handler in [*logging.getLogger().handlers]:
         if isinstance(handler, RunLogFile):
             logging.getLogger().removeHandler(handler)
+
+
+def show(text: str, file: Any = None) -> None:
+    """Print text with names of files, or other words of files, in it."""
+    print(escape_lines(text), file=file, flush=True)
 
 
 def in_sweep() -> bool:

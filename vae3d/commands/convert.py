@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from vae3d.checkpoints.export import WRITERS, check_target
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
+from vae3d.commands.console import show
 from vae3d.io import atomic_files, naming
 
 
@@ -31,7 +32,7 @@ def main(args: Namespace) -> None:
             if os.path.lexists(args.target.with_name(file.name)):
                 raise CheckpointError(f"{args.target.with_name(file.name)} already exists")
     for note in checkpoint.notes:
-        print(f"note: {note}", file=sys.stderr)
+        show(f"note: {note}", file=sys.stderr)
     print(f"{checkpoint.path} ({checkpoint.layout}) -> {args.target} ({args.to})")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from vae3d.commands.console import show
 from vae3d.latents.cache_storage import read_meta, storage_of
 from vae3d.latents.encode import FINISH
 from vae3d.latents.shards import COMPLETE, shards_in
@@ -23,5 +24,5 @@ def main(args: Namespace) -> int:
         state = "lost, the next free process takes over" if holder.stale else "at work"
         what = "index and statistics" if holder.name == FINISH else holder.name.replace("-", " ")
         seen = f"last sign of life {holder.silent:.0f} s ago"
-        print(f"  {what}: process {holder.pid} of {holder.host}, {state} ({seen})")
+        show(f"  {what}: process {holder.pid} of {holder.host}, {state} ({seen})")
     return 0 if complete else 1

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from vae3d.commands.console import show
 from vae3d.distributed import init_inference, process_group_scope
 from vae3d.evaluation.page import Row, limit_clips, make_report, make_rows, short_names, write_clips
 from vae3d.evaluation.pairs import PairError, Protocol, find_pairs
@@ -95,7 +96,7 @@ def evaluate(args: Namespace) -> int:
             summaries = {evaluation.name: evaluation.summary for evaluation in evaluations}
             print(f"\n{text_table(*means_table(summaries))}\n\n{comparison_table(differences)}")
             for warning in unequal_sets({name: [v.name for v in videos] for name, videos in results.items()}):
-                print(f"warning: {warning}", file=sys.stderr)
+                show(f"warning: {warning}", file=sys.stderr)
             file = common / COMPARISON
             write_json(file, {"reconstructions": {e.name: str(e.rec) for e in evaluations}, "differences": differences})
             print(f"wrote {os.path.relpath(file)}")
@@ -232,7 +233,7 @@ def report(evaluation: Evaluation, *, per_frame: bool) -> None:
     absent = [f"{name} is skipped: {reason}" for name, reason in summary["absent"].items()]
     failed = [f"not scored: {reason}" for reason in evaluation.failed]
     for warning in [*summary["warnings"], *evaluation.unmatched, *failed, *absent]:
-        print(f"warning: {warning}", file=sys.stderr)
+        show(f"warning: {warning}", file=sys.stderr)
     write_json(folder / "summary.json", summary)
     write_per_video(folder / "per_video.csv", evaluation.videos)
     for optional in ("per_frame.csv", COMPARISON):  # of an earlier command, perhaps on other frames

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from vae3d.commands.console import show
 from vae3d.commands.measure_scale import load_unscaled, rescale
 from vae3d.latents.cache import LatentCache, SizeGroup
 from vae3d.latents.cache_storage import LocalStorage, ObjectStorage, partial_statistics, storage_of
@@ -57,8 +58,8 @@ def print_table(
     vae, transform = meta["vae"], meta["transform"]
     shown = {key: value for key, value in transform.items() if value not in (None, False) and key != "buckets"}
     settings = ", ".join(f"{key}={value}" for key, value in shown.items())
-    print(f"{name}: {entries} ({meta['store']}, {meta['dtype']}; {settings})")
-    print(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}{classes}")
+    show(f"{name}: {entries} ({meta['store']}, {meta['dtype']}; {settings})")
+    show(f"of {vae['checkpoint']} ({vae['model']}), encoder {vae['encoder'][:12]}{classes}")
     if len(sizes) > 1:
         counts = [f"{'x'.join(map(str, group.size))} ({len(group.entries)})" for group in sizes[:SHOWN_SIZES]]
         more = f", and {len(sizes) - SHOWN_SIZES} more" if len(sizes) > SHOWN_SIZES else ""

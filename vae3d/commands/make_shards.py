@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from vae3d.commands.console import show
 from vae3d.data.media import DataError
 from vae3d.data.sources.image_folder import open_images_or_source
 from vae3d.data.tars.index import INDEX
@@ -22,10 +23,10 @@ def main(args: Namespace) -> None:
     source = open_images_or_source(args.source, args.root)
     table = source.table()
     for note in getattr(source, "notes", ()):
-        print(note)
+        show(note)
     entries, errors = entries_of(table, shuffle=args.shuffle, with_probe=args.probe)
     for line in check_broken(errors, len(table), args.max_broken):
-        print(line, file=sys.stderr)
+        show(line, file=sys.stderr)
     if not entries:
         raise DataError(f"{args.source} has no files to write")
     files = len({entry.path for entry in entries})

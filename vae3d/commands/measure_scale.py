@@ -16,6 +16,7 @@ from torch import nn
 from vae3d.checkpoints import formats
 from vae3d.checkpoints.export import check_target, write_export
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError
+from vae3d.commands.console import show
 from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
 from vae3d.data.sources.open_source import open_source
@@ -60,7 +61,7 @@ def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
         )
     finally:
         for path, reason in errors:
-            print(f"skipped: {path}: {reason}", file=sys.stderr)
+            show(f"skipped: {path}: {reason}", file=sys.stderr)
 
 
 def rescale(

@@ -16,6 +16,7 @@ from torch import nn
 
 import vae3d
 from vae3d.checkpoints.location import exists
+from vae3d.commands.console import show
 from vae3d.data.sources.open_source import open_source
 from vae3d.errors import UserError
 from vae3d.latents import probe_run
@@ -37,7 +38,7 @@ def main(args: Namespace) -> None:
     write_report(args.out, report, pictures, args.command)
     print(console_table(report))
     for line in report["warnings"] + report["notes"]:
-        print(line, file=sys.stderr)
+        show(line, file=sys.stderr)
     print(f"{args.out / PAGE}, {args.out / 'probes.json'}")
 
 
@@ -65,7 +66,7 @@ def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     check_replaceable(args.out)
     found, pictures = {}, {}
     for name, model in models.items():
-        print(f"{name}: {plural(pixels['clips'], 'clip')}", file=sys.stderr)
+        show(f"{name}: {plural(pixels['clips'], 'clip')}", file=sys.stderr)
         place(model, device)
         found[name] = probe_run.probe_model(model, clips, settings, lpips)
         pictures[name] = probe_run.decoded_pictures(model, clips, settings, found[name]["statistics"]["std"])

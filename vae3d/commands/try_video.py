@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from vae3d import api
+from vae3d.commands.console import show
 from vae3d.commands.fetch_weights import provide
 from vae3d.data.decoding.readers import media_info
 from vae3d.data.media import MediaInfo, Size
@@ -60,7 +61,7 @@ def main(args: Namespace) -> int:
         raise FileError(f"{args.video} would be overwritten; choose another folder with --out")
     facts = describe(model, video, info)
     for name, value in facts.items():
-        print(f"{name}: {value}", flush=True)
+        show(f"{name}: {value}")
     start = time.perf_counter()
     rec = api.reconstruct(model, video, progress=sys.stderr.isatty())
     speed = video.shape[2] / (time.perf_counter() - start)
@@ -82,7 +83,7 @@ def main(args: Namespace) -> int:
     ]
     print(f"speed: {facts['speed']}\n\n{text_table(['score', 'mean'], rows)}")
     for name, reason in skipped.items():
-        print(f"without {name}: {reason}", file=sys.stderr)
+        show(f"without {name}: {reason}", file=sys.stderr)
     print(f"\n{out / 'index.html'} shows it; beside it: {', '.join(names)}")
     return 0
 
