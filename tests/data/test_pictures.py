@@ -293,6 +293,20 @@ def test_an_image_in_memory_is_read_as_often_as_wanted(photograph):
         ImageReader("row", io.BytesIO(b"junk"))
 
 
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_an_image_whose_second_half_is_zeros_is_an_error(tmp_path, suffix):
+    """As an interrupted download leaves it. Pillow decodes it, as black or grey."""
+    file = tmp_path / f"a{suffix}"
+    Image.fromarray(tiny.frames(1, 64, 64)[0]).save(file)
+    whole, pixels = file.read_bytes(), open_media(file).read([0])
+    file.write_bytes(whole + bytes(100))  # some programs fill files up
+    np.testing.assert_array_equal(open_media(file).read([0]), pixels)
+    half = len(whole) // 2
+    file.write_bytes(whole[:half] + bytes(len(whole) - half))
+    with pytest.raises(MediaError, match=rf"a\{suffix}: cannot be decoded: it is damaged"):
+        open_media(file).read([0])
+
+
 def test_pixels_that_do_not_decode_are_found_when_read(photograph, tmp_path):
     whole = photograph.read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])

@@ -54,6 +54,9 @@ SIGNATURES = {  # first bytes of files that often have the name of an image
     b"8bpsi": "a Photoshop file",
 }
 BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "a HEIC file", b"mif1": "a HEIC file"}
+PNG_END = b"IEND"
+JPEG_END = b"\xff\xd9"
+ZEROS = 64  # bytes at the end of a JPEG that hardly any camera writes
 REDUCED = 254, 1  # TIFF tag NewSubfileType, and its bit for a smaller copy of another page
 ALPHA_MODES = ("RGBA", "LA", "PA", "P", "L", "RGB")  # of Pillow, which converts them to RGBA exactly
 ORIENTATION = 0x0112  # Exif tag; values 5 to 8 rotate by 90 degrees
@@ -93,6 +96,7 @@ class ImageReader:
     def _decode(self, size: Size | None = None) -> Image.Image:
         """RGB, or RGBA with `alpha`, upright, at `size` or whole."""
         with open_image(self.path, self.file) as image:
+            _check_undamaged(self.path, image)
             if self.alpha:
                 _check_has_alpha(self.path, image)
                 return ImageOps.exif_transpose(image).convert("RGBA")
@@ -187,6 +191,40 @@ def _check_single(path: str | Path, image: Image.Image) -> None:
         raise MediaError(path, f"is an animated {kind} of {image.n_frames} frames; convert it to a video, such as .mp4")
 
 
+def _check_undamaged(path: str | Path, image: Image.Image) -> None:
+    """Raise MediaError for a PNG whose checksums are wrong, and a JPEG that ends with zeros instead of its end.
+
+    Zeros are what an interrupted download leaves in a file of the full size. Pillow decodes them, as black or grey.
+    """
+    if image.format not in ("PNG", "JPEG", "MPO"):
+        return
+    position = image.fp.tell()
+    if image.format == "PNG":
+        damaged = not _has_checksums(image.fp)
+    else:
+        image.fp.seek(max(0, image.fp.seek(0, os.SEEK_END) - ZEROS))
+        damaged = not image.fp.read().strip(b"\0")
+        if damaged:  # some programs fill files up
+            image.fp.seek(0)
+            damaged = not image.fp.read().rstrip(b"\0").endswith(JPEG_END)
+    image.fp.seek(position)
+    if damaged:
+        raise MediaError(path, "cannot be decoded: it is damaged or incomplete; get it again")
+
+
+def _has_checksums(file: BinaryIO) -> bool:
+    """Whether all chunks of a PNG have the CRC-32 that they say, as libpng requires and Pillow does not of pixels."""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        content, checksum = file.read(size), file.read(4)
+        if zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, "big") != checksum:
+            return False
+        if kind == PNG_END:
+            return True
+    return False
+
+
 def _check_opaque(path: str | Path, image: Image.Image) -> None:
     """Raise MediaError for transparent pixels: the file does not say what is behind them."""
     if not image.has_transparency_data:
@@ -251,6 +289,7 @@ def _to_8_bits(path: str | Path, image: Image.Image) -> Image.Image:
 def load_grey(path: str | Path) -> np.ndarray:
     """[H, W] uint16 of a 16-bit image of one channel. Raises MediaError for any other."""
     with open_image(path) as image:
+        _check_undamaged(path, image)
         if not image.mode.startswith("I"):
             kind = "floating-point" if image.mode == "F" else f"8-bit {image.mode}"
             raise MediaError(path, f"holds {kind} pixels; depth maps need 16-bit images of one channel")
