@@ -346,6 +346,26 @@ def test_a_file_that_was_cut_short_is_refused_at_opening(tmp_path, suffix):
         open_media(path)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec", "pixels"),
+    [
+        *[("mkv", "ffv1", "yuv420p"), ("avi", "huffyuv", "rgb24"), ("gif", "gif", "rgb8")],
+        ("wmv", "wmv2", "yuv420p"),
+    ],
+)
+def test_a_file_whose_second_half_is_zeros_is_refused_at_opening(tmp_path, suffix, codec, pixels):
+    """As an interrupted download leaves it. The demuxer skips zeros: the video had fewer frames."""
+    clip = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    path = tiny.write_video(tmp_path / f"a.{suffix}", clip, codec=codec, pixels=pixels)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(100))  # some programs fill files up
+    assert open_media(path).info.num_frames == 6
+    for half in (len(whole) // 2, len(whole) // 2 + 1):
+        path.write_bytes(whole[:half] + bytes(len(whole) - half))
+        with pytest.raises(MediaError, match=r"zeros from byte \d+ on"):
+            open_media(path)
+
+
 def test_frames_that_an_edit_list_leaves_out_are_not_missed(tmp_path):
     path = tiny.write_video(tmp_path / "a.mp4", tiny.frames(12), g="4", bf="0")
 
