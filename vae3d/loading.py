@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isclose
 from pathlib import Path
 from typing import Any
@@ -337,11 +337,13 @@ def merge(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **{k: merge(config[k], v) if k in nested else v for k, v in changes.items()}}
 
 
-def require_file_channels(model: nn.Module, path: str | Path) -> None:
-    """Raises UserError for a model whose pixels no video or image has. path: of its checkpoint, for the message."""
-    if model.pixel_channels not in (3, 4):
+def require_file_channels(model: nn.Module, path: str | Path, channels: Sequence[int] = (3, 4)) -> None:
+    """Raises UserError for a model whose pixels no video or image has. path: of its checkpoint, for the message.
+    channels: as files are read."""
+    if model.pixel_channels not in channels:
+        read_as = " or ".join({3: "RGB", 4: "RGBA"}[count] for count in channels)
         raise UserError(
-            f"{path} takes {plural(model.pixel_channels, 'channel')} of pixels; files are read as RGB or RGBA: use "
+            f"{path} takes {plural(model.pixel_channels, 'channel')} of pixels; files are read as {read_as} here: use "
             "vae3d.load and model(video), or vae3d.open_codec, from Python"
         )
 
