@@ -8,10 +8,12 @@ from torch import Tensor
 
 import vae3d
 from tests import tiny
+from vae3d import distributed
 from vae3d.checkpoints.export import WRITERS
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError
 from vae3d.commands import train
 from vae3d.config.issues import ConfigError
+from vae3d.data.media import DataError
 from vae3d.errors import UserError
 from vae3d.latents.scale import pixel_effect
 from vae3d.models.opensora import OpenSoraVAE
@@ -207,6 +209,20 @@ def test_a_run_fits_the_shortcut_before_step_1_and_not_when_it_resumes(videos, t
     assert not torch.equal(trained, code)
     again = build(2)
     assert torch.equal(again.network.temporal_vae.shortcut_in.weight, trained)
+
+
+def test_a_fit_without_clips_fails_on_every_rank(videos, tmp_path, monkeypatch):
+    """The others wait for the first rank's result, which may be that no clip can be read."""
+
+    def none(*_):
+        raise DataError("no clip")
+
+    sent = []
+    monkeypatch.setattr(train, "longest_clips", none)
+    monkeypatch.setattr(distributed, "broadcast_object", lambda found: (sent.append(found), found)[1])
+    with pytest.raises(DataError, match="no clip"):
+        train.build_trainer(tiny.training("temporal_taef2", videos, *FIT), tmp_path)
+    assert "no clip" in str(sent)
 
 
 def test_a_shortcut_is_fitted_only_where_there_is_one(videos):
