@@ -1,8 +1,8 @@
 """Kill training runs at random moments and check that resumed runs end with the same bits.
 
-    python scripts/check_kills.py /tmp/kills --kills 30                    # train.py
-    python scripts/check_kills.py /tmp/kills --kills 10 --diffusion        # train-diffusion
-    python scripts/check_kills.py /tmp/kills --kills 10 --cached           # train.py with teacher.cache
+    python scripts/check_kills.py /tmp/kills --kills 30                    # vae3d train
+    python scripts/check_kills.py /tmp/kills --kills 10 --diffusion        # vae3d train-diffusion
+    python scripts/check_kills.py /tmp/kills --kills 10 --cached           # vae3d train teacher.cache=...
 
 Half of the kills come after the last checkpoint is complete, while exports and published files are written. Each run
 is killed once, then started again until it ends. Its checkpoints, exports, published files and metrics must equal those
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import runpy
 import signal
 import sys
 import time
@@ -31,8 +30,8 @@ import vae3d.loading  # also once, before the forks
 from vae3d.argparse_types import non_negative_int, positive_int
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
+from vae3d.commands import cli
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 8
 KINDS = ("checkpoints", "exports")
 COMMON = ["logger=none", "trainer.precision=fp32", f"trainer.max_steps={STEPS}", "trainer.save_every=2"]
@@ -61,8 +60,8 @@ READERS = {
 }
 
 
-def start(script: str, arguments: list[str], folder: Path) -> int:
-    """Run a script in a fork of this process, which has imported torch; returns the process id."""
+def start(command: str, arguments: list[str], folder: Path) -> int:
+    """Run `vae3d command arguments` in a fork of this process, which has imported torch; returns the process id."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
     if pid:
@@ -72,11 +71,10 @@ def start(script: str, arguments: list[str], folder: Path) -> int:
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = [str(ROOT / script), *arguments]
+    sys.argv = ["vae3d", command, *arguments]
     code = 1
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        code = 0
+        code = cli.main() or 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     finally:  # the child must not return to the parent's loop
@@ -86,18 +84,18 @@ def start(script: str, arguments: list[str], folder: Path) -> int:
         os._exit(code)
 
 
-def run_to_end(script: str, arguments: list[str], folder: Path) -> float:
-    """Run the script until it ends; returns the seconds. Raises RuntimeError if it fails."""
-    begun, pid = time.monotonic(), start(script, arguments, folder)
+def run_to_end(command: str, arguments: list[str], folder: Path) -> float:
+    """Run the command until it ends; returns the seconds. Raises RuntimeError if it fails."""
+    begun, pid = time.monotonic(), start(command, arguments, folder)
     _, status = os.waitpid(pid, 0)
     if os.waitstatus_to_exitcode(status):
-        raise RuntimeError(f"{script} failed; see {folder}/log.txt")
+        raise RuntimeError(f"vae3d {command} failed; see {folder}/log.txt")
     return time.monotonic() - begun
 
 
-def kill_once(script: str, arguments: list[str], folder: Path, late: bool) -> str:
+def kill_once(command: str, arguments: list[str], folder: Path, late: bool) -> str:
     """Start a run and kill it: at a random step or, if late, after its last checkpoint. Returns its newest files."""
-    pid, run, step = start(script, arguments, folder), folder / "runs/run", random.randint(1, STEPS - 1)
+    pid, run, step = start(command, arguments, folder), folder / "runs/run", random.randint(1, STEPS - 1)
     while not is_reached(run, step, late) and still_runs(pid):
         time.sleep(0.0005)
     time.sleep(random.uniform(0, 0.01 if late else 0.1))
@@ -177,17 +175,15 @@ def main() -> int:
     random.seed(args.seed)
     folder = args.folder.resolve()
     torch.set_num_threads(1)
-    script, arguments = "train.py", [*COMMON, *VAE, "data=folder", f"data.source.path={make_images(folder / 'images')}"]
+    command, arguments = "train", [*COMMON, *VAE, "data=folder", f"data.source.path={make_images(folder / 'images')}"]
     if args.diffusion:
         vae = folder / "vae"
-        run_to_end("train.py", arguments, vae)
+        run_to_end("train", arguments, vae)
         made = sorted((vae / "runs/run/exports").glob("step-*"))[-1]
-        script = "vae3d train-diffusion"
+        command = "train-diffusion"
         source = ["data=folder", f"data.source.path={folder / 'images'}", f"vae.path={made}"]
-        scale = [str(ROOT / "vae3d measure-scale"), str(made), str(folder / "images"), "--height", "32", "--width"]
-        scaled = os.system(" ".join([sys.executable, *scale, "32", "--per_channel", "> /dev/null 2>&1"]))
-        if scaled:
-            raise RuntimeError("measure-scale failed")
+        scale = [str(made), str(folder / "images"), "--height=32", "--width=32", "--per_channel"]
+        run_to_end("measure-scale", scale, vae)
         arguments = [*COMMON, *DIFFUSION, *source]
     cache = []
     if args.cached:
@@ -195,14 +191,14 @@ def main() -> int:
         source = ["data=folder", f"data.source.path={folder / 'images'}", f"teacher.path={teacher}"]
         arguments = [*COMMON, *DISTILLATION, *source, f"stage.init_from={{encoder: {teacher}}}"]
         cache = ["teacher.cache=cache"]  # in the folder of each run
-    seconds = run_to_end(script, arguments, folder / "whole")
+    seconds = run_to_end(command, arguments, folder / "whole")
     expected = contents(folder / "whole")
     print(f"a run takes {seconds:.1f} s and leaves {len(expected)} files", flush=True)
     differing = 0
     for number in range(args.kills):
         killed = folder / f"killed{number:03d}"
-        where = kill_once(script, [*arguments, *cache], killed, late=number % 2 == 1)
-        run_to_end(script, [*arguments, *cache], killed)
+        where = kill_once(command, [*arguments, *cache], killed, late=number % 2 == 1)
+        run_to_end(command, [*arguments, *cache], killed)
         found = contents(killed)
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         differing += bool(names)

@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pkgutil import resolve_name
 from types import ModuleType
 
 import hydra
@@ -26,7 +27,7 @@ from vae3d.checkpoints import export
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
 from vae3d.commands import convert
-from vae3d.commands.cli import check_training
+from vae3d.commands.cli import COMMANDS, HydraCommand, check_training
 from vae3d.commands.flags import parse_eval
 from vae3d.config.issues import ConfigError
 from vae3d.config.schema import CONF
@@ -36,8 +37,8 @@ from vae3d.loading import model_config
 
 
 def script(name: str) -> ModuleType:
-    """A file in scripts/benchmarks or scripts/demo, imported."""
-    [path] = (tiny.ROOT / "scripts").glob(f"*/{name}.py")
+    """A file in scripts/ or a folder of it, imported."""
+    [path] = (tiny.ROOT / "scripts").rglob(f"{name}.py")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))  # where scripts find each other
     spec = importlib.util.spec_from_file_location(name, path)
@@ -279,6 +280,30 @@ def test_demo_commands_are_sound(tmp_path, monkeypatch):
         with pytest.raises(ConfigError) as error:
             check_training(tiny.compose(*overrides))
         assert sorted(f"{issue.key}={issue.value}" for issue in error.value.issues) == sorted(missing)
+
+
+@pytest.mark.parametrize("mode", ["--diffusion", "--cached"])
+def test_the_runs_that_check_kills_starts_are_sound(tmp_path, monkeypatch, mode):
+    check_kills = script("check_kills")
+    started = []
+
+    def run_to_end(command, arguments, folder):
+        started.append((command, arguments))
+        (folder / "runs/run/exports/step-0000008").mkdir(parents=True, exist_ok=True)
+        return 1.0
+
+    monkeypatch.setattr(check_kills, "run_to_end", run_to_end)
+    monkeypatch.setattr(check_kills, "kill_once", lambda *of, late: started.append(of[:2]) or "")
+    monkeypatch.setattr(check_kills, "contents", lambda _: {})
+    monkeypatch.setattr(sys, "argv", ["check_kills.py", str(tmp_path), "--kills=1", mode])
+    monkeypatch.chdir(tmp_path)
+    assert check_kills.main() == 0
+    for name, arguments in started:
+        command = COMMANDS[name]
+        if isinstance(command, HydraCommand):
+            resolve_name(command.check)(tiny.compose(*arguments, config=command.config_name))
+        else:
+            resolve_name(command.parse)(arguments)
 
 
 @pytest.mark.parametrize("name", ["demo.sh", "test.sh", "environment.sh"])
