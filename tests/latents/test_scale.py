@@ -24,6 +24,7 @@ from vae3d.checkpoints.formats import Checkpoint, read_checkpoint
 from vae3d.config.issues import ConfigError
 from vae3d.data.batches.clips import ClipSettings
 from vae3d.data.loader import read_tables
+from vae3d.data.media import DataError
 from vae3d.data.sources.open_source import open_source
 from vae3d.data.table.file_table import as_file_table
 from vae3d.latents.scale import (
@@ -36,6 +37,7 @@ from vae3d.latents.scale import (
     unscalable_reason,
 )
 from vae3d.models.taesd import TAESD
+from vae3d.training import vae_trainer
 from vae3d.types import ClipBatch
 
 RAW = {
@@ -172,13 +174,22 @@ def test_every_export_of_a_run_has_its_own_scale_and_training_knows_nothing_of_i
     assert t.network.scaling_factor == 0.13025
 
 
-def test_an_export_without_readable_clips_keeps_its_scale_and_says_so(videos, tmp_path, caplog):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_export_without_readable_clips_keeps_its_scale_and_says_so(videos, tmp_path, caplog, monkeypatch, streaming):
     t = trainer(videos, tmp_path, **MEASURES)
-    stream = t.data.streams[0]
-    unreadable = as_file_table(stream.table.to_pandas().assign(path="/nowhere.mp4"))
-    t.data = replace(t.data, streams=[replace(stream, table=unreadable)])
+    if streaming:
+
+        def none(*_):
+            raise DataError("none of the first 40 has 5 frames")
+
+        monkeypatch.setattr(vae_trainer, "longest_clips", none)
+    else:
+        stream = t.data.streams[0]
+        unreadable = as_file_table(stream.table.to_pandas().assign(path="/nowhere.mp4"))
+        t.data = replace(t.data, streams=[replace(stream, table=unreadable)])
     t.checkpointer.save(t.step)
-    assert "the export of step 0 has the scale of the configuration: the scale of the latents cannot be" in caplog.text
+    reason = "none of the first 40" if streaming else "the scale of the latents cannot be"
+    assert f"the export of step 0 has the scale of the configuration: {reason}" in caplog.text
     assert vae3d.load(tmp_path).scaling_factor == 0.13025
 
 

@@ -20,6 +20,7 @@ from vae3d.checkpoints.state import ResumeError
 from vae3d.data.batches.clips import Unreadable
 from vae3d.data.batches.streaming import StreamingData, StreamingState
 from vae3d.data.loader import TrainingData
+from vae3d.data.media import DataError
 from vae3d.latents.scale import ScaleError, longest_clips, measure, rescaled
 from vae3d.layout import place
 from vae3d.losses.objective import Objective
@@ -270,12 +271,12 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
     def _with_measured_scale(self, weights: Checkpoint) -> tuple[Checkpoint, dict[str, Any]]:
         """The weights with the latent scale of training clips of the largest size, and its statistics."""
         errors: list[tuple[str, str]] = []
-        clips = longest_clips(self.data, self.config.trainer.publish.measure_scale, errors)
         try:
+            clips = longest_clips(self.data, self.config.trainer.publish.measure_scale, errors)
             with eval_mode(self.network):
                 measured = measure(self.network, clips, self.config.run.seed)
                 return rescaled(weights, self.network, measured), {"latents": measured.facts()}
-        except (ScaleError, MetricError) as error:
+        except (ScaleError, MetricError, DataError) as error:
             self.log.warn(f"the export of step {self.step} has the scale of the configuration: {error}")
             return weights, {}
         finally:
