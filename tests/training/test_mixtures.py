@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny
 from tests.training import quick
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d.checkpoints.state import ResumeError
-from vae3d.commands import dry_run
+from vae3d.commands import dry_run, train
 from vae3d.commands.closing import closing
 from vae3d.commands.summary import data_summary, summary
 from vae3d.commands.training_data import build_training_data
+from vae3d.config.issues import ConfigError
 from vae3d.config.schema import TrainConfig
 from vae3d.data.batches.batch_schedule import BatchShape
 from vae3d.data.media import DataError
@@ -107,6 +109,28 @@ def test_memory_and_preflight_take_the_largest_and_the_smallest_batches(whole):
     assert {shape.frames for shape in tried} == {1, 3}
     one = [BatchShape(0, 2, frames, 16, 16) for frames in (1, 2, 5)]
     assert extremes(one) == [one[0], one[2]]
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides"),
+    [
+        ("loss", ["loss=recon_kl_lpips", "loss.terms.lpips.term.net=alex"]),
+        ("validation.slow_metrics", ["loss=recon_kl", "validation.slow_metrics=[lpips_alex]", "validation.every=2"]),
+    ],
+)
+def test_a_bucket_of_the_data_that_is_too_small_is_an_error_before_step_1(shapes, trunks, tmp_path, key, overrides):
+    """data.height and data.width are large enough, but the data's aspect ratios are known only once it is read."""
+    config = tiny.training(
+        "spatial", shapes, "data=buckets", "stage=finetune", "stage.init_from=random", "data.height=32",
+        "data.width=32", "data.frames.max=1", "data.buckets.frames=[1]", "data.buckets.multiple=8",
+        f"data.source.path={shapes}",
+        "validation.frames=1", *overrides, meta_check=True,
+    )  # fmt: skip
+    for start in (lambda: train.build_trainer(config, tmp_path), lambda: dry_run.describe(config)):
+        with pytest.raises(ConfigError, match="24") as error:
+            start()
+        assert [issue.key for issue in error.value.issues] == [key]
+    assert not list(tmp_path.iterdir())
 
 
 def test_preflight_finds_what_only_one_source_would(mixture, tmp_path):

@@ -15,7 +15,7 @@ from vae3d.checkpoints.formats import read_checkpoint
 from vae3d.commands import train_diffusion
 from vae3d.commands.estimate import clips_text, diffusion_needs, estimates
 from vae3d.commands.latent_data import build_latent_data
-from vae3d.commands.meta_check import lacking_weights
+from vae3d.commands.meta_check import check_bucket_sizes, lacking_weights
 from vae3d.commands.step_cost import vae_needs
 from vae3d.commands.summary import data_summary, first_batch, never_reached, summary
 from vae3d.commands.training_data import build_training_data, naming_source
@@ -36,7 +36,8 @@ STEPS = 200  # of which the mean size is taken
 def describe(config: TrainConfig | DiffusionConfig) -> None:
     """Log parts, parameters, shapes, batches and files of a run, and estimates of memory, time and disk.
 
-    Opens the data as training does, and reads the first batch. Raises DataError.
+    Opens the data as training does, and reads the first batch. Raises DataError, and ConfigError as check_bucket_sizes
+    does.
     """
     if isinstance(config, DiffusionConfig):
         describe_diffusion(config)
@@ -52,6 +53,7 @@ def describe_training(config: TrainConfig) -> None:
     world = world_of(config)
     log.info("\n".join([*summary(config, model, world), *first_weights(config, model), *existing_files(config.data)]))
     data = build_training_data(config, 0, world)
+    check_bucket_sizes(config, data.shapes())
     one_each = {stream.source: stream for stream in data.streams}.values()  # the buckets of a source share its files
     lengths = np.concatenate([clip_lengths(stream.table, stream.settings) for stream in one_each])
     log.info("\n".join([*data_summary(config, data), *first_batch(data.clips(0, 1), lengths)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,14 @@ from vae3d.adversarial.gan import Gan
 from vae3d.adversarial.seraena import Seraena
 from vae3d.checkpoints.export import check_final_model, flat_state
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, meta_model, read_checkpoint
-from vae3d.commands import train
+from vae3d.commands import builders
 from vae3d.commands.training_data import clip_sizes, pixel_channels
-from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within
+from vae3d.config.issues import NO_VALUE, ConfigIssue, is_within, raise_if_any
 from vae3d.config.overrides import key_of
 from vae3d.config.sources import of_source, sources_of
 from vae3d.config.validate import training_issues
 from vae3d.data.batches.aspects import AUTO
+from vae3d.data.batches.batch_schedule import BatchShape
 from vae3d.errors import UserError
 from vae3d.latents import scale
 from vae3d.losses.distillation import FeatureDistillation
@@ -56,10 +58,11 @@ Size = tuple[int, int, int]  # frames, height and width of a clip
 
 def issues(config: TrainConfig) -> list[ConfigIssue]:
     """What does not fit between model, stage, losses and data."""
-    found = list(_metric_issues(config))
+    sizes = [size for _, size in _sizes(config)]
+    found = list(_metric_issues(config, sizes))
     with torch.device("meta"):
-        model = built("model", config, train.build_model, found)
-        objective = built("loss", config.loss, train.build_objective, found)
+        model = built("model", config, builders.build_model, found)
+        objective = built("loss", config.loss, builders.build_objective, found)
     if model is None or objective is None:
         return found
     found += [
@@ -75,10 +78,25 @@ def issues(config: TrainConfig) -> list[ConfigIssue]:
     found += [*_frozen_random(config, model), *_weight_issues(objective)]
     weights = [issue for issue in found if issue.weights]  # no reason to leave out the other checks
     found = [issue for issue in found if not issue.weights]
-    return [*weights, *(found or _training_issues(config, model, objective))]
+    return [*weights, *(found or _training_issues(config, model, objective, sizes))]
 
 
-def _training_issues(config: TrainConfig, model: nn.Module, objective: Objective) -> list[ConfigIssue]:
+def check_bucket_sizes(config: TrainConfig, shapes: Sequence[BatchShape]) -> None:
+    """Raises ConfigError for metrics, losses and an adversary that do not take clips of these shapes: with
+    data.buckets.aspects=auto they follow from the data, which `issues` does not know."""
+    sizes = sorted({(shape.frames, shape.height, shape.width) for shape in shapes})
+    if {size for _, size in _sizes(config)}.issuperset(sizes):
+        return
+    with torch.device("meta"):
+        model, objective = builders.build_model(config), builders.build_objective(config.loss)
+    found = [*_metric_issues(config, sizes), *_training_issues(config, model, objective, sizes)]
+    hint = "these are the data's aspect ratios: raise data.height and data.width, or list data.buckets.aspects"
+    raise_if_any([replace(issue, hint=issue.hint or hint) for issue in found if not issue.weights])
+
+
+def _training_issues(
+    config: TrainConfig, model: nn.Module, objective: Objective, sizes: Sequence[Size]
+) -> list[ConfigIssue]:
     """What does not fit between model, teacher, losses and adversary."""
     found: list[ConfigIssue] = []
     teacher = None
@@ -86,7 +104,7 @@ def _training_issues(config: TrainConfig, model: nn.Module, objective: Objective
         if config.teacher.path is not None:
             with torch.device("meta"):
                 teacher = loading.build_from_checkpoint(read_checkpoint(config.teacher.path))
-        distillation = train.build_distillation(config, teacher, model)
+        distillation = builders.build_distillation(config, teacher, model)
     except UserError as error:
         found.append(ConfigIssue("teacher", NO_VALUE, str(error)))
     adversary = built("adversary", config.adversary, loading.instantiate, found)
@@ -95,7 +113,7 @@ def _training_issues(config: TrainConfig, model: nn.Module, objective: Objective
     if distillation is not None:
         found = [*_unread_features(distillation, objective), *_shape_issues(config, model, distillation.teacher)]
     found += [*_replay_issues(config, adversary), *_adaptive_issues(objective, adversary)]
-    return found or list(_step_issues(config, model, objective, adversary, distillation))
+    return found or list(_step_issues(config, model, objective, adversary, distillation, sizes))
 
 
 def built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIssue]) -> Any:
@@ -110,10 +128,10 @@ def built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIs
         return None
 
 
-def _metric_issues(config: TrainConfig) -> Iterator[ConfigIssue]:
+def _metric_issues(config: TrainConfig, sizes: Sequence[Size]) -> Iterator[ConfigIssue]:
     """Metrics of the validation that do not exist, cannot score such clips, or lack their weights; and a best score
     that they do not give."""
-    size, frames = min(min(size[1:]) for _, size in _sizes(config)), config.validation.frames
+    size, frames = min(min(size[1:]) for size in sizes), config.validation.frames
     known = []
     for name in ("metrics", "slow_metrics"):
         key, given = f"validation.{name}", getattr(config.validation, name)
@@ -313,8 +331,9 @@ def _found(key: str, value: Any, find: Callable[[], Any]) -> Iterator[ConfigIssu
 
 def lacking_weights(config: TrainConfig) -> list[str]:
     """Lines on the files of pretrained networks that the run will need and that are not here, for debug=dry."""
+    sizes = [size for _, size in _sizes(config)]
     with torch.device("meta"):
-        found = [*_metric_issues(config), *_weight_issues(train.build_objective(config.loss))]
+        found = [*_metric_issues(config, sizes), *_weight_issues(builders.build_objective(config.loss))]
     if not (names := list(dict.fromkeys(name for issue in found for name in issue.weights))):
         return []
     return ["will need, and not on this machine:", *(f"  {line}" for line in sizes(names)), f"  {fetch_command(names)}"]
@@ -385,10 +404,11 @@ def _step_issues(
     objective: Objective,
     adversary: Adversary,
     distillation: Distillation | None,
+    sizes: Sequence[Size],
 ) -> Iterator[ConfigIssue]:
     """Forward on shapes alone: do the terms apply, and does every trained part get a gradient?"""
     adversary.load(model, torch.device("meta"), config.run.seed, rank=0)
-    sizes = sorted({size for _, size in _sizes(config)})
+    sizes = sorted(set(sizes))
     counts = sorted({size[0] for size in sizes})[:2]  # the two smallest: what holds for two holds for more
     tried = [next(size for size in sizes if size[0] == count) for count in counts]
     tried.append(min(sizes, key=lambda size: min(size[1:])))

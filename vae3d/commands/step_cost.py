@@ -23,7 +23,7 @@ from vae3d import loading
 from vae3d.adversarial.base import NoAdversary, UpdatePhase
 from vae3d.adversarial.replay import ReplayBuffer
 from vae3d.adversarial.seraena import Seraena
-from vae3d.commands import train
+from vae3d.commands import builders
 from vae3d.commands.training_data import frame_counts
 from vae3d.distributed import reduction_elements
 from vae3d.layout import place
@@ -133,10 +133,10 @@ class TrainingStep:
     ) -> None:
         self.config, self.device, data = config, device, config.data
         self.frames, self.height, self.width = size or (frame_counts(data).all()[-1], data.height, data.width)
-        self.model = place(train.build_model(config), device)
-        self.objective = train.build_objective(config.loss).to(device)
+        self.model = place(builders.build_model(config), device)
+        self.objective = builders.build_objective(config.loss).to(device)
         uncached = replace(config, teacher=replace(config.teacher, cache=None))  # noise never comes again
-        self.distillation = train.build_distillation(uncached, teacher, self.model)
+        self.distillation = builders.build_distillation(uncached, teacher, self.model)
         self.student, groups = build_student(config, self.model, self.objective, self.distillation, self.frames)
         self.loss_networks = [t.term.network for t in self.objective.terms.values() if hasattr(t.term, "network")]
         self.adversary = loading.instantiate(config.adversary)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from vae3d.checkpoints.export import lost_settings, size_notes
 from vae3d.checkpoints.formats import Checkpoint, load_weights, read_checkpoint
+from vae3d.commands.builders import build_distillation, build_model, build_objective
 from vae3d.commands.closing import command, curves, longer, shown, start_of
+from vae3d.commands.meta_check import check_bucket_sizes
 from vae3d.commands.summary import data_summary, never_reached, summary
 from vae3d.commands.training_data import build_training_data
 from vae3d.data.batches.held_out import HELD_OUT, write_held_out
@@ -25,7 +27,6 @@ from vae3d.errors import UserError
 from vae3d.latents.scale import longest_clips
 from vae3d.layout import place
 from vae3d.loading import build_from_checkpoint, changed_variant, check_scale, initialize, instantiate, load
-from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.metrics import build_metrics
 from vae3d.models.compiled import compile_blocks
 from vae3d.models.diffusers_vae import DiffusersVAE
@@ -35,58 +36,21 @@ from vae3d.models.registry import is_known
 from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.wan import WanVAE
-from vae3d.precision import DTYPES, set_cudnn_benchmark, slow_conv3d
+from vae3d.precision import set_cudnn_benchmark, slow_conv3d
 from vae3d.pruning.prune import prune
 from vae3d.training.checkpointer import check_may_start, find_checkpoint
 from vae3d.training.linear_code import fit_shortcut
 from vae3d.training.loggers import Loggers, build_loggers
-from vae3d.training.teacher import Distillation
 from vae3d.training.vae_trainer import VaeTrainer
 
 if TYPE_CHECKING:
     from vae3d.config.diffusion import DiffusionConfig
-    from vae3d.config.schema import Loss, TrainConfig
-
-
-def build_model(config: TrainConfig) -> VideoAutoencoder:
-    """With random weights; it codes clips whole with stage.no_micro_batching."""
-    model = instantiate(config.model)
-    if config.stage.no_micro_batching and hasattr(model, "micro_frames"):
-        model.micro_frames = None
-    return model
-
-
-def build_objective(config: Loss) -> Objective:
-    """The loss; terms of weight 0 are built only if they are logged."""
-    terms = {
-        name: WeightedTerm(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
-        for name, term in config.terms.items()
-        if term.weight or term.log
-    }
-    weight = config.pixel_weight and instantiate(config.pixel_weight)
-    return Objective(terms, config.reduction, weight, logvar=config.logvar)
+    from vae3d.config.schema import TrainConfig
 
 
 def loggers_of(config: TrainConfig | DiffusionConfig) -> Loggers:
     other = {name: instantiate(node) for name, node in config.logger.other.items()}
     return build_loggers(config.logger, config.run.root, other)
-
-
-def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: nn.Module) -> Distillation | None:
-    if teacher is None:
-        return None
-    settings = config.teacher
-    return Distillation(
-        teacher,
-        student,
-        dtype=DTYPES[settings.precision],
-        sample=settings.sample,
-        decode=settings.decode,
-        features=settings.features,
-        seed=config.run.seed,
-        cache=settings.cache,
-        cache_gib=settings.cache_gib,
-    )
 
 
 def fit_shortcut_everywhere(
@@ -165,6 +129,7 @@ def build_trainer(config: TrainConfig, folder: Path) -> VaeTrainer:
     resumes = checkpoint is not None
     data = build_training_data(config, accelerator.process_index, accelerator.num_processes)
     check_ranks_agree({**data.fingerprint.digests(), "data: clips per step": data.clips_per_step()})
+    check_bucket_sizes(config, data.shapes())
     shapes = {shape._replace(stream=0) for shape in data.shapes()}
     set_cudnn_benchmark(len(shapes))
     objective = build_objective(config.loss)
