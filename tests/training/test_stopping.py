@@ -66,6 +66,17 @@ def test_a_signal_saves_between_two_steps_and_is_returned(videos, tmp_path, name
     assert name in capfd.readouterr().err
 
 
+def test_a_stopped_run_logs_the_same_means_as_one_that_goes_on(videos, tmp_path):
+    settings = {**LONG, "trainer.log_every": 4}
+    trainer(videos, tmp_path / "whole", **settings).fit()
+    t = trainer(videos, tmp_path / "parts", **settings)
+    at_step(t, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert not t.fit()
+    assert t.step % 4
+    assert trainer(videos, tmp_path / "parts", **settings).fit()
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+
+
 def test_after_sigint_the_next_signal_kills_and_sigterm_may_come_twice():
     with stop_signals(verbose=False) as request:
         os.kill(os.getpid(), signal.SIGTERM)

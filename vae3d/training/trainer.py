@@ -480,7 +480,8 @@ class Trainer(ABC, Generic[Batch]):
         finished, stopped = self.step == trainer.max_steps, self.stopped_by > 0
         self.meter.add(result.metrics, applied=result.applied)
         self.log.advance()
-        if self.step % trainer.log_every == 0 or finished or stopped:
+        # A stop that is saved logs no means: those of the next line are over all of its steps, as without the stop.
+        if self.step % trainer.log_every == 0 or finished or (stopped and not trainer.save_every):
             self.log.scalars(self.step_metrics() | self.perf_metrics(), self.step)
             self.reset_timer()
             if freed := release_idle_memory(self.compact_gib):
