@@ -350,7 +350,8 @@ def test_a_file_that_was_cut_short_is_refused_at_opening(tmp_path, suffix):
     ("suffix", "codec", "pixels"),
     [
         *[("mkv", "ffv1", "yuv420p"), ("avi", "huffyuv", "rgb24"), ("gif", "gif", "rgb8")],
-        ("wmv", "wmv2", "yuv420p"),
+        *[("wmv", "wmv2", "yuv420p"), ("flv", "flv", "yuv420p"), ("mpg", "mpeg2video", "yuv420p")],
+        ("ts", "mpeg2video", "yuv420p"),
     ],
 )
 def test_a_file_whose_second_half_is_zeros_is_refused_at_opening(tmp_path, suffix, codec, pixels):
@@ -362,7 +363,7 @@ def test_a_file_whose_second_half_is_zeros_is_refused_at_opening(tmp_path, suffi
     assert open_media(path).info.num_frames == 6
     for half in (len(whole) // 2, len(whole) // 2 + 1):
         path.write_bytes(whole[:half] + bytes(len(whole) - half))
-        with pytest.raises(MediaError, match=r"zeros from byte \d+ on"):
+        with pytest.raises(MediaError, match=r"ends in \d+ zeros"):
             open_media(path)
 
 

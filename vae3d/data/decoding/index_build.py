@@ -33,9 +33,6 @@ HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic
 MATROSKA_UNIT = Fraction(1, 1000)  # second
 RATES = [Fraction(n) for n in (8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 90, 100, 120)]
 RATES += [Fraction(n * 1000, 1001) for n in (12, 15, 24, 30, 48, 60, 120)]
-MATROSKA_SEGMENT = b"\x18\x53\x80\x67"
-ASF_OBJECTS = (b"0&\xb2u", b"6&\xb2u")  # header and data
-GIF_END = 0x3B
 CHECKED = 8  # frames at the beginning whose order is compared with the timestamps
 
 
@@ -191,7 +188,7 @@ def _lead(file: RangeFile, packet: av.Packet, lead: int) -> int | None:
 
 
 def _check_whole(path: str, file: RangeFile, packets: int, stream: VideoStream, names: set[str]) -> None:
-    """Raise MediaError if the container's header says that the file should be longer."""
+    """Raise MediaError if the container's header says that the file should be longer, or if it ends in zeros."""
     if "mov" in names and packets < len(stream.index_entries):  # an edit list may exclude some
         promised = sum(entry.size > 0 for entry in stream.index_entries)
         if packets < promised:
@@ -199,9 +196,10 @@ def _check_whole(path: str, file: RangeFile, packets: int, stream: VideoStream, 
     end, size = _promised_end(file, names), file.size
     if end is not None and end > size:
         raise MediaError(path, f"is cut short: its header promises {end} bytes, {size} are there")
-    zeros = _zeros(file, names)
-    if zeros is not None:  # whose frames the demuxer skips
-        raise MediaError(path, f"is incomplete: it holds zeros from byte {zeros} on, as an interrupted download leaves")
+    if "mov" not in names and stream.codec_context.name != "rawvideo":  # whose zeros are black
+        count = min((end or size) // 8, 2**16)
+        if not any(file.pread(count, (end or size) - count)):
+            raise MediaError(path, f"is incomplete: it ends in {count} zeros or more, as after an interrupted download")
 
 
 def _promised_end(file: RangeFile, names: set[str]) -> int | None:
@@ -238,60 +236,17 @@ def _promised_end(file: RangeFile, names: set[str]) -> int | None:
     return None
 
 
-def _zeros(file: RangeFile, names: set[str]) -> int | None:
-    """The first byte at which an outer part of the file should begin, and only zeros are; None if there is none."""
-    if "gif" in names:
-        content = file.pread(file.size, 0)
-        offset = _gif_blocks_end(content)
-        return offset if offset + 12 <= len(content) and not any(content[offset:]) else None
-    if not names & {"matroska", "avi", "asf"}:
-        return None
-    offset, end = 0, file.size
-    while offset + 12 <= end and any(head := file.pread(12, offset)):
-        if "avi" in names:  # RIFF, of which there may be several, holds lists and chunks, padded to an even size
-            kind, length = struct.unpack("<4sI", head[:8])
-            if not length or not kind.isascii():
-                return None
-            if kind == b"RIFF":
-                end = min(file.size, offset + 8 + length)
-            offset += 12 if kind == b"RIFF" else 8 + length + length % 2
-            if offset >= end and file.pread(4, end := offset) == b"RIFF":
-                end = file.size
-        elif "asf" in names:  # objects, each with an identifier of 16 bytes
-            length = int.from_bytes(file.pread(8, offset + 16), "little")
-            if length < 24 or not head.startswith(ASF_OBJECTS):  # the data of a live stream; the index behind the data
-                return None
-            offset += length
-        else:  # EBML header, segment, and what is in that
-            start = 9 - head[0].bit_length()
-            width = 9 - head[start].bit_length() if start <= 4 else 9
-            length = int.from_bytes(head[start : start + width], "big") & (1 << 7 * width) - 1
-            if width > 8 or length == (1 << 7 * width) - 1:  # no element, or one of unknown length
-                return None
-            if head[:start] == MATROSKA_SEGMENT:
-                offset, end = offset + start + width, min(file.size, offset + start + width + length)
-            else:
-                offset += start + width + length
-    return offset if offset + 12 <= end else None
-
-
 def _gif_end(content: bytes) -> int | None:
     """End of a GIF in bytes, by the lengths of its blocks; None if it has non-standard blocks."""
-    end = _gif_blocks_end(content)
-    return None if end < len(content) and content[end] != GIF_END else end
-
-
-def _gif_blocks_end(content: bytes) -> int:
-    """The byte of a GIF at which no block begins: its end, or something non-standard."""
     table = lambda offset: 6 << (content[offset] & 7) if content[offset] & 128 else 0  # noqa: E731  bytes of colours
     offset = 13 + table(10)
-    while offset < len(content) and content[offset] != GIF_END:
+    while offset < len(content) and content[offset] != 0x3B:
         if content[offset] == 0x2C and offset + 9 < len(content):  # a picture
             offset += 11 + table(offset + 9)
         elif content[offset] == 0x21:  # an extension
             offset += 2
         else:
-            return offset
+            return None
         while offset < len(content) and content[offset]:
             offset += 1 + content[offset]
         offset += 1
