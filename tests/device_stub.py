@@ -10,6 +10,7 @@ import contextlib
 import traceback
 import weakref
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import vae3d
+
+PACKAGE = f"{Path(vae3d.__file__).parent}/"
 DEVICE, HOST = torch.device("cpu", 0), torch.device("cpu")
 
 # Operators whose result the host needs: the numbers, or the size of the output.
@@ -68,7 +72,7 @@ class DeviceStub:
         """`copy` was made of `source` on the other side."""
 
     def wait(self, why: str) -> None:
-        frames = [f for f in traceback.extract_stack() if "/vae3d/" in f.filename and "/tests/" not in f.filename]
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGE)]
         frames = frames or traceback.extract_stack()[:-3]
         self.waits.append(f"{frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line} ({why})")
 
