@@ -81,11 +81,12 @@ def test_latent_diffusions_layout_round_trips_and_is_what_diffusers_takes_it_for
         inner = vae3d.load(file).module.state_dict()
         assert theirs.keys() == inner.keys()
         assert all(torch.equal(theirs[key].reshape(tensor.shape), tensor) for key, tensor in inner.items())
-    again = vae3d.load(file)
-    assert again.state_dict().keys() == ours.state_dict().keys()
+    again, before = vae3d.load(file), ours.state_dict()
+    after = again.state_dict()
+    assert after.keys() == before.keys()
     folded = {f"module.{name}quant_conv.{kind}" for name in ("", "post_") for kind in ("weight", "bias")}
-    for key, tensor in ours.state_dict().items():
-        assert torch.equal(again.state_dict()[key], tensor) or key in folded, key
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor) or key in folded, key
     assert again.spec.space_stride == size[0]
 
 

@@ -113,7 +113,7 @@ def test_published_files_are_recognised(tmp_path, latents):
     saved = OpenSoraV13VAE(channels=32, multipliers=(1, 2), downsample=(True,), layers=1, latent_channels=latents)
     save_file(saved.state_dict(), tmp_path / "model.safetensors")
     model = vae3d.load(tmp_path / "model.safetensors", micro_frames=9)
-    assert all(torch.equal(tensor, saved.state_dict()[key]) for key, tensor in model.state_dict().items())
+    torch.testing.assert_close(dict(model.state_dict()), dict(saved.state_dict()), rtol=0, atol=0)
     assert model.micro_frames == 9
     assert (model.spec.latents_mean[0] == -0.190169) == (latents == 16)
 

@@ -73,9 +73,10 @@ def test_a_vae_is_fine_tuned_and_put_back_into_its_pipeline(kind, videos, tmp_pa
 
     ours, theirs = vae3d.load(run).double(), Autoencode.from_pretrained(folder).vae.eval()
     assert type(theirs) is type(before)
+    after = theirs.state_dict()
     for key, tensor in before.state_dict().items():  # decoder_only: the latents stay
         changed = key.startswith(("decoder.", "post_quant_conv.")) and tensor.numel() > 1
-        assert torch.equal(tensor, theirs.state_dict()[key]) != changed or "running" in key, key
+        assert torch.equal(tensor, after[key]) != changed or "running" in key, key
     theirs, video = theirs.double(), diffusers_tiny.clip(kind).double()
     with torch.no_grad():
         z = theirs.encode(video).latent_dist.mode()

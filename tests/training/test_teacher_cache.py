@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests import tiny, warm
 from tests.device_stub import check_two_waits
-from tests.training.test_trainer import fresh_accelerate  # noqa: F401
+from tests.training.test_trainer import fresh_accelerate, weights  # noqa: F401
 from vae3d import distributed, loading
 from vae3d.checkpoints.export import write_export
 from vae3d.checkpoints.formats import Checkpoint
@@ -210,10 +210,9 @@ def test_pruning_at_the_start_of_a_run_is_repeatable_and_a_resumed_run_does_not_
     config.stage.train = {"decoder": 1.0}
     caplog.clear()
     second = train.build_trainer(config, tmp_path / "b")
-    encoder = loading.load(larger).encoder.state_dict()
-    assert all(torch.equal(first.network.encoder.state_dict()[key], tensor) for key, tensor in encoder.items())
-    states = [t.network.state_dict() for t in (first, second)]
-    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    encoders = [model.encoder.state_dict() for model in (first.network, loading.load(larger))]
+    torch.testing.assert_close(*map(dict, encoders), rtol=0, atol=0)
+    torch.testing.assert_close(weights(first), weights(second), rtol=0, atol=0)
     first.fit()
     second.log.close()
     config.trainer.max_steps = 5
