@@ -18,7 +18,7 @@ from vae3d.models.spatial import SpatialVAE
 from vae3d.models.taehv import TAEHV
 from vae3d.models.temporal import TemporalVAE
 
-WAN = {"channels": 4, "multipliers": [1, 1], "downsample": [True], "layers": 1}
+WAN = {"channels": 4, "multipliers": [1, 2], "downsample": [True], "layers": 1, "pad_w": "circular"}
 
 
 @pytest.fixture
