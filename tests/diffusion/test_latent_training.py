@@ -304,7 +304,7 @@ def test_samples_come_near_the_data(tmp_path):
     source = latent_runs.pictures(tmp_path / "pictures", size=16)
     vae = latent_runs.vae("spatial", tmp_path / "vae", source / "images.csv", FOUR, size=16)
     cache = latent_runs.cache(source / "images.csv", tmp_path / "cache", vae, size=16)
-    told = [f"vae.path={vae}", f"cache={cache}", "optim.lr=3e-3", "trainer.max_steps=150", "trainer.save_every=0"]
+    told = [f"vae.path={vae}", f"cache={cache}", "optim.lr=4e-3", "trainer.max_steps=90", "trainer.save_every=0"]
     trainer = latent_runs.trainer(tmp_path / "run", *told, "data.batch_size=16")
     real = torch.cat([trainer.data.latents(batch, trainer.device) for batch in trainer.data.batches(0, 4)])
 
