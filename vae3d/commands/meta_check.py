@@ -331,9 +331,9 @@ def _found(key: str, value: Any, find: Callable[[], Any]) -> Iterator[ConfigIssu
 
 def lacking_weights(config: TrainConfig) -> list[str]:
     """Lines on the files of pretrained networks that the run will need and that are not here, for debug=dry."""
-    sizes = [size for _, size in _sizes(config)]
+    clips = [size for _, size in _sizes(config)]
     with torch.device("meta"):
-        found = [*_metric_issues(config, sizes), *_weight_issues(builders.build_objective(config.loss))]
+        found = [*_metric_issues(config, clips), *_weight_issues(builders.build_objective(config.loss))]
     if not (names := list(dict.fromkeys(name for issue in found for name in issue.weights))):
         return []
     return ["will need, and not on this machine:", *(f"  {line}" for line in sizes(names)), f"  {fetch_command(names)}"]
