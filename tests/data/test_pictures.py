@@ -307,6 +307,39 @@ def test_an_image_whose_second_half_is_zeros_is_an_error(tmp_path, suffix):
         open_media(file).read([0])
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_a_photograph_before_other_data_that_ends_with_zeros_is_read(tmp_path, kind):
+    """As phones append a video, whose last box may be padding. A preview in the header is not the photograph."""
+    file, exif, preview = tmp_path / "a.jpg", Image.Exif(), io.BytesIO()
+    image = Image.fromarray(tiny.frames(1, 64, 64)[0])
+    image.resize((16, 16)).save(preview, "JPEG")
+    exif[0x010E] = preview.getvalue()
+    image.save(file, kind, exif=exif, **({"save_all": True, "append_images": [image]} if kind == "MPO" else {}))
+    whole, pixels = file.read_bytes(), open_media(file).read([0])
+    file.write_bytes(whole + b"\0\0\0\x18ftypmp42" + bytes(100))
+    np.testing.assert_array_equal(open_media(file).read([0]), pixels)
+    cut = whole.rindex(b"\xff\xda", 0, len(whole) // (1 + (kind == "MPO"))) + 100  # in the photograph's pixels
+    file.write_bytes(whole[:cut] + bytes(1000))
+    with pytest.raises(MediaError, match=r"a\.jpg: cannot be decoded: it is damaged"):
+        open_media(file).read([0])
+
+
+def test_a_wrong_checksum_counts_only_in_chunks_of_a_png_that_its_pixels_need(tmp_path):
+    file, info = tmp_path / "a.png", PngImagePlugin.PngInfo()
+    info.add(b"teSt", b"a private chunk", after_idat=True)
+    Image.fromarray(tiny.frames(1, 8, 8)[0]).save(file, pnginfo=info)
+    whole, pixels = file.read_bytes(), open_media(file).read([0])
+    for chunk, is_read in ((b"teSt", True), (b"IDAT", False)):
+        start = whole.index(chunk)
+        end = start + 4 + int.from_bytes(whole[start - 4 : start], "big")  # of its content, where the checksum is
+        file.write_bytes(whole[:end] + bytes(4) + whole[end + 4 :])
+        if is_read:
+            np.testing.assert_array_equal(open_media(file).read([0]), pixels)
+        else:
+            with pytest.raises(MediaError, match=r"a\.png: cannot be decoded: it is damaged"):
+                open_media(file)
+
+
 def test_pixels_that_do_not_decode_are_found_when_read(photograph, tmp_path):
     whole = photograph.read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])

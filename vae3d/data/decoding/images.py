@@ -55,7 +55,7 @@ SIGNATURES = {  # first bytes of files that often have the name of an image
 }
 BRANDS = {b"avif": "an AVIF file", b"avis": "an AVIF file", b"heic": "a HEIC file", b"mif1": "a HEIC file"}
 PNG_END = b"IEND"
-JPEG_END = b"\xff\xd9"
+JPEG_PIXELS, JPEG_END = 0xDA, b"\xff\xd9"  # markers
 ZEROS = 64  # bytes at the end of a JPEG that hardly any camera writes
 REDUCED = 254, 1  # TIFF tag NewSubfileType, and its bit for a smaller copy of another page
 ALPHA_MODES = ("RGBA", "LA", "PA", "P", "L", "RGB")  # of Pillow, which converts them to RGBA exactly
@@ -192,7 +192,7 @@ def _check_single(path: str | Path, image: Image.Image) -> None:
 
 
 def _check_undamaged(path: str | Path, image: Image.Image) -> None:
-    """Raise MediaError for a PNG whose checksums are wrong, and a JPEG that ends with zeros instead of its end.
+    """Raise MediaError for a PNG whose checksums are wrong, and a JPEG that ends with zeros and has no end of its own.
 
     Zeros are what an interrupted download leaves in a file of the full size. Pillow decodes them, as black or grey.
     """
@@ -203,22 +203,28 @@ def _check_undamaged(path: str | Path, image: Image.Image) -> None:
         damaged = not _has_checksums(image.fp)
     else:
         image.fp.seek(max(0, image.fp.seek(0, os.SEEK_END) - ZEROS))
-        damaged = not image.fp.read().strip(b"\0")
-        if damaged:  # some programs fill files up
-            image.fp.seek(0)
-            damaged = not image.fp.read().rstrip(b"\0").endswith(JPEG_END)
+        damaged = not image.fp.read().strip(b"\0") and not _has_end(image.fp)
     image.fp.seek(position)
     if damaged:
         raise MediaError(path, "cannot be decoded: it is damaged or incomplete; get it again")
 
 
+def _has_end(file: BinaryIO) -> bool:
+    """Whether the pixels of a JPEG come to their end. Some programs append zeros, or a video that ends with them."""
+    file.seek(2)
+    while len(head := file.read(4)) == 4 and head[0] == 0xFF and head[1] != JPEG_PIXELS:  # a preview has an end, too
+        file.seek(int.from_bytes(head[2:], "big") - 2, os.SEEK_CUR)
+    return JPEG_END in file.read()
+
+
 def _has_checksums(file: BinaryIO) -> bool:
-    """Whether all chunks of a PNG have the CRC-32 that they say, as libpng requires and Pillow does not of pixels."""
+    """Whether the chunks of a PNG have the CRC-32 that they say, as libpng requires of those that pixels need, whose
+    names begin with a capital, and Pillow does not of pixels."""
     file.seek(8)
     while len(head := file.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
         content, checksum = file.read(size), file.read(4)
-        if zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, "big") != checksum:
+        if kind[:1].isupper() and zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, "big") != checksum:
             return False
         if kind == PNG_END:
             return True
