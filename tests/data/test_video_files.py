@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from av.stream import Disposition
+from PIL import Image
 
 from tests import tiny
 from vae3d.data.batches.clips import ClipSettings, read_clip
@@ -169,6 +171,26 @@ def test_mp4_and_matroska_have_the_same_rate(tmp_path):
 
 
 # ---- pictures
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_motion_jpeg_of_a_camera_has_exif_in_its_frames(tmp_path, orientation):
+    """PyAV 18 has no name for Exif as side data: reading ended in a ValueError."""
+    file, exif, image = tmp_path / "a.avi", Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.new("RGB", (32, 16), "red").save(image, "JPEG", exif=exif)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuvj420p"
+        for number in range(3):
+            packet = av.Packet(image.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, number, number, True
+            container.mux(packet)
+    if orientation == 1:
+        assert open_media(file).read(range(3)).shape == (3, 16, 32, 3)
+    else:
+        with pytest.raises(MediaError, match=r"a\.avi: is turned by -90 degrees"):
+            open_media(file)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -76,7 +76,14 @@ def check_frame(path: str | Path, frame: VideoFrame, number: int, size: Size) ->
 
 def orientation_of(path: str, frame: VideoFrame) -> tuple[bool, bool, bool]:
     """Header.orientation from the display matrix of the file."""
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    try:
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError as error:  # PyAV 18 does not know all that a frame may have, such as Exif of a camera's MJPEG
+        if frame.rotation:
+            raise MediaError(
+                path, f"is turned by {frame.rotation} degrees, and has data that PyAV cannot read"
+            ) from error
+        matrix = None
     if matrix is None:
         return False, False, False
     # The stored pixel (x, y) is shown at (a x + c y, b x + d y).
