@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from tests import tiny
@@ -164,6 +164,16 @@ def test_tensors_have_the_permissions_of_any_new_file(tmp_path):
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], torch.ones(2))
     users = [file.name for file in (tiny.ROOT / "vae3d").rglob("*.py") if "save_file" in file.read_text()]
     assert users == ["io.py"]
+
+
+def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
+    metadata = {"format": "pt", "name": 'größe "\n\x01\x7f', "b": "1", "a": "2", "c": "3"}
+    for i in range(10):
+        save_tensors({"z": torch.ones(2), "a": torch.zeros(3, dtype=torch.bfloat16)}, tmp_path / str(i), metadata)
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(10)}) == 1
+    with safe_open(tmp_path / "0", "pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("z"), torch.ones(2))
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):

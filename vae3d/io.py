@@ -212,9 +212,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def save_tensors(tensors: Mapping[str, Any], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """safetensors.torch.save_file into a new file, with the permissions of any new file.
+    """safetensors.torch.save_file into a new file, with the permissions of any new file. Equal values give equal bytes.
 
-    safetensors 0.8 lets only the owner read what it writes (safetensors/safetensors, issue 782).
+    safetensors 0.8 lets only the owner read what it writes (safetensors/safetensors, issue 782), and orders metadata at
+    random.
     """
     from safetensors.torch import save_file
 
@@ -223,6 +224,14 @@ def save_tensors(tensors: Mapping[str, Any], file: Path, metadata: dict[str, str
     save_file(tensors, file, metadata)
     if file.stat().st_mode != mode:
         file.chmod(mode)
+    if metadata:
+        with file.open("r+b") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size)) | {"__metadata__": dict(sorted(metadata.items()))}
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+            assert len(text) == size, "the order of metadata changed the length of the header"
+            stream.seek(8)
+            stream.write(text)
 
 
 @contextmanager
