@@ -45,7 +45,7 @@ FAULTS = {
     "constructor refuses": (["model.temporal.groups=5"], "model", "[8, 8, 16]; each must be a multiple of groups=5"),
     "frames upside down": (["data.frames.min=9", "data.frames.max=5"], "data.frames.max=5", "data.frames.min=9"),
     "size": (["data.height=17"], "data.height=17", "use 16 or 18"),
-    "short side": (["data.short_side=8"], "data.short_side=8", "16"),
+    "short side": (["data.short_side=8", "data.width=32"], "data.short_side=8", "16x32"),
     "panorama of another shape": (["data.panorama=true", "data.height=16", "data.width=16"], "data.width=16", "twice data.height=16"),
     "panorama cropped": (["data.panorama=true", "data.width=32", "data.crop=random"], "data.crop=random", "data.panorama=true"),
     "panorama scaled": (["data.panorama=true", "data.width=32", "data.short_side=64"], "data.short_side=64", "data.panorama=true"),

@@ -151,7 +151,8 @@ def test_files_that_are_enlarged_are_counted(tmp_path, monkeypatch):
     (message,) = tell(ClipSettings(32, 32))
     assert message == "3 of 5 files are smaller than 32x32 and are enlarged; data.min_side skips such files"
     assert tell(ClipSettings(16, 32))[0].startswith("2 of 5 files are smaller than 16x32")  # 4.jpg is 16x64
-    assert tell(ClipSettings(16, 16, short_side=40))[0].startswith("4 of 5 files are smaller than data.short_side=40")
+    assert tell(ClipSettings(16, 16, short_side=40))[0].startswith("4 of 5 files are smaller than 16x16 or data.sh")
+    assert tell(ClipSettings(16, 32, short_side=18))[0].startswith("3 of 5 files are smaller than 16x32 or data.sh")
 
 
 def test_videos_are_counted_where_their_size_is_known(videos, tmp_path):

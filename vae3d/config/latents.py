@@ -122,7 +122,7 @@ RULES = [
          lambda c: c.short_side is not None and c.height is None and c.buckets is None and not c.panorama,
          "scales frames before they are cropped, and nothing crops them", "set height and width, or use null"),
     Rule("short_side",
-         lambda c: None not in (c.short_side, c.height, c.width) and c.short_side < max(c.height, c.width),
+         lambda c: None not in (c.short_side, c.height, c.width) and c.short_side < min(c.height, c.width),
          "is smaller than the crop of {c.height}x{c.width}", "raise it, or use null"),
     Rule("writers", lambda c: c.writers and c.dtype == "bf16", "numpy has no bf16", "use dtype=fp16 or dtype=fp32"),
     Rule("short_side", lambda c: c.panorama and c.short_side is not None,

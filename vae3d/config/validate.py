@@ -190,7 +190,7 @@ BUCKET_RULES = [
 ]
 CLIP_RULES = [
     Rule("data.short_side",
-         lambda c: c.data.short_side is not None and c.data.short_side < max(c.data.height, c.data.width),
+         lambda c: c.data.short_side is not None and c.data.short_side < min(c.data.height, c.data.width),
          "is smaller than the crop of {c.data.height}x{c.data.width}", "raise it, or use null"),
     Rule("data.roll", lambda c: c.data.roll and not c.data.panorama,
          "needs data.panorama=true", "set it, or data.roll=false"),

@@ -268,16 +268,16 @@ def upscaled_notes(
         return []
     needed = f"{settings.height}x{settings.width}"
     if settings.short_side is not None:
-        needed = f"data.short_side={settings.short_side}"
+        needed += f" or data.short_side={settings.short_side}"
     total = f"{known} files" if known == len(height) else f"{known} files (of {len(height)})"
     return [f"{small} of {total} are smaller than {needed} and are enlarged; data.min_side skips such files"]
 
 
 def _enlarged(height: np.ndarray, width: np.ndarray, settings: ClipSettings) -> np.ndarray:
     """[rows] whether a file is smaller than a clip; False where its size is unknown."""
-    if settings.short_side is not None:
-        return np.minimum(height, width) < settings.short_side
-    return ((height < settings.height) | (width < settings.width)) & ~np.isnan(height) & ~np.isnan(width)
+    small = (height < settings.height) | (width < settings.width)
+    small |= np.minimum(height, width) < (settings.short_side or 0)
+    return small & ~np.isnan(height) & ~np.isnan(width)
 
 
 def evenly_spaced(count: int, chosen: int) -> np.ndarray:
