@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, TypedDict
 
 import numpy as np
 import pytest
@@ -92,6 +94,22 @@ def test_a_dict_is_checked_by_its_fields(given, message):
     with pytest.raises(ArgumentError, match=message):
         check_fields(given, Outer, "f")
     check_fields({"inner": {"a": 1}, "b": None, "more": object()}, Outer, "f")
+
+
+@dataclass
+class OfAnExtension:
+    limit: float = float("inf")
+    size: int = None
+    pair: tuple[int, float] = (1, 0)
+    steps: Final[int] = 2
+
+
+def test_defaults_of_a_class_need_no_check_and_a_tuple_has_a_type_per_entry():
+    check_fields(vars(OfAnExtension()), OfAnExtension)
+    check_fields(vars(OfAnExtension(pair=[2, 0.5], steps=3)), OfAnExtension)
+    for wrong in ({"limit": -math.inf}, {"size": 0.5}, {"pair": (0.5, 2)}, {"pair": (1, "x")}):
+        with pytest.raises(ArgumentError, match=f"^{next(iter(wrong))}"):
+            check_fields(vars(OfAnExtension(**wrong)), OfAnExtension)
 
 
 def test_every_model_of_conf_may_be_named_by_a_file_and_checks_its_arguments():

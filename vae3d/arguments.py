@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -120,7 +120,8 @@ def annotations_of(function: Any) -> dict[str, Any]:
 
 
 def check_fields(given: Any, fields: type, source: str = "", key: str = "") -> None:
-    """Check the entries of a dict against a TypedDict or a dataclass; entries without a field are ignored.
+    """Check the entries of a dict against a TypedDict or a dataclass; entries without a field, and a field's default
+    itself, are not checked.
 
     source, key: the file, and the key of the dict in it, for errors.
     Raises ArgumentError for a wrong value, and for a missing one that a TypedDict requires.
@@ -136,7 +137,7 @@ def check_fields(given: Any, fields: type, source: str = "", key: str = "") -> N
                 raise ArgumentError(f"{where}{full} is missing; give {describe(kind)}")
         elif typing.is_typeddict(kind):
             check_fields(given[name], kind, source, full)
-        else:
+        elif given[name] is not getattr(fields, name, MISSING):
             check_value(given[name], kind, f"{where}{full}")
 
 
@@ -167,11 +168,12 @@ def _find_mismatch(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
     if origin in (Sequence, list, tuple):
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             return this
-        for i, entry in enumerate(value):
-            if mismatch := _find_mismatch(entry, inner[0]):
+        each = inner if origin is tuple and len(inner) == len(value) and ... not in inner else len(value) * inner[:1]
+        for i, (entry, kind_of_entry) in enumerate(zip(value, each, strict=True)):
+            if mismatch := _find_mismatch(entry, kind_of_entry):
                 return f"[{i}]{mismatch[0]}", *mismatch[1:]
         return None
-    if origin is not None and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             return this
         keys, values = inner or (Any, Any)
