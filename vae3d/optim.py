@@ -25,5 +25,5 @@ def adamw(params: Iterable[Any], settings: AdamWSettings, device: torch.device |
     step, see schedules.learning_rate.
     """
     fused = device is not None and device.type in FUSED
-    betas, eps, decay = tuple(settings.betas), settings.eps, settings.weight_decay
-    return torch.optim.AdamW(params, betas=betas, eps=eps, weight_decay=decay, fused=fused)
+    betas = tuple(map(float, settings.betas))  # torch refuses an integer beside a float, such as [0, 0.99]
+    return torch.optim.AdamW(params, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=fused)

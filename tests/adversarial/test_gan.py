@@ -307,8 +307,10 @@ def test_the_preflight_takes_the_memory_of_both_optimizers(config, tmp_path):
 
 def test_the_discriminators_learning_rate_is_of_its_own_steps(config, tmp_path):
     t = with_gan(
-        config, tmp_path, start=4, discriminator_start=2, lr=0.1, warmup_steps=2, schedule="cosine", max_steps=8
-    )
+        config, tmp_path, start=4, discriminator_start=2, lr=0.1, warmup_steps=2, schedule="cosine", max_steps=8,
+        betas=[0, 0.99],
+    )  # fmt: skip
+    assert t.adversary.optimizer.param_groups[0]["betas"] == (0.0, 0.99)
     rates = []
     for step in range(8):
         t.train_step(clips_of(t, step))
