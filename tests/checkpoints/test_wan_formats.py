@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderKLWan
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensorMode
 
 import vae3d
 from tests import tiny
@@ -17,6 +18,7 @@ from tests.checkpoints.test_formats import assert_equal_states
 from tests.models import wan
 from tests.training.test_trainer import fresh_accelerate  # noqa: F401
 from vae3d import loading
+from vae3d.checkpoints import export
 from vae3d.checkpoints.export import FLAT_LAYOUTS, WRITERS, to_layout, write_export, write_flat
 from vae3d.checkpoints.formats import Checkpoint, CheckpointError, read_checkpoint
 from vae3d.checkpoints.wan import from_diffusers, to_diffusers
@@ -86,6 +88,16 @@ def test_measured_constants_are_folded_for_programs_that_apply_the_published_one
     assert_same_normalized_latents(saved, model)
     write_flat(saved, {"wan": "native"}.get(layout, layout), tmp_path / "flat.pt")
     assert_equal_states(read_checkpoint(tmp_path / "flat.pt").state, model.state_dict())
+
+
+def test_constants_are_folded_into_weights_on_a_gpu(tmp_path):
+    saved = checkpoint("wan", tmp_path, latents_std=[2.0] * wan.STYLES["wan"]["latent_channels"])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {name: torch.empty(tensor.shape, device="cuda") for name, tensor in saved.state.items()}
+    folded = export._with_published_constants(replace(saved, state=state), "wan")
+    assert {name for name in state if folded[name] is not state[name]} == {
+        "conv1.weight", "conv1.bias", "conv2.weight", "conv2.bias",
+    }  # fmt: skip
 
 
 def test_published_constants_leave_the_weights_as_they_are(tmp_path):

@@ -447,7 +447,7 @@ def _fold(state: State, quant: str, post_quant: str, gain: Tensor, offset: Tenso
     if (gain == 1).all() and (offset == 0).all():
         return state
     quant_w, quant_b, post_w, post_b = (
-        state[f"{name}.{kind}"].double() for name in (quant, post_quant) for kind in ("weight", "bias")
+        state[f"{name}.{kind}"].cpu().double() for name in (quant, post_quant) for kind in ("weight", "bias")
     )
     kernel = [1] * (quant_w.ndim - 2)
     both = torch.cat([gain, torch.ones_like(gain)])  # mean * gain, log-variance + 2 ln gain
