@@ -40,7 +40,7 @@ from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.models.interface import nearest_frames, share_frames
-from vae3d.pretrained.weights import WeightsMissing, fetch_command, find, search_path, sizes
+from vae3d.pretrained.weights import WeightsMissing, fetch_command, file_lines, find, search_path
 from vae3d.pruning.layers import PruningError
 from vae3d.pruning.match import match_layers
 from vae3d.schedules import ALL_ON
@@ -336,7 +336,11 @@ def lacking_weights(config: TrainConfig) -> list[str]:
         found = [*_metric_issues(config, clips), *_weight_issues(builders.build_objective(config.loss))]
     if not (names := list(dict.fromkeys(name for issue in found for name in issue.weights))):
         return []
-    return ["will need, and not on this machine:", *(f"  {line}" for line in sizes(names)), f"  {fetch_command(names)}"]
+    return [
+        "will need, and not on this machine:",
+        *(f"  {line}" for line in file_lines(names)),
+        f"  {fetch_command(names)}",
+    ]
 
 
 def missing_weights(config: TrainConfig, found: Sequence[ConfigIssue]) -> ConfigIssue:
@@ -345,7 +349,7 @@ def missing_weights(config: TrainConfig, found: Sequence[ConfigIssue]) -> Config
     names = list(dict.fromkeys(name for issue in found for name in issue.weights))
     lines = [
         "pretrained networks are not on this machine",
-        *sizes(names),
+        *file_lines(names),
         f"searched {', '.join(map(str, search_path()))}",
         f"fetch on a connected machine: {fetch_command(names)}",
     ]

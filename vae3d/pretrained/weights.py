@@ -211,7 +211,7 @@ def _candidates(files: list[WeightFile]) -> Iterator[tuple[Path, WeightFile]]:
                 yield Path(cached), file
 
 
-def sizes(names: Sequence[str]) -> list[str]:
+def file_lines(names: Sequence[str]) -> list[str]:
     """A line for each file: its name, size and uses."""
     files = [FILES[name] for name in names]
     return [
