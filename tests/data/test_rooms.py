@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from vae3d.arguments import ArgumentError
 from vae3d.commands.summary import data_summary
 from vae3d.commands.training_data import build_training_data
 from vae3d.data.batches.clips import ClipSettings
@@ -131,6 +132,13 @@ def data_of(rendered, name: str, *overrides: str):
     ]
     source = [f"data={name}", f"data.source.root={rendered}", "stage.init_from=random", "loss=recon_kl"]
     return build_training_data(tiny.training("temporal_vae", rendered, *small, *source, *overrides), 0, 1)
+
+
+@pytest.mark.parametrize("wrong", ["val_areas=5", "val_areas=area0", "min_frames=x"])
+def test_a_source_of_a_wrong_type_names_the_key(rendered, wrong):
+    key, value = wrong.split("=")
+    with pytest.raises(ArgumentError, match=rf"data\.source\.{key} is '?{value}"):
+        data_of(rendered, "erp_rooms", f"data.source.{wrong}")
 
 
 def test_the_start_of_a_run_tells_of_rooms_and_areas(rendered):

@@ -1,11 +1,13 @@
-"""Model, losses and teacher of a training configuration."""
+"""Model, losses, teacher and data sources of a training configuration."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from vae3d.arguments import ArgumentError
 from vae3d.loading import instantiate
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.models.interface import VideoAutoencoder
@@ -50,3 +52,11 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
         cache=settings.cache,
         cache_gib=settings.cache_gib,
     )
+
+
+def build_source(node: Mapping[str, Any]) -> Any:
+    """What lists the files, as data.source describes it. Raises ArgumentError, with the key, and DataError."""
+    try:
+        return instantiate(node)
+    except ArgumentError as error:
+        raise ArgumentError(f"data.source.{error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vae3d.arguments import check_arguments
 from vae3d.data.decoding.images import IMAGE_SUFFIXES, is_sequence, number_matcher
 from vae3d.data.decoding.readers import VIDEO_SUFFIXES, is_media
 from vae3d.data.media import DataError, MediaError
@@ -29,6 +30,7 @@ class Folder:
     Of a URL, every video and image under it. There, a `*` stands for any characters, and {000..999} for numbers.
     """
 
+    @check_arguments
     def __init__(self, path: str | Path) -> None:
         path = local_name(str(path)) or path
         self.path = path if is_stored(path) else Path(path)

@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vae3d.arguments import check_arguments
 from vae3d.data.media import DataError, StreamItem
 from vae3d.data.sources.dataset_rows import (
     IMAGE,
@@ -63,6 +64,7 @@ class HuggingFace:
     not fit a disk. shuffle: rows that each worker keeps in memory, to draw from.
     """
 
+    @check_arguments
     def __init__(
         self,
         path: str | Path,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vae3d.arguments import check_arguments
 from vae3d.data.decoding.images import IMAGE_SUFFIXES, is_sequence
 from vae3d.data.decoding.readers import is_image
 from vae3d.data.media import DataError
@@ -32,6 +33,7 @@ class ImageFolder:
     `notes`: counts, and what is skipped because it is no image.
     """
 
+    @check_arguments
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
         self.path, self.root = path if is_stored(path) else Path(path), root
         self.notes: list[str] = []

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from vae3d.arguments import check_arguments
 from vae3d.data.media import DataError
 from vae3d.data.sources.table_files import JsonLines, kind_of, of_copy, read_entries
 from vae3d.data.storage.paths import folder_of, is_stored
@@ -49,6 +50,7 @@ class JsonClips:
     hash of the path decides, so a video stays in its split when the list grows. None: data.num_val_files applies.
     """
 
+    @check_arguments
     def __init__(self, path: str | Path, root: str | Path | None = None, val_share: float | None = 0.02) -> None:
         if val_share is not None and not 0 < val_share < 1:
             raise DataError(f"data.source.val_share is {val_share:g}; use a share above 0 and below 1, or null")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vae3d.arguments import check_arguments
 from vae3d.data.decoding.images import SEQUENCE_RATE, number_matcher
 from vae3d.data.media import DataError
 from vae3d.data.sources.local_files import report_unlisted
@@ -25,6 +26,7 @@ class ErpRooms:
     min_frames: rooms with fewer are skipped, and counted in `notes`.
     """
 
+    @check_arguments
     def __init__(
         self,
         root: str | Path,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vae3d.arguments import check_arguments
 from vae3d.data.media import DataError
 from vae3d.data.sources.table_files import ERROR, read_table
 from vae3d.data.storage.paths import folder_of, is_stored
@@ -22,6 +23,7 @@ class Table:
     of its file; num_frames is the whole file's nevertheless.
     """
 
+    @check_arguments
     def __init__(self, path: str | Path, root: str | Path | None = None) -> None:
         self.path = path if is_stored(path) else Path(path)
         self.root = root if root is not None else folder_of(path)

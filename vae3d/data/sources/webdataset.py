@@ -22,6 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vae3d.arguments import check_arguments
 from vae3d.data.decoding.readers import is_image, is_media
 from vae3d.data.media import DataError, MediaError, StreamItem
 from vae3d.data.sources.local_files import files_under
@@ -67,6 +68,7 @@ class WebDataset:
     memory, to draw from.
     """
 
+    @check_arguments
     def __init__(
         self,
         path: str | Path | Sequence[str],
