@@ -140,3 +140,4 @@ def test_columns_line_up():
 
 def test_a_name_in_a_table_does_not_reach_the_terminal_as_an_escape_sequence():
     assert text_table(["name"], [["\x1b[2Ja\nb\x07"]]).splitlines()[2:] == [r"\x1b[2Ja\nb\x07"]
+    assert text_table(["\x1b[2Ja"], []).splitlines()[0] == r"\x1b[2Ja"

@@ -10,8 +10,9 @@ from vae3d.errors import escape
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str] | None]) -> str:
     """Align columns to their widest cell, the first to the left, the others to the right; a row of None is a rule.
 
-    Control characters are escaped, since a row may be named as a file is.
+    Control characters are escaped, since a row or a column may be named as a file is.
     """
+    head = [*map(escape, head)]
     rows = [row if row is None else [*map(escape, row)] for row in rows]
     cells = [head, *(row for row in rows if row is not None)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
