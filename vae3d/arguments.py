@@ -168,9 +168,9 @@ def _find_mismatch(value: Any, kind: Any) -> tuple[str, Any, Any] | None:
     if origin in (Sequence, list, tuple):
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
             return this
-        each = inner if origin is tuple and len(inner) == len(value) and ... not in inner else len(value) * inner[:1]
-        for i, (entry, kind_of_entry) in enumerate(zip(value, each, strict=True)):
-            if mismatch := _find_mismatch(entry, kind_of_entry):
+        has_own_kinds = origin is tuple and ... not in inner and len(inner) == len(value)  # as of tuple[int, float]
+        for i, entry in enumerate(value):
+            if mismatch := _find_mismatch(entry, inner[i if has_own_kinds else 0]):
                 return f"[{i}]{mismatch[0]}", *mismatch[1:]
         return None
     if isinstance(origin, type) and issubclass(origin, Mapping):

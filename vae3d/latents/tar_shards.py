@@ -99,7 +99,8 @@ class TarEntries:
         """The entries of a tar, a pattern of tars, a folder of them, or their index, and their rows of index.csv."""
         name = str(path)
         try:
-            table, tars, *_ = open_shard_index([name], Settings("latents"), scan=latent_rows)
+            opened = open_shard_index([name], Settings("latents"), scan=latent_rows)
+            table, tars = opened.table, opened.shards
             index = pd.DataFrame(
                 [_parse(text) for text in table["row"].to_pylist()], columns=list(annotations_of(IndexRow))
             )

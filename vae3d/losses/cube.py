@@ -55,7 +55,7 @@ class CubeLPIPS(LPIPS):
         frame_batch: int = 24,
         gradient_checkpointing: bool = True,
     ) -> None:
-        self.size = size
+        self.size = size  # before LPIPS checks all fields
         super().__init__(net=net, path=path, frame_batch=frame_batch, gradient_checkpointing=gradient_checkpointing)
 
     def errors(self, rec: Tensor, batch: ClipBatch) -> Tensor:
