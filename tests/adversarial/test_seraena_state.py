@@ -287,7 +287,7 @@ def test_pixels_that_no_trained_part_makes_are_refused():
     ("override", "message"),
     [
         ("adversary.wieght=2", "adversary.wieght: is not an argument of vae3d.adversarial.seraena.Seraena; did you mean adversary.weight?"),
-        ("adversary.norm=layer", "adversary: cannot be built: ArgumentError: adversary.norm is 'layer'; give one of batch, group"),
+        ("adversary.norm=layer", "adversary: cannot be built: adversary.norm is 'layer'; give one of batch, group"),
         ("adversary.context_channels=16", "adversary: a clip of 1 frame of 16x16 fails: the latents have 4 channels, adversary.context_channels is 16; set it to 4"),
     ],
 )  # fmt: skip

@@ -136,8 +136,8 @@ def test_means_and_samples_alone_can_be_kept(photos, tmp_path):
     noise = (samples[2].z - kept.mean) / kept.std
     assert 0.8 < noise.std() < 1.2
     for folder, mode, message in [
-        ("means", "sample", "mode is sample, but .* stores mean; use mean"),
-        ("samples", "mean", "stores sample; use sample"),
+        ("means", "sample", "mode=sample: .* stores mean; use mode=mean$"),
+        ("samples", "mean", "mode=mean: .* stores sample; use mode=sample, in a training vae.sample=true"),
     ]:
         with pytest.raises(CacheError, match=message):
             LatentCache(tmp_path / folder, mode=mode)

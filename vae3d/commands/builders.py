@@ -29,11 +29,13 @@ def build_model(config: TrainConfig) -> VideoAutoencoder:
 def build_objective(config: Loss) -> Objective:
     """The loss; terms of weight 0 are built only if they are logged."""
     terms = {
-        name: WeightedTerm(instantiate(term.term), term.weight, tuple(term.ramp), term.log, term.reduction)
+        name: WeightedTerm(
+            _named(f"loss.terms.{name}.term", term.term), term.weight, tuple(term.ramp), term.log, term.reduction
+        )
         for name, term in config.terms.items()
         if term.weight or term.log
     }
-    weight = config.pixel_weight and instantiate(config.pixel_weight)
+    weight = config.pixel_weight and _named("loss.pixel_weight", config.pixel_weight)
     return Objective(terms, config.reduction, weight, logvar=config.logvar)
 
 
@@ -56,7 +58,12 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
 
 def build_source(node: Mapping[str, Any]) -> Any:
     """What lists the files, as data.source describes it. Raises ArgumentError, with the key, and DataError."""
+    return _named("data.source", node)
+
+
+def _named(key: str, node: Mapping[str, Any]) -> Any:
+    """The object of a node that stands at `key`, which its ArgumentErrors name."""
     try:
         return instantiate(node)
     except ArgumentError as error:
-        raise ArgumentError(f"data.source.{error}") from error
+        raise ArgumentError(f"{key}.{error}") from error

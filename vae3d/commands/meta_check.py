@@ -124,7 +124,8 @@ def built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIs
         first: BaseException = error
         while first.__cause__ is not None:
             first = first.__cause__
-        found.append(ConfigIssue(key, NO_VALUE, f"cannot be built: {type(first).__name__}: {first}"))
+        said = str(first) if isinstance(first, UserError) else f"{type(first).__name__}: {first}"
+        found.append(ConfigIssue(key, NO_VALUE, f"cannot be built: {said}"))
         return None
 
 

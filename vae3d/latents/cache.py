@@ -183,7 +183,8 @@ class LatentCache(Dataset[Latent]):
         store = self.meta["store"]
         possible = {"moments": ("sample", "mean"), "mean": ("mean",), "sample": ("sample",)}[store]
         if mode is not None and mode not in possible:
-            raise CacheError(f"mode is {mode}, but {self.name} stores {store}; use {' or '.join(possible)}")
+            in_training = ", in a training vae.sample=true" if mode == "mean" else ""
+            raise CacheError(f"mode={mode}: {self.name} stores {store}; use mode={possible[0]}{in_training}")
         return mode or possible[0]
 
 
