@@ -402,7 +402,10 @@ def test_settings_of_the_loss_are_checked(videos):
         ("loss.pixel_weight.floor=2", "loss.pixel_weight.floor is 2; give a finite number from 0 to 1"),
         ("loss.pixel_weight.blend=null", "loss.pixel_weight.blend is None; give a finite number from 0 to 1"),
         ("loss.terms.cube_l1.term.size=x", "loss.terms.cube_l1.term.size is 'x'; give an integer from 1"),
-        ("loss.terms.edge.term.normalize=no_thanks", "loss.terms.edge.term.normalize is 'no_thanks'; give true or false"),
+        (
+            "loss.terms.edge.term.normalize=no_thanks",
+            "loss.terms.edge.term.normalize is 'no_thanks'; give true or false",
+        ),
     ]:
         with pytest.raises(ConfigError, match=message):
             check_training(tiny.compose(*overrides, wrong))

@@ -122,7 +122,7 @@ def built(key: str, node: Any, build: Callable[[Any], Any], found: list[ConfigIs
         return build(node)
     except (InstantiationException, ValueError) as error:
         first: BaseException = error
-        while first.__cause__ is not None:
+        while first.__cause__ is not None and not isinstance(first, UserError):
             first = first.__cause__
         said = str(first) if isinstance(first, UserError) else f"{type(first).__name__}: {first}"
         found.append(ConfigIssue(key, NO_VALUE, f"cannot be built: {said}"))
