@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -26,6 +27,7 @@ from vae3d.data.decoding import readers
 from vae3d.data.decoding.readers import media_info
 from vae3d.data.loader import check_files_exist, read_tables
 from vae3d.data.media import DataError, MediaError
+from vae3d.data.sources import folder
 from vae3d.data.sources.folder import Folder, files_under
 from vae3d.data.sources.rooms import ErpRooms
 from vae3d.data.sources.table import Table
@@ -191,6 +193,22 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
     for source in (sources[0], sources[2], sources[3], WebDataset(tmp_path / "disk")):
         with pytest.raises(DataError, match=r"lost\+found cannot be listed"):
             source.table()
+
+
+def test_a_folder_warns_of_images_and_videos_that_cannot_be_read(monkeypatch, tmp_path, videos):
+    shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
+    (tmp_path / "a.txt").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(Folder(tmp_path).table()["path"]) == [str(tmp_path / "a.mp4")]
+    for name in ("b.HEIC", "c.heic", "d.mxf", ".e.heic"):
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match=rf"^{tmp_path}: left out.*: 2 .heic, 1 .mxf;"):
+        assert len(Folder(tmp_path).table()) == 1
+    stored = ["s3://bucket/clips/a.mp4", "s3://bucket/clips/b.avif"]
+    monkeypatch.setattr(folder, "find_objects", lambda url: stored)
+    with pytest.warns(UserWarning, match=r"^s3://bucket/clips: left out.*: 1 .avif;"):
+        assert len(Folder("s3://bucket/clips").table()) == 1
 
 
 def test_missing_facts_are_probed_once_and_kept(videos, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -427,6 +428,18 @@ def test_no_escape_sequence_of_a_name_reaches_the_terminal_or_the_log(tmp_path, 
     console.show("first\n\x1b]0;title\x07.mp4")
     line = "first\n\\x1b]0;title\\x07.mp4\n"
     assert (capsys.readouterr().out, (tmp_path / "log").read_text()) == (2 * line, line)
+
+
+def test_a_warning_of_ours_is_a_line_and_others_say_where_they_come_from():
+    ours = console.format_warning("of \x1b[0m.mp4", UserWarning, console.__file__, 1)
+    assert ours == "warning: of \\x1b[0m.mp4\n"
+    assert console.format_warning("theirs", UserWarning, "torch.py", 1) == "torch.py:1: UserWarning: theirs\n"
+    before = warnings.formatwarning
+    try:
+        console.exit_on_user_error(lambda: None)
+        assert warnings.formatwarning is console.format_warning
+    finally:
+        warnings.formatwarning = before
 
 
 def test_a_log_file_on_a_full_disk_lacks_lines_without_a_traceback(capsys):

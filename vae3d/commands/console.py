@@ -7,16 +7,20 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import vae3d
 from vae3d.errors import UserError, escape_lines
 from vae3d.io import open_nofollow
 from vae3d.text import is_utf8
 
 R = TypeVar("R")
+PACKAGE = os.path.dirname(vae3d.__file__)
+_format_warning = warnings.formatwarning
 # Errors of the disk, or of a path that the user gave; other OSErrors are bugs and keep their traceback.
 UNWRITABLE = {
     *(errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EFBIG, errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
@@ -99,13 +103,24 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
+def format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of vae3d as a line of its own, with names of files escaped; others as Python shows them, with the code
+    that they come from."""
+    if filename.startswith(PACKAGE):
+        return f"warning: {escape_lines(str(message))}\n"
+    return _format_warning(message, category, filename, lineno, line)
+
+
 def exit_on_user_error(run: Callable[[], R]) -> R:
-    """Call run(); for a UserError, a path that cannot be written or is not UTF-8, or text that the terminal cannot
-    show, print one message and exit with status 2.
+    """Call run(), and show our warnings as lines. For a UserError, a path that cannot be written or is not UTF-8, or
+    text that the terminal cannot show, print one message and exit with status 2.
 
     In a sweep the job ends with an error that Hydra prints without a traceback, and the next job runs.
     VAE3D_TRACEBACK=1 shows the traceback.
     """
+    warnings.formatwarning = format_warning
     try:
         return run()
     except (UserError, OSError, UnicodeEncodeError) as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
 from glob import escape, glob
 from pathlib import Path
 
@@ -16,11 +19,13 @@ from vae3d.data.media import DataError, MediaError
 from vae3d.data.sources.dataset_rows import how_to_download
 from vae3d.data.sources.local_files import files_under, report_unlisted
 from vae3d.data.sources.webdataset import TAR, is_tar
-from vae3d.data.storage.paths import is_stored, local_name, split_member
+from vae3d.data.storage.paths import is_stored, local_name, split_member, suffix_of
 from vae3d.data.storage.stores import find_objects, list_urls
 from vae3d.data.table.rows import Listing, absolute_paths
 
 ARCHIVES = (".zip", ".gz", ".7z", ".rar")
+UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw")
+UNREAD_VIDEOS = (".mxf", ".f4v", ".rm", ".rmvb", ".divx", ".y4m", ".yuv", ".h264", ".264", ".hevc", ".265", ".ivf")
 
 
 class Folder:
@@ -57,12 +62,22 @@ class Folder:
                 )
             names, top = [self.path.name], self.path.parent
         elif self.path.is_dir():
-            names, top = [name for name in files_under(self.path) if is_media(name)], self.path
+            files, top = files_under(self.path), self.path
+            names = [name for name in files if is_media(name)]
+            report_unread(self.path, files)
         else:
             raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
         if not names:
             raise DataError(f"{self.path} holds no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
         return Listing(absolute_paths(top, names), names)
+
+
+def report_unread(top: str | Path, names: Iterable[str]) -> None:
+    """Warn of images and videos of kinds that nothing here reads, such as .heic: they are left out."""
+    kinds = Counter(suffix for name in names if (suffix := suffix_of(name)) in UNREAD_IMAGES + UNREAD_VIDEOS)
+    if kinds:
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        warnings.warn(f"{top}: left out, because nothing here reads such files: {counts}; convert them", stacklevel=2)
 
 
 def objects_under(url: str) -> tuple[list[str], list[str]]:
@@ -80,6 +95,7 @@ def objects_under(url: str) -> tuple[list[str], list[str]]:
         raise DataError(str(error)) from error
     names = [path.removeprefix(f"{top}/") for path in found]
     chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not re.search(r"(^|/)\.", name)]
+    report_unread(url, found)
     if not chosen:
         hint = "; of its tars, which have no index.arrow, give a pattern, such as {000..999}.tar"
         tars = hint if any(map(is_tar, found)) else ""

@@ -28,7 +28,7 @@ def report_unlisted(error: OSError, top: str | Path = "") -> None:
     if path == str(top) or not isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
         raise DataError(f"{path} cannot be listed: {error.strerror}") from error
     if isinstance(error, PermissionError):
-        warnings.warn(f"{path} cannot be listed ({error.strerror}); its files are left out", stacklevel=2)
+        warnings.warn(f"{path} cannot be listed ({error.strerror}); its files are left out", stacklevel=1)
 
 
 def _is_left_out(here: str, name: str) -> bool:
