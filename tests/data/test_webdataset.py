@@ -315,6 +315,14 @@ def test_malformed_tars_are_errors_that_name_them(tmp_path, name):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("pattern", ["a.mp4", "*"])
+def test_a_file_of_another_name_is_no_shard(tmp_path, pattern):
+    write_tar(tmp_path / "0.tar", samples(1))
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    with pytest.raises(DataError, match=rf"^{tmp_path / 'a.mp4'} is no tar"):
+        WebDataset(tmp_path / pattern).table()
+
+
 def test_a_sparse_member_is_an_error(tmp_path):
     info = tarfile.TarInfo("a.mp4")
     info.pax_headers = {

@@ -54,7 +54,7 @@ class Sample(NamedTuple):
 
 
 def find_shard(path: str) -> Shard:
-    """A tar file as it is now. Raises DataError if it does not exist."""
+    """A tar file as it is now. Raises DataError if it does not exist, or its name is that of another file."""
     if path.lower().endswith(COMPRESSED_TAR):
         raise DataError(f"{path} is compressed; single samples can be read of plain tars only: decompress it")
     if is_url(path):
@@ -72,6 +72,8 @@ def find_shard(path: str) -> Shard:
         ) from error
     if not S_ISREG(stat.st_mode):  # to open a pipe would wait for ever
         raise DataError(f"{path} is no file, but a folder, a pipe or a device")
+    if not path.lower().endswith(".tar"):
+        raise DataError(f"{path} is no tar: its name does not end in .tar")
     member_path(path, 0, 0, "x")
     return Shard(os.path.abspath(path), stat.st_size, f"mtime:{stat.st_mtime_ns}")
 
