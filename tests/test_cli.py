@@ -20,7 +20,8 @@ import vae3d
 from tests import tiny
 from vae3d.checkpoints.export import WRITERS
 from vae3d.commands import bench_data, check_data, cli, fetch_weights, flags, help
-from vae3d.config.schema import CONF
+from vae3d.config.fields import fields_of
+from vae3d.config.schema import CONF, Frames, LossTerm, TrainConfig
 from vae3d.metric_names import PRESET_METRICS, SUMMARIES
 from vae3d.metrics import METRICS, PRESETS
 
@@ -167,8 +168,9 @@ def test_help_and_errors_of_flags_and_keys_need_no_torch_tables_or_readers(tmp_p
 def test_the_help_of_a_configured_command_is_the_one_that_hydra_prints_without_groups_of_other_commands(
     capsys, monkeypatch
 ):
-    """Hydra's own takes two seconds."""
+    """Hydra's own takes two seconds. Ours has comments besides."""
     ours = help.help_text("train", ["model=wan", "stage=finetune"]).splitlines()
+    ours = [line for line in ours if not line.lstrip().startswith("#")]
     monkeypatch.setattr(sys, "argv", ["train.py", "model=wan", "stage=finetune", "--help"])
     monkeypatch.setattr(
         "hydra._internal.hydra.configure_log", lambda *_: None
@@ -179,6 +181,19 @@ def test_the_help_of_a_configured_command_is_the_one_that_hydra_prints_without_g
     others = [line for line in theirs if re.match("(denoiser|latent_experiment|process): ", line)]
     assert len(others) == 3
     assert ours == [line for line in theirs[:-1] if line not in others]
+
+
+def test_help_says_above_each_key_what_it_means_and_may_be():
+    of_term = ["loss:", "  terms:", "    l1:", "      term:", "        weight: 7", "      weight: 1.0"]
+    lines = ["data:", "  frames:", "    max: 3", *of_term, "optim:", "  betas:", "  - 0.9", "  lr: 1.0"]
+    found = list(help.explained(lines, TrainConfig))
+    assert [line for line in found if "#" not in line] == lines
+    above = dict(zip(found[1:], found, strict=False))
+    assert above["    max: 3"] == f"    # {fields_of(Frames)['max'].description} [an integer]"
+    assert above["      weight: 1.0"] == f"      # {fields_of(LossTerm)['weight'].description} [a number of at least 0]"
+    assert above["  lr: 1.0"].endswith("[a number above 0]")
+    assert above["        weight: 7"] == "      term:"  # an argument of a class
+    assert above["  - 0.9"] == "  betas:"
 
 
 def test_the_help_of_diffusion_offers_no_choices_of_autoencoders():

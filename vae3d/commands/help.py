@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+import re
+import textwrap
+import typing
+from collections.abc import Iterator, Sequence
 from string import Template
+from typing import Any
 
 import hydra
 from omegaconf import OmegaConf, open_dict
+from pydantic.fields import FieldInfo
 
-from vae3d.config.schema import CONF
+from vae3d.config.fields import allowed, bare, fields_of, nested_schema
+from vae3d.config.schema import CONF, SCHEMAS
 
 FLAGS = ("--help", "-h")
+WIDTH = 100
+OBVIOUS = "text|true or false|see meaning|(a dict; each value: )?a group"  # from the value, or from what is below
 
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
     """The template hydra.help.template of conf/, filled as Hydra fills it, in a tenth of its two seconds, with only the
-    groups that the command has.
+    groups that the command has, and with the meaning of each key.
 
     Hydra reads and copies the defaults list again for each of 140 choices. Raises hydra.errors.HydraException for an
     unknown choice.
@@ -27,7 +36,37 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
     with open_dict(cfg):
         del cfg["hydra"]
     lines = "".join(f"{group}: {', '.join(names)}\n" for group, names in sorted(choices().items()) if group in groups)
-    return template.substitute(APP_CONFIG_GROUPS=lines, CONFIG=OmegaConf.to_yaml(cfg))
+    settings = "\n".join(explained(OmegaConf.to_yaml(cfg).splitlines(), SCHEMAS[f"{config_name}_defaults"]))
+    return template.substitute(APP_CONFIG_GROUPS=lines, CONFIG=f"{settings}\n")
+
+
+def explained(lines: Sequence[str], schema: Any) -> Iterator[str]:
+    """Lines of YAML, each key after a comment that says what it means, and in brackets what it may be."""
+    schemas = [schema]  # of the sections that a line is in; None: it has none
+    for line in lines:
+        key = re.match(r"( *)([\w.-]+):", line)
+        depth = len(key[1]) // 2 if key else len(schemas)
+        if key and depth < len(schemas):
+            del schemas[depth + 1 :]
+            names = typing.get_origin(bare(schemas[-1])) is dict  # the keys are names, of sections of one kind
+            field = None if names or schemas[-1] is None else fields_of(schemas[-1]).get(key[2])
+            if field is not None:
+                begin = f"{key[1]}# "
+                yield from textwrap.wrap(_meaning(field), WIDTH, initial_indent=begin, subsequent_indent=f"{begin}  ")
+            schemas.append(nested_schema(schemas[-1]) if names else field and _section(field.annotation))
+        yield line
+
+
+def _meaning(field: FieldInfo) -> str:
+    if field.description is None:
+        return inspect.getdoc(nested_schema(field.annotation)).partition("\n\n")[0]
+    kinds = allowed(field)
+    return field.description if re.match(OBVIOUS, kinds) else f"{field.description} [{kinds}]"
+
+
+def _section(kind: Any) -> Any:
+    """What explains the lines below a key of this type."""
+    return kind if typing.get_origin(bare(kind)) is dict else nested_schema(kind)
 
 
 def choices() -> dict[str, list[str]]:

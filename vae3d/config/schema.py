@@ -538,8 +538,12 @@ class CompareConfig(InferConfig):
     teacher: ComparedTeacher = Field(default_factory=ComparedTeacher)
 
 
+SCHEMAS: dict[str, type] = {}
+
+
 def register(name: str, schema: type) -> None:
-    """Give Hydra the defaults of a schema under a name for the defaults lists of conf/."""
+    """Give Hydra the defaults of a schema under a name for the defaults lists of conf/, and --help its meanings."""
+    SCHEMAS[name] = schema
     ConfigStore.instance().store(name, defaults_of(schema))
 
 
