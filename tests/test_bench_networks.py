@@ -14,7 +14,7 @@ LINES = (
     "Wan2.1 d32 encode 17x128^2",
     "SD f8c4 train 256^2",
     "TAEHV w2_2 decode 17x256^2",
-    "table of 1e6 rows",
+    "joining 1e6 paths to a folder",
 )
 
 
@@ -26,7 +26,7 @@ def bench(tmp_path):
 @pytest.fixture
 def page(tmp_path):
     file = tmp_path / "page.md"
-    file.write_text("# Speed\n\n<!-- networks -->\nold\n<!-- /networks -->\n\nMore\n")
+    file.write_text("# Speed\n\n<!-- networks -->\nstale\n<!-- /networks -->\n\nMore\n")
     return file
 
 
@@ -55,7 +55,7 @@ def test_lines_have_ours_the_peer_and_the_limit(tmp_path, monkeypatch, page):
     text = page.read_text()
     assert text.startswith("# Speed\n\n<!-- networks -->\n")
     assert text.endswith("<!-- /networks -->\n\nMore\n")
-    assert "old" not in text
+    assert "stale" not in text
     assert all(f"\n| {name} | " in text for name in LINES)
 
 

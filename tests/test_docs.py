@@ -119,12 +119,15 @@ def test_every_ratio_of_the_speed_chart_stands_on_the_page_that_it_names(tmp_pat
     assert (tmp_path / "speed.svg").stat().st_size > 10_000
 
 
-def test_the_table_of_networks_is_that_of_the_last_run():
+def test_the_tables_of_networks_are_those_of_the_last_runs():
+    bench, page = tiny.load_script("bench_networks"), (DOCS / "speed.md").read_text()
     *earlier, run = make_speed_chart.runs()
-    table = tiny.load_script("bench_networks").table(run, earlier)
-    assert f"<!-- networks -->\n{table}<!-- /networks -->" in (DOCS / "speed.md").read_text()
-    assert run["rows"].keys() == tiny.load_script("bench_networks").LINES.keys()
-    assert not any("error" in row for row in run["rows"].values())
+    assert f"<!-- networks -->\n{bench.table(run, earlier)}<!-- /networks -->" in page
+    first, second = json.loads((DOCS / "networks_xeon.json").read_text())["runs"]
+    assert second["rows"].keys() == bench.LINES.keys() >= run["rows"].keys() >= bench.CASES.keys()
+    assert not any("error" in row for some in (run, first, second) for row in some["rows"].values())
+    ratios = [tuple(f"{some['rows'][name]['ratio']:.2f}" for some in (first, second)) for name in bench.CASES]
+    assert [pair for pair in ratios if ", ".join(pair) not in page] == []
 
 
 def test_the_table_of_diffusers_autoencoders_is_that_of_the_adapter():
