@@ -17,7 +17,7 @@ import torch
 from hydra.errors import HydraException, InstantiationException
 from torch import nn
 
-from vae3d.arguments import short
+from vae3d.arguments import ArgumentError, short
 from vae3d.checkpoints.export import WRITERS, check_target
 from vae3d.checkpoints.formats import (
     Checkpoint,
@@ -46,10 +46,11 @@ log = logging.getLogger("vae3d")
 RANDOM = "random"
 
 
-def instantiate(node: Mapping[str, Any]) -> Any:
+def instantiate(node: Mapping[str, Any], key: str = "") -> Any:
     """The object that a `_target_` node describes. Lists and dicts in it become plain Python ones.
 
-    Raises what its values raise: a UserError, or another ValueError; InstantiationException for errors of other types.
+    key: of the node, which its ArgumentErrors then name. Raises what its values raise: a UserError, or another
+    ValueError; InstantiationException for errors of other types.
     """
     try:
         return hydra.utils.instantiate(node, _convert_="all")
@@ -59,6 +60,8 @@ def instantiate(node: Mapping[str, Any]) -> Any:
             cause = cause.__cause__
         if not isinstance(cause, ValueError):
             raise
+    if key and isinstance(cause, ArgumentError):
+        raise ArgumentError(f"{key}.{cause}") from cause
     raise cause
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ import vae3d
 from tests import tiny
 from tests.latents import caches
 from tests.stream_stub import StreamStub
+from vae3d.arguments import ArgumentError
 from vae3d.commands import encode as encode_command
 from vae3d.commands.encode import padding
 from vae3d.config.issues import ConfigError
@@ -419,6 +421,9 @@ def test_the_command_encodes_and_its_codec_reads(spatial_export, photos, tmp_pat
     config = check_encoding(tiny.compose(*told, *node, f"cache={tmp_path / 'node'}", config="latents"))
     encode_command.run(config)
     assert LatentCache(tmp_path / "node").classes == []
+    node = {"_target_": "vae3d.data.sources.rooms.ErpRooms", "root": str(photos), "min_frames": "x"}
+    with pytest.raises(ArgumentError, match=r"^source\.min_frames is 'x'"):
+        encode_command.run(replace(config, source=node))
 
 
 def test_latents_in_half_precision_on_a_cpu(spatial_export, photos, tmp_path):

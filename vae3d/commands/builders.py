@@ -1,13 +1,11 @@
-"""Model, losses, teacher and data sources of a training configuration."""
+"""Model, losses and teacher of a training configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from vae3d.arguments import ArgumentError
 from vae3d.loading import instantiate
 from vae3d.losses.objective import Objective, WeightedTerm
 from vae3d.models.interface import VideoAutoencoder
@@ -30,12 +28,12 @@ def build_objective(config: Loss) -> Objective:
     """The loss; terms of weight 0 are built only if they are logged."""
     terms = {
         name: WeightedTerm(
-            _named(f"loss.terms.{name}.term", term.term), term.weight, tuple(term.ramp), term.log, term.reduction
+            instantiate(term.term, f"loss.terms.{name}.term"), term.weight, tuple(term.ramp), term.log, term.reduction
         )
         for name, term in config.terms.items()
         if term.weight or term.log
     }
-    weight = config.pixel_weight and _named("loss.pixel_weight", config.pixel_weight)
+    weight = config.pixel_weight and instantiate(config.pixel_weight, "loss.pixel_weight")
     return Objective(terms, config.reduction, weight, logvar=config.logvar)
 
 
@@ -54,16 +52,3 @@ def build_distillation(config: TrainConfig, teacher: nn.Module | None, student: 
         cache=settings.cache,
         cache_gib=settings.cache_gib,
     )
-
-
-def build_source(node: Mapping[str, Any]) -> Any:
-    """What lists the files, as data.source describes it. Raises ArgumentError, with the key, and DataError."""
-    return _named("data.source", node)
-
-
-def _named(key: str, node: Mapping[str, Any]) -> Any:
-    """The object of a node that stands at `key`, which its ArgumentErrors name."""
-    try:
-        return instantiate(node)
-    except ArgumentError as error:
-        raise ArgumentError(f"{key}.{error}") from error

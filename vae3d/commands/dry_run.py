@@ -13,7 +13,6 @@ from torch import nn
 
 from vae3d.checkpoints.formats import read_checkpoint
 from vae3d.commands import train_diffusion
-from vae3d.commands.builders import build_source
 from vae3d.commands.estimate import clips_text, diffusion_needs, estimates
 from vae3d.commands.latent_data import build_latent_data
 from vae3d.commands.meta_check import check_bucket_sizes, lacking_weights
@@ -115,7 +114,7 @@ def existing_files(data: Data) -> list[str]:
     files = []
     for name, own in sources_of(data).items():
         with naming_source(name):
-            source = build_source(own.source)
+            source = instantiate(own.source, "data.source")
             lines = [] if is_streaming(source) else check_files_exist(source, own.max_broken)
         files += [line.replace("data:", f"data.sources.{name}:", 1) if name else line for line in lines]
     return files

@@ -84,7 +84,7 @@ def open_job(config: EncodeConfig, codec: LatentCodec | None = None) -> EncodeJo
 def source_of(config: EncodeConfig) -> Source:
     """The data source; a folder of images only is an ImageFolder, as in training."""
     if not isinstance(config.source, str):
-        return instantiate(config.source)
+        return instantiate(config.source, "source")
     return open_images_or_source(config.source, config.root)
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vae3d.commands.builders import build_source
 from vae3d.config.sources import sources_of
 from vae3d.data.batches.batch_schedule import BatchSchedule, FrameCounts, Interleaved, Schedule
 from vae3d.data.batches.bucket_streams import SourceStreams, bucket_streams
@@ -33,6 +32,7 @@ from vae3d.data.media import DataError
 from vae3d.data.table.file_table import FileTable, sizes_of
 from vae3d.data.table.fingerprint import Fingerprint, SourceFingerprints
 from vae3d.data.workers import usable_workers
+from vae3d.loading import instantiate
 from vae3d.seeding import seed_of
 from vae3d.types import ClipBatch
 
@@ -162,7 +162,7 @@ def read_sources(
         with naming_source(name):
             held_out = own.num_val_files if config.validation.every else 0
             check_reader(own.reader)
-            source = build_source(own.source)
+            source = instantiate(own.source, "data.source")
             if is_streaming(source):
                 raise DataError("a stream has no table: set streaming=false, or train an autoencoder on it alone")
             tables = read_tables(
@@ -181,7 +181,7 @@ def read_sources(
 def build_training_data(config: TrainConfig, rank: int, world_size: int) -> TrainingData | StreamingData:
     """Read the tables of all sources and this rank's held-out clips. Raises DataError, with the name of the source."""
     data, validation = config.data, config.validation
-    if not data.sources and is_streaming(source := build_source(data.source)):
+    if not data.sources and is_streaming(source := instantiate(data.source, "data.source")):
         return build_streaming_data(config, source, rank, world_size)
     sources, schedule, fingerprint = read_sources(config, pixel_channels(config.model), rank, world_size)
     notes, errors, skipped_files, warnings = [], [], [], []
