@@ -489,9 +489,10 @@ def test_an_image_is_tried_as_one_and_scored_without_metrics_of_motion(model, tm
     monkeypatch.chdir(tmp_path)
     vae3d.save(model, "model")
     Image.fromarray(tiny.frames(1, 24, 32)[0]).save("a photo ä.png")
-    assert cli.main(["try", "a photo ä.png", "model"]) == 0
+    assert cli.main(["try", "a photo ä.png", "model", "--tile", "32", "--tile_overlap", "16"]) == 0
     printed = capsys.readouterr().out
     assert "image: 32 x 24" in printed
+    assert "coded in: blended tiles of 32 x 32, overlapping by 16" in printed
     assert "flicker" not in printed
     names = {file.name for file in (tmp_path / "try_a-photo-ä_model").iterdir()}
     assert names == {"index.html", "reconstruction.png", "side_by_side.png"}
@@ -504,6 +505,7 @@ def test_an_image_is_tried_as_one_and_scored_without_metrics_of_motion(model, tm
         (["clip.mp4", "none"], "none"),
         (["clip.mp4", "model", "--device", "foo"], "foo"),
         (["clip.mp4", "model", "--out", "clip.mp4"], "clip.mp4"),
+        (["clip.mp4", "model", "--tile", "7"], "tile=7"),
     ],
 )
 def test_what_cannot_be_tried_is_named_and_nothing_written(

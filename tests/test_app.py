@@ -44,6 +44,7 @@ from vae3d.app.settings import Limits, Settings
 
 TOKEN = "secret"
 HOST = "http://localhost:8765"
+WHOLE = (None, None)  # no tiles
 SIZE = 16, 24
 
 
@@ -73,7 +74,7 @@ def serving(tmp_path: Path, videos: Path, *checkpoints: str, **limits: Any) -> I
     """A client that has the token. The worker is forked from this process, with what the test has patched."""
     folder = tmp_path / "temporary"
     folder.mkdir()
-    running = Worker(checkpoints, "cpu", folder, Limits(**limits), method="fork")
+    running = Worker(checkpoints, "cpu", WHOLE, folder, Limits(**limits), method="fork")
     suffixes = [*worker.VIDEO_SUFFIXES, *worker.IMAGE_SUFFIXES]
     jobs = Jobs(running, folder, [videos], suffixes, len(checkpoints), Limits(**limits))
     facts = {"checkpoints": [{"name": "tiny", "facts": ""}], "suffixes": suffixes, "device": "cpu"}
@@ -138,13 +139,20 @@ def test_an_uploaded_video_is_reconstructed_shown_and_downloaded_exactly(tmp_pat
 
 
 def test_a_video_that_was_replaced_is_read_again(tmp_path):
-    runner = worker.Runner(["tiny"], "cpu", Limits(), lambda *_: None)
+    runner = worker.Runner(["tiny"], "cpu", WHOLE, Limits(), lambda *_: None)
     settings, path = Settings((0,), frames=3, height=16), tmp_path / "clip.mp4"
     tiny.write_video(path, tiny.frames(3, *SIZE))
     first = runner._read(path, "clip.mp4", settings, False)
     assert runner._read(path, "clip.mp4", settings, False) is first
     tiny.write_video(path, tiny.frames(3, *SIZE, seed=7))
     assert not np.array_equal(runner._read(path, "clip.mp4", settings, False).frames, first.frames)
+
+
+def test_models_are_coded_in_tiles_and_say_so(tmp_path, checkpoint):
+    runner = worker.Runner([checkpoint], "cpu", (32, 16), Limits(), lambda *_: None)
+    [facts] = runner.describe()["checkpoints"]
+    assert facts["facts"].endswith("coded in blended tiles of 32 x 32, overlapping by 16")
+    assert runner.model(0).tiling.tile == 32
 
 
 def test_noise_needs_the_decoder_alone_and_grows_with_its_strength(tmp_path, videos, checkpoint, monkeypatch):
@@ -366,7 +374,7 @@ def test_after_an_error_that_nobody_expects_the_job_has_failed_and_the_next_one_
 
 @pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "no more processes"), EOFError("unexpected EOF")])
 def test_a_process_that_cannot_be_started_is_said(tmp_path, monkeypatch, error):
-    running = Worker((), "cpu", tmp_path, Limits(), method="fork")
+    running = Worker((), "cpu", WHOLE, tmp_path, Limits(), method="fork")
     monkeypatch.setattr(running._context.Process, "start", raising(error))
     with pytest.raises(UserError, match=str(error)[-8:]):
         running.ask({"do": "describe"}, lambda *_: None)
@@ -374,7 +382,7 @@ def test_a_process_that_cannot_be_started_is_said(tmp_path, monkeypatch, error):
 
 def test_a_process_that_ended_between_jobs_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "_run", lambda connection, *_: connection.close())
-    running = Worker((), "cpu", tmp_path, Limits(), method="fork")
+    running = Worker((), "cpu", WHOLE, tmp_path, Limits(), method="fork")
     running._start()
     running._process.join()
     monkeypatch.setattr(running, "_start", lambda: None)  # it looks alive a moment before
@@ -518,7 +526,7 @@ def test_the_worker_deletes_the_folder_of_a_server_that_was_killed(tmp_path, che
 
     def child() -> None:
         ours.close()
-        worker.serve(theirs, [checkpoint], "cpu", str(folder), {})
+        worker.serve(theirs, [checkpoint], "cpu", WHOLE, str(folder), {})
 
     process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()

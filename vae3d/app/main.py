@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         listen(args.host, args.port) as server_socket,
         temporary_folder() as folder,
     ):
-        worker = Worker(tuple(args.checkpoints), args.device, folder, limits)
+        worker = Worker(tuple(args.checkpoints), args.device, (args.tile, args.tile_overlap), folder, limits)
         try:
             names = ", ".join(args.checkpoints) or "TAEF2"
             print(f"loading {names} ...", file=sys.stderr, flush=True)

@@ -52,21 +52,22 @@ class Stopped(Exception):
 class Worker:
     """Starts the process when it is first needed, and again after it ended.
 
-    checkpoints: as on the command line; () is TAEF2. folder: the server's temporary folder, which the process deletes
-    if the server is killed. method: of starting it; forkserver forks one that has imported torch, so that starting
-    again after a job was cancelled takes no time.
+    checkpoints: as on the command line; () is TAEF2. tiles: arguments of set_tiles, for all of them. folder: the
+    server's temporary folder, which the process deletes if the server is killed. method: of starting it; forkserver
+    forks one that has imported torch, so that starting again after a job was cancelled takes no time.
     """
 
     def __init__(
         self,
         checkpoints: tuple[str, ...],
         device: str | None,
+        tiles: tuple[int | None, int | None],
         folder: Path,
         limits: Limits,
         method: Literal["forkserver", "fork", "spawn"] = "forkserver",
     ) -> None:
         self.limits = limits
-        self._arguments = checkpoints, device, str(folder), asdict(limits)
+        self._arguments = checkpoints, device, tiles, str(folder), asdict(limits)
         self._context = multiprocessing.get_context(method)
         self._process: Any = None
         self._connection: Any = None
@@ -135,7 +136,7 @@ class Worker:
         if code == -signal.SIGKILL:
             return (
                 "the process that runs the models was killed, which happens when memory runs out; choose fewer frames, "
-                "a smaller height or fewer checkpoints"
+                "a smaller height or fewer checkpoints, or start with --tile"
             )
         if code < 0:
             return f"the file crashed its decoder, or the model failed ({signal.Signals(-code).name})"

@@ -55,11 +55,16 @@ CHUNK = 8  # frames that are read at once
 LATENT_HEIGHT = 144  # pixels of a picture of a channel, about
 SPREAD = 3.0  # standard deviations of a channel from its mean to black or white
 DIVERGING = "coolwarm"
-MEMORY = "out of memory; choose fewer frames, a smaller height or fewer checkpoints"
+MEMORY = "out of memory; choose fewer frames, a smaller height or fewer checkpoints, or start with --tile"
 
 
 def serve(
-    connection: Connection, checkpoints: Sequence[str], device: str | None, folder: str, limits: Mapping[str, Any]
+    connection: Connection,
+    checkpoints: Sequence[str],
+    device: str | None,
+    tiles: tuple[int | None, int | None],
+    folder: str,
+    limits: Mapping[str, Any],
 ) -> None:
     """Answer requests until the server is gone; then delete its folder, which it does itself unless it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this process
@@ -71,7 +76,7 @@ def serve(
     def progress(stage: str, fraction: float, text: str) -> None:
         send(stage=stage, fraction=fraction, text=text)
 
-    runner = Runner(checkpoints, device, Limits(**limits), progress)
+    runner = Runner(checkpoints, device, tiles, Limits(**limits), progress)
     try:
         while True:
             message = _answer(runner, json.loads(connection.recv_bytes()))
@@ -105,10 +110,11 @@ class Runner:
         self,
         checkpoints: Sequence[str],
         device: str | None,
+        tiles: tuple[int | None, int | None],
         limits: Limits,
         progress: Callable[[str, float, str], None],
     ) -> None:
-        self.checkpoints, self.limits, self.progress = checkpoints, limits, progress
+        self.checkpoints, self.tiles, self.limits, self.progress = checkpoints, tiles, limits, progress
         self.device_name = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.names = unique_names([short_name(name) for name in checkpoints] or ["TAEF2"], taken=[ORIGINAL])
         self.models: dict[int, VideoAutoencoder] = {}
@@ -132,6 +138,7 @@ class Runner:
             )
             text += f", 1/{spec.space_stride} of the size"
             text += f" and 1/{spec.time_stride} of the frames" if spec.time_stride > 1 else ""
+            text += "" if model.tiling is None else f"; coded in {model.tiling}"
             found.append({"name": name, "facts": text})
         suffixes = [*VIDEO_SUFFIXES, *IMAGE_SUFFIXES]
         return {"checkpoints": found, "suffixes": suffixes, "device": str(self.device())}
@@ -144,6 +151,7 @@ class Runner:
             path = self.checkpoints[index] if self.checkpoints else default_checkpoint()
             model = api.from_pretrained(path).to(self.device())
             require_file_channels(model, path)
+            model.set_tiles(*self.tiles)
             self.models[index] = model.requires_grad_(False)
         return self.models[index]
 

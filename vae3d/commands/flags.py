@@ -50,8 +50,9 @@ def parse_try(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--height", type=positive_int, default=256, help="reduce higher videos to this, default %(default)s"
     )
+    _add_tile_arguments(parser, "code large frames in tiles of this many pixels, which takes less memory")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    return parser.parse_args(argv)
+    return _with_tiles(parser, argv)
 
 
 def parse_app(argv: Sequence[str] | None = None) -> Namespace:
@@ -77,6 +78,7 @@ def parse_app(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--videos", type=Path, action="append", default=[], metavar="DIR", help="offer the videos and images in DIR"
     )
+    _add_tile_arguments(parser, "code large frames in tiles of this many pixels, which takes less memory")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--port", type=_port, default=8765, help="default %(default)s; 0: any that is free")
     parser.add_argument(
@@ -107,7 +109,7 @@ def parse_app(argv: Sequence[str] | None = None) -> Namespace:
         metavar="MIN",
         help="for unused uploads and results, default %(default)g",
     )
-    return parser.parse_args(argv)
+    return _with_tiles(parser, argv)
 
 
 def _port(text: str) -> int:
@@ -295,6 +297,20 @@ def parse_encode_status(argv: Sequence[str] | None = None) -> Namespace:
     return parser.parse_args(argv)
 
 
+def _add_tile_arguments(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("--tile", type=positive_int, help=meaning)
+    parser.add_argument(
+        "--tile_overlap", type=non_negative_int, help="blend tiles over this many pixels; default: exact tiles"
+    )
+
+
+def _with_tiles(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    args = parser.parse_args(argv)
+    if args.tile is None and args.tile_overlap is not None:
+        parser.error("--tile_overlap needs --tile")
+    return args
+
+
 def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
     """Compare autoencoders by their latents: how easy to diffuse, and how robust the decoders. See docs/latents.md.
 
@@ -320,15 +336,9 @@ def parse_probe_latents(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--short_side", type=positive_int, help="scale files to this before cropping")
     parser.add_argument("--batch", type=positive_int, default=4, help="clips per forward pass (4)")
     parser.add_argument("--seed", type=non_negative_int, default=0)
-    parser.add_argument("--tile", type=positive_int, help="also probe coding in tiles of this many pixels")
-    parser.add_argument(
-        "--tile_overlap", type=non_negative_int, help="blend tiles over this many pixels; default: exact tiles"
-    )
+    _add_tile_arguments(parser, "also probe coding in tiles of this many pixels")
     parser.add_argument("--device", default="cpu")
-    args = parser.parse_args(argv)
-    if args.tile is None and args.tile_overlap is not None:
-        parser.error("--tile_overlap needs --tile")
-    return args
+    return _with_tiles(parser, argv)
 
 
 def parse_eval(argv: Sequence[str] | None = None) -> Namespace:

@@ -54,6 +54,7 @@ def main(args: Namespace) -> int:
     checkpoint = args.checkpoint or default_checkpoint()
     model = api.from_pretrained(checkpoint).to(device)
     require_file_channels(model, checkpoint)
+    model.set_tiles(args.tile, args.tile_overlap)
     video = read(args.video, info, args.frames, args.height, alpha=model.pixel_channels == 4)
     out = make_folder(args.out or default_folder(args.video, args.checkpoint))
     names = file_names(still=not info.fps, alpha=model.pixel_channels == 4)
@@ -184,6 +185,7 @@ def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> d
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
         "latents": f"{plural(channels, 'channel')}, {t} x {h} x {w}: "
         f"{ratio:.1f} times fewer numbers than the frames have",
+        **({} if model.tiling is None else {"coded in": str(model.tiling)}),
     }
 
 
