@@ -156,10 +156,12 @@ def test_depth_of_one_channel_is_that_of_three(rooms, tmp_path):
         overrides += [f"stage.init_from={tmp_path / 'colours'}", f"data.source.root={rooms}", "data.height=16"]
         overrides += ["data.width=32", "data.frames.min=1", "data.frames.max=1", "data.source.val_areas=[area0]"]
         overrides += ["validation.every=2", "validation.frames=1", "validation.metrics=[psnr]", "validation.roll=false"]
+        overrides += ["trainer.best=abs_rel"]
         cfg = tiny.compose(*overrides)
         config = tiny.cli.check_training(cfg)
         trainer = train.build_trainer(config, tmp_path / str(channels))
         scores.append(trainer.validate())
+        assert trainer.best.better is False
     assert scores[0]["val/abs_rel"] == pytest.approx(scores[1]["val/abs_rel"], rel=1e-3)
 
 

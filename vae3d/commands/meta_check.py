@@ -36,6 +36,7 @@ from vae3d.latents import scale
 from vae3d.losses.distillation import FeatureDistillation
 from vae3d.losses.objective import Objective
 from vae3d.metrics import METRICS, MetricError
+from vae3d.metrics.base import Better
 from vae3d.metrics.registry import columns_of, find_files, resolve
 from vae3d.models.compiled import blocks_of
 from vae3d.models.diffusers_vae import DiffusersVAE
@@ -48,6 +49,7 @@ from vae3d.text import plural
 from vae3d.training.freeze import PartError, parameters_behind, train_parts
 from vae3d.training.student import build_student, reconstruct
 from vae3d.training.teacher import Distillation
+from vae3d.training.vae_validation import BETTER
 from vae3d.types import ClipBatch
 
 if TYPE_CHECKING:
@@ -151,15 +153,25 @@ def _metric_issues(config: TrainConfig, sizes: Sequence[Size]) -> Iterator[Confi
                 for names in METRICS[metric].files:
                     yield from _found(key, given, partial(find, *names))
         known += metrics
-    best, columns = config.trainer.best, columns_of(known)
+    best, columns = config.trainer.best, columns_of(known) | _other_columns(config)
     if best is not None and columns.get(best) is None:
         ranked = ", ".join(column for column, better in columns.items() if better is not None)
         yield ConfigIssue(
             "trainer.best",
             best,
-            "is not a score of validation.metrics or validation.slow_metrics that can be ranked",
+            "is no score of validation.metrics, validation.slow_metrics or this kind of data that can be ranked",
             f"use one of {ranked}, or add its metric there" if ranked else "add its metric there",
         )
+
+
+def _other_columns(config: TrainConfig) -> dict[str, Better]:
+    """Scores that the validation gives beside those of its metrics, and which values are better."""
+    channels, depth = pixel_channels(config.model), config.data.depth.mapping is not None
+    given = {
+        **{"roll_psnr": config.validation.roll, "abs_rel": depth, "delta1": depth},
+        **{"alpha_psnr": channels == 4, "other_psnr": channels > 4},
+    }
+    return {name: better for name, better in BETTER.items() if given[name]}
 
 
 def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:
@@ -379,7 +391,7 @@ def _settings_without(config: TrainConfig, found: Sequence[ConfigIssue]) -> list
         scores += kept
         if kept != names:
             settings.append(f"validation.{key}=[{','.join(kept)}]")
-    if config.trainer.best is not None and config.trainer.best not in columns_of(scores):
+    if config.trainer.best is not None and config.trainer.best not in columns_of(scores) | _other_columns(config):
         settings.append("trainer.best=null")
     if not (GlobalHydra.instance().is_initialized() and HydraConfig.initialized()):
         return []

@@ -108,7 +108,7 @@ class VaeTrainer(Trainer[ClipBatch | Unreadable]):
             max_zero_gradients=robust.zero_gradient,
             adversary=adversary,
             proximal=proximal,
-            best=BestExport(config.trainer.best, metrics.columns),
+            best=BestExport(config.trainer.best, self.better),
             preflight_enabled=robust.preflight,
             compact_gib=robust.compact_gib,
             metadata={"strategy": config.trainer.strategy.name, CLIPS_PER_STEP: data.clips_per_step()},
