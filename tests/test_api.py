@@ -488,10 +488,10 @@ def test_without_weights_and_network_files_sizes_and_folder_are_named(clip, tmp_
 def test_an_image_is_tried_as_one_and_scored_without_metrics_of_motion(model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae3d.save(model, "model")
-    Image.fromarray(tiny.frames(1, 24, 32)[0]).save("a photo ä.png")
+    Image.fromarray(tiny.frames(1, 40, 48)[0]).save("a photo ä.png")
     assert cli.main(["try", "a photo ä.png", "model", "--tile", "32", "--tile_overlap", "16"]) == 0
     printed = capsys.readouterr().out
-    assert "image: 32 x 24" in printed
+    assert "image: 48 x 40" in printed
     assert "coded in: blended tiles of 32 x 32, overlapping by 16" in printed
     assert "flicker" not in printed
     names = {file.name for file in (tmp_path / "try_a-photo-ä_model").iterdir()}

@@ -86,7 +86,7 @@ FAULTS = {
     "slow_metrics metric for longer clips": (["validation.slow_metrics=[rfvd]", "validation.every=1", "validation.frames=9"], "validation.slow_metrics=[rfvd]", "validation.frames of at least 10"),
     "best of nothing": (["trainer.best=psnr"], "trainer.best=psnr", "validation.every=0"),
     "best of what is not measured": (["trainer.best=rfid", "validation.every=1", "validation.frames=1"], "trainer.best=rfid", "psnr, psnr_video, ssim"),
-    "best depth of colours": (["trainer.best=abs_rel", "validation.every=1", "validation.frames=1"], "trainer.best=abs_rel", "use one of psnr, psnr_video, ssim, or"),
+    "best depth of colours": (["trainer.best=abs_rel", "validation.every=1", "validation.frames=1"], "trainer.best=abs_rel", "use one of psnr, psnr_video, ssim, or add"),
     "best of what has no better": (["trainer.best=flicker_ori", "validation.every=1", "validation.frames=2", "validation.metrics=[flicker]"], "trainer.best=flicker_ori", "validation.metrics"),
     "NaN for the model": (["model.latents_std=[1,1,nan,1]"], "model.latents_std[2]=nan", "finite"),
     "infinity for the model": (["model.spatial.scaling_factor=inf"], "model.spatial.scaling_factor=inf", "finite"),

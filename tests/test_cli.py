@@ -196,6 +196,38 @@ def test_help_says_above_each_key_what_it_means_and_may_be():
     assert above["  - 0.9"] == "  betas:"
 
 
+def test_help_explains_no_entries_of_lists_and_lists_the_keys_of_a_section_that_is_not_shown():
+    lines = ["modle: wan", "data:", "  buckets:", "  - frames: 17", "    height: 2", "  sources: {}", "  fps: 2"]
+    found = list(help.explained(lines, TrainConfig))
+    assert found[found.index("modle: wan") - 1] == "# unknown key"
+    first = found.index("  buckets:")
+    assert found[first : first + 3] == lines[2:5]
+    assert "weight]" in found[found.index("  sources: {}") - 1]
+    assert "buckets" not in found[first - 1].partition("[")[2]
+    assert found[-2].startswith("  # ")
+    hidden = list(help.explained(["data:", "  buckets: null"], TrainConfig))
+    assert "group of the keys shapes, aspects" in " ".join(hidden)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["infer", "--help", "data=folder"], "data"),
+        (["train", "--help", "stage="], "stage"),
+        (["train", "-m", "--help", "optim.lr=1,2"], "optim.lr=1,2"),
+    ],
+)
+def test_a_wrong_choice_under_help_is_one_error(monkeypatch, capsys, arguments, named):
+    monkeypatch.setattr(sys, "argv", ["vae3d", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert named in captured.err
+    assert "Traceback" not in captured.err
+
+
 def test_the_help_of_diffusion_offers_no_choices_of_autoencoders():
     resolve_name(cli.COMMANDS["train-diffusion"].check)  # registers the defaults
     groups = re.findall(r"^([\w/]+): \w+, ", help.help_text("diffusion", []), re.MULTILINE)

@@ -3,11 +3,11 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
 import threading
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -36,6 +36,7 @@ from vae3d.data.table import parts, probe
 from vae3d.data.table.parts import PartFolders
 from vae3d.data.table.rows import why_missing
 from vae3d.errors import UserError
+from vae3d.inference.files import select_rows
 
 SETTINGS = ClipSettings(16, 16)
 
@@ -195,20 +196,27 @@ def test_folders_that_cannot_be_listed_are_named(tmp_path, monkeypatch):
             source.table()
 
 
-def test_a_folder_warns_of_images_and_videos_that_cannot_be_read(monkeypatch, tmp_path, videos):
+def test_a_folder_tells_of_images_and_videos_that_cannot_be_read(monkeypatch, tmp_path, videos, caplog):
     shutil.copy(videos.parent / "clip0.mp4", tmp_path / "a.mp4")
-    (tmp_path / "a.txt").touch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert list(Folder(tmp_path).table()["path"]) == [str(tmp_path / "a.mp4")]
-    for name in ("b.HEIC", "c.heic", "d.mxf", ".e.heic"):
+    source = Folder(tmp_path)
+    for name in ("a.txt", "b.HEIC", "c.heic", "d.mxf", ".e.heic"):
         (tmp_path / name).touch()
-    with pytest.warns(UserWarning, match=rf"^{tmp_path}: left out.*: 2 .heic, 1 .mxf;"):
-        assert len(Folder(tmp_path).table()) == 1
-    stored = ["s3://bucket/clips/a.mp4", "s3://bucket/clips/b.avif"]
+    for _ in range(2):
+        assert list(source.table()["path"]) == [str(tmp_path / "a.mp4")]
+        [note] = source.notes
+        assert ": 2 .heic, 1 .mxf; " in note
+    caplog.set_level(logging.INFO, "vae3d")
+    select_rows(str(tmp_path), None, None, None)
+    assert caplog.messages == [note]
+    for name in ("b.HEIC", "c.heic", "d.mxf"):
+        (tmp_path / name).unlink()
+    source.table()
+    assert source.notes == []
+    stored = ["s3://bucket/clips/a.mp4", "s3://bucket/clips/b.avif", "s3://bucket/clips/.c.avif"]
     monkeypatch.setattr(folder, "find_objects", lambda url: stored)
-    with pytest.warns(UserWarning, match=r"^s3://bucket/clips: left out.*: 1 .avif;"):
-        assert len(Folder("s3://bucket/clips").table()) == 1
+    source = Folder("s3://bucket/clips")
+    assert len(source.table()) == 1
+    assert ": 1 .avif; " in source.notes[0]
 
 
 def test_missing_facts_are_probed_once_and_kept(videos, monkeypatch, tmp_path):

@@ -109,7 +109,7 @@ def test_videos_and_tiles(exports, video, tmp_path, capsys):
     assert tae["kl"] is None  # a deterministic encoder
     assert len(tae["first_against_rest"]["mean_gap"]) == 16
     assert told["notes"][0] == "wan: coded in blended tiles of 16 x 16, overlapping by 4"
-    assert re.match("tae: tile=16, tile_overlap=4: overlap is 4; use a multiple of 16", told["notes"][1])
+    assert re.match("tae: tile=16, tile_overlap=4: tile_overlap must be a multiple of 16", told["notes"][1])
     assert two["time"]["high"] is not None
     assert told["pixels"]["time"]["high"] is not None
     assert "in time" in capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_paths_may_have_an_equals_sign(tmp_path, monkeypatch):
         (["four"], ["--height=8"], "at least 16: use 16"),
         (["wan"], ["--frames=4"], "frames is 4, which wan would pad; use"),
         (["two", "two"], [], "two models are called two; give them names"),
-        (["wan"], ["--tile=15"], "tile=15, tile_overlap=None: tile is 15; use a multiple"),
+        (["wan"], ["--tile=15"], "tile=15: tile must be a multiple"),
         (["two"], ["--device=cuda:9"], "device=cuda:9 is not usable here"),
         (["two"], ["--height=40", "--width=40", "--per_file=2"], "has only one clip of 40x40"),
     ],

@@ -431,8 +431,8 @@ def test_no_escape_sequence_of_a_name_reaches_the_terminal_or_the_log(tmp_path, 
 
 
 def test_a_warning_of_ours_is_a_line_and_others_say_where_they_come_from():
-    ours = console.format_warning("of \x1b[0m.mp4", UserWarning, console.__file__, 1)
-    assert ours == "warning: of \\x1b[0m.mp4\n"
+    ours = console.format_warning("of \x1b[0m\n.mp4", UserWarning, console.__file__, 1)
+    assert ours == "warning: of \\x1b[0m\\n.mp4\n"
     assert console.format_warning("theirs", UserWarning, "torch.py", 1) == "torch.py:1: UserWarning: theirs\n"
     before = warnings.formatwarning
     try:

@@ -281,7 +281,7 @@ def run_with_hydra(name: str, program: list[str], arguments: Sequence[str]) -> N
     overrides = allow_unknown_keys(arguments)
     exit_on_user_error(lambda: raise_if_any(override_issues(overrides)))
     sys.argv[1:], issues = without_run_values(overrides)
-    if len([a for a in sys.argv[1:] if a.startswith("-")]) == 1 and print_help(name, sys.argv[1:]):
+    if print_help(name, sys.argv[1:]):
         return
 
     def job(cfg: DictConfig) -> float | None:
@@ -303,19 +303,21 @@ def run_with_hydra(name: str, program: list[str], arguments: Sequence[str]) -> N
 
 
 def print_help(name: str, arguments: Sequence[str]) -> bool:
-    """Print the help that `--help` asks for. False for another flag, and for a wrong choice, which Hydra explains."""
+    """Print the help that `--help` asks for; for a wrong choice exit with status 2. False if it does not, or if there
+    are other flags, which are Hydra's."""
     from hydra.errors import HydraException
 
     from vae3d.commands.help import FLAGS, help_text
 
-    overrides = [a for a in arguments if a not in FLAGS]
-    if len(overrides) == len(arguments):
+    flags = {a for a in arguments if a.startswith("-")}
+    if not flags & {*FLAGS} or flags - {*FLAGS, "-m", "--multirun"}:
         return False
     command = COMMANDS[name]
     try:
-        settings = help_text(command.config_name, overrides)
-    except HydraException:
-        return False
+        settings = help_text(command.config_name, [a for a in arguments if a not in flags])
+    except HydraException as error:
+        print(f"error: {str(error).partition('Config search path')[0].strip()}", file=sys.stderr)
+        sys.exit(2)
     print(f"usage: vae3d {name} KEY=VALUE ...\n\n{command.summary}:\n  vae3d {name} {command.example}")
     print(f"On several GPUs:\n  torchrun --nproc_per_node=8 -m vae3d {name} ...\n\n{settings}")
     return True

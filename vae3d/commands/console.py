@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import vae3d
-from vae3d.errors import UserError, escape_lines
+from vae3d.errors import UserError, escape, escape_lines
 from vae3d.io import open_nofollow
 from vae3d.text import is_utf8
 
 R = TypeVar("R")
-PACKAGE = os.path.dirname(vae3d.__file__)
+PACKAGE = os.path.join(os.path.dirname(vae3d.__file__), "")
 _format_warning = warnings.formatwarning
 # Errors of the disk, or of a path that the user gave; other OSErrors are bugs and keep their traceback.
 UNWRITABLE = {
@@ -109,7 +109,7 @@ def format_warning(
     """A warning of vae3d as a line of its own, with names of files escaped; others as Python shows them, with the code
     that they come from."""
     if filename.startswith(PACKAGE):
-        return f"warning: {escape_lines(str(message))}\n"
+        return f"warning: {escape(str(message))}\n"
     return _format_warning(message, category, filename, lineno, line)
 
 

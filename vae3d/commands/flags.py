@@ -50,7 +50,7 @@ def parse_try(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--height", type=positive_int, default=256, help="reduce higher videos to this, default %(default)s"
     )
-    _add_tile_arguments(parser, "code large frames in tiles of this many pixels, which takes less memory")
+    _add_tile_arguments(parser, "code larger frames in tiles of this many pixels, in less memory; --height allows them")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     return _with_tiles(parser, argv)
 
@@ -78,7 +78,7 @@ def parse_app(argv: Sequence[str] | None = None) -> Namespace:
     parser.add_argument(
         "--videos", type=Path, action="append", default=[], metavar="DIR", help="offer the videos and images in DIR"
     )
-    _add_tile_arguments(parser, "code large frames in tiles of this many pixels, which takes less memory")
+    _add_tile_arguments(parser, "code larger frames in tiles of this many pixels, in less memory")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--port", type=_port, default=8765, help="default %(default)s; 0: any that is free")
     parser.add_argument(

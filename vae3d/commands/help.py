@@ -20,7 +20,6 @@ from vae3d.config.schema import CONF, SCHEMAS
 
 FLAGS = ("--help", "-h")
 WIDTH = 100
-OBVIOUS = "text|true or false|see meaning|(a dict; each value: )?a group"  # from the value, or from what is below
 
 
 def help_text(config_name: str, overrides: Sequence[str]) -> str:
@@ -41,27 +40,35 @@ def help_text(config_name: str, overrides: Sequence[str]) -> str:
 
 
 def explained(lines: Sequence[str], schema: Any) -> Iterator[str]:
-    """Lines of YAML, each key after a comment that says what it means, and in brackets what it may be."""
-    schemas = [schema]  # of the sections that a line is in; None: it has none
+    """Lines of YAML, each key after a comment that says what it means, and in brackets what it may be. Entries of lists
+    have no comments, and neither have arguments of classes."""
+    sections = [schema]  # that a line is in, each with what explains its keys; None: nothing does
     for line in lines:
-        key = re.match(r"( *)([\w.-]+):", line)
-        depth = len(key[1]) // 2 if key else len(schemas)
-        if key and depth < len(schemas):
-            del schemas[depth + 1 :]
-            names = typing.get_origin(bare(schemas[-1])) is dict  # the keys are names, of sections of one kind
-            field = None if names or schemas[-1] is None else fields_of(schemas[-1]).get(key[2])
-            if field is not None:
-                begin = f"{key[1]}# "
-                yield from textwrap.wrap(_meaning(field), WIDTH, initial_indent=begin, subsequent_indent=f"{begin}  ")
-            schemas.append(nested_schema(schemas[-1]) if names else field and _section(field.annotation))
+        indent, dash, key, value = re.fullmatch(r"( *)(- )?(?:([\w.-]+):(?= |$))?(.*)", line).groups()
+        depth = len(indent) // 2
+        if dash:
+            sections[depth + 1 :] = [None]
+        elif key and depth < len(sections):
+            section, comment = sections[depth], ""
+            if section is None:
+                inner = None
+            elif typing.get_origin(bare(section)) is dict:  # the keys are names, of sections of one kind
+                inner = nested_schema(section)
+            elif field := fields_of(section).get(key):
+                inner, comment = _section(field.annotation), _meaning(field, shown_below=not value)
+            else:
+                inner, comment = None, "unknown key"
+            yield from textwrap.wrap(comment, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}#   ")
+            sections[depth + 1 :] = [inner]
         yield line
 
 
-def _meaning(field: FieldInfo) -> str:
+def _meaning(field: FieldInfo, shown_below: bool) -> str:
     if field.description is None:
         return inspect.getdoc(nested_schema(field.annotation)).partition("\n\n")[0]
     kinds = allowed(field)
-    return field.description if re.match(OBVIOUS, kinds) else f"{field.description} [{kinds}]"
+    obvious = re.match("text|true or false|see meaning", kinds) or (shown_below and kinds.startswith("a group"))
+    return field.description if obvious else f"{field.description} [{kinds}]"
 
 
 def _section(kind: Any) -> Any:

@@ -52,7 +52,10 @@ def load_unscaled(path: Path, out: Path | None) -> tuple[Checkpoint, nn.Module]:
 
 def measure_source(model: nn.Module, args: Namespace) -> LatentStats:
     settings = ClipSettings(args.height, args.width, channels=model.pixel_channels)
-    table = read_tables(open_source(args.source), settings, num_val_files=0, max_broken=1.0).train
+    source = open_source(args.source)
+    table = read_tables(source, settings, num_val_files=0, max_broken=1.0).train
+    for note in getattr(source, "notes", ()):
+        show(note, file=sys.stderr)
     errors: list[tuple[str, str]] = []
     clips = spread_clips(table, settings, args.frames, args.count, errors)
     try:

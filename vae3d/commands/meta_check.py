@@ -159,8 +159,8 @@ def _metric_issues(config: TrainConfig, sizes: Sequence[Size]) -> Iterator[Confi
         yield ConfigIssue(
             "trainer.best",
             best,
-            "is no score of validation.metrics, validation.slow_metrics or this kind of data that can be ranked",
-            f"use one of {ranked}, or add its metric there" if ranked else "add its metric there",
+            "is no score that this run computes and can rank",
+            f"{f'use one of {ranked}, or ' if ranked else ''}add its metric to validation.metrics",
         )
 
 
@@ -171,7 +171,7 @@ def _other_columns(config: TrainConfig) -> dict[str, Better]:
         **{"roll_psnr": config.validation.roll, "abs_rel": depth, "delta1": depth},
         **{"alpha_psnr": channels == 4, "other_psnr": channels > 4},
     }
-    return {name: better for name, better in BETTER.items() if given[name]}
+    return {name: BETTER[name] for name, there in given.items() if there}
 
 
 def _layout_issues(config: TrainConfig, model: nn.Module) -> Iterator[ConfigIssue]:

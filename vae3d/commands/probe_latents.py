@@ -47,12 +47,14 @@ def probe(args: Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     settings = ProbeSettings(**{field.name: getattr(args, field.name) for field in fields(ProbeSettings)})
     device = as_device(args.device)
     paths = named(args.models)
-    table = open_source(args.source).table()
+    source = open_source(args.source)
+    table = source.table()
     models = {name: vae3d.load(path) for name, path in paths.items()}
     for name, model in models.items():
         require_file_channels(model, paths[name], channels=(3,))
     probe_run.check_sizes(models, settings)
-    notes = [] if settings.tile is None else tile_notes(models, settings)
+    notes = [*getattr(source, "notes", ())]
+    notes += [] if settings.tile is None else tile_notes(models, settings)
     lpips = perceptual(settings, device, notes)
 
     def clips():

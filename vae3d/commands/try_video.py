@@ -185,7 +185,7 @@ def describe(model: VideoAutoencoder, video: torch.Tensor, info: MediaInfo) -> d
         "model": f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
         "latents": f"{plural(channels, 'channel')}, {t} x {h} x {w}: "
         f"{ratio:.1f} times fewer numbers than the frames have",
-        **({} if model.tiling is None else {"coded in": str(model.tiling)}),
+        **({"coded in": str(tiling)} if (tiling := model.tiling) and max(height, width) > tiling.tile else {}),
     }
 
 

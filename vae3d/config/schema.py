@@ -107,7 +107,7 @@ class Loss:
     reduction: Literal["sum", "mean"] = setting(
         MISSING, "sum: over a frame's elements (KL: a clip's); mean: over elements."
     )
-    terms: dict[str, LossTerm] = setting(MISSING, "Name, as in the logs -> term.")
+    terms: dict[str, LossTerm] = setting(MISSING, "Name, as in the logs -> term and its settings.")
     pixel_weight: Any = setting(None, "Weight of pixel rows in the pixel terms, a node such as ErpCosine. null: 1.")
     logvar: Float | None = setting(None, "Initial log-variance of the pixel terms, then learned. null: fixed at 0.")
     logvar_lr: Float = setting(1.0, "Multiple of `optim.lr` for the log-variance.", gt=0)
@@ -118,7 +118,7 @@ class Frames:
     """Frames per clip, drawn once per step: min, min + step, ... max, all equally likely."""
 
     min: Int = setting(17, "Fewest frames.", ge=1)
-    max: Int = setting(17, "Most frames.")
+    max: Int = setting(17, "Most frames, at least `min`.")
     step: Int = setting(1, "Distance between the frame counts.", ge=1)
     images: Float = setting(0.0, "Probability of a step on single frames.", ge=0, le=1)
     fit: bool = setting(False, "Take the largest count that all clips of the step have instead of a draw.")
@@ -129,9 +129,11 @@ class Depth:
     """16-bit depth maps instead of colours, where `mapping` is not null."""
 
     mapping: Literal["log", "inverse"] | None = setting(None, "Mapping of metres to [-1, 1]. null: colours.")
-    bounds: Literal["fixed", "percentiles"] = setting("fixed", "`near` and `far`, or the 2nd and 98th of each clip.")
-    near: Float = setting(0.1, "Metres.", gt=0)
-    far: Float = setting(20.0, "Metres.")
+    bounds: Literal["fixed", "percentiles"] = setting(
+        "fixed", "fixed: `near` and `far`; percentiles: the 2nd and 98th percentile of each clip."
+    )
+    near: Float = setting(0.1, "Nearest depth, in metres.", gt=0)
+    far: Float = setting(20.0, "Farthest depth, in metres, above `near`.")
     unit: Float = setting(1000.0, "Stored value of one metre. The stored value 0 is invalid.", gt=0)
 
 
@@ -176,24 +178,29 @@ class Clips:
     """Which clips are read, and how they are cut."""
 
     source: Any = setting(MISSING, "Where the files are, a `_target_` node.")
-    height: Int = setting(256, "Pixels.", ge=1)
-    width: Int = setting(256, "Pixels.", ge=1)
+    height: Int = setting(256, "Height of clips, in pixels.", ge=1)
+    width: Int = setting(256, "Width of clips, in pixels.", ge=1)
     frames: Frames = Field(default_factory=Frames)
     buckets: Annotated[Buckets | None, BeforeValidator(as_buckets)] = setting(
-        None, "Several sizes and frame counts. null: one size, `height` x `width`."
+        None, "Several sizes and frame counts, as data=buckets has them. null: one size, `height` x `width`."
     )
     stride: Int = setting(1, "Take every n-th frame.", ge=1)
     fps: Float | None = setting(None, "Reduce faster videos to this frame rate. null: keep all.", gt=0)
     sampling: Literal["contiguous", "first_last_random", "strided"] = setting(
         "contiguous", "first_last_random: first, last and random frames between; strided: the largest stride that fits."
     )
-    short_side: Int | None = setting(None, "Shorter side before cropping. null: as the crop needs it.")
+    short_side: Int | None = setting(
+        None, "Shorter side before cropping, at least the crop's. null: as the crop needs it."
+    )
     min_side: Int | None = setting(None, "Skip files whose shorter side has fewer pixels. null: enlarge them.", ge=1)
     crop: Literal["center", "random"] = setting("center", "Position of the crop.")
     flip: bool = setting(False, "Mirror half of the clips.")
     reader: Reader = setting("auto", "Library that decodes videos.")
     batch_size: Int = setting(
-        8, "Clips per optimizer step, over all ranks. With buckets: of `frames.max` frames of `height` x `width`.", ge=1
+        8,
+        "Clips per optimizer step, over all ranks. With buckets: of `data.frames.max` frames of `data.height` x "
+        "`data.width`.",
+        ge=1,
     )
     clips_per_file: Int = setting(1, "Consecutive clips from each file that is drawn, read in one pass.", ge=1)
     num_val_files: Int = setting(16, "Files held out for validation where the table has no `split` column.", ge=0)
@@ -235,7 +242,9 @@ class Optim:
     weight_decay: Float = setting(0.0, "Weight decay of AdamW.", ge=0)
     warmup_steps: Int = setting(0, "Steps over which the rate rises linearly from 0, in all schedules.", ge=0)
     schedule: Schedule = setting("constant", "Learning rate after the warm-up.")
-    decay_start: Int | None = setting(None, "First step of the decay. null: right after the warm-up.")
+    decay_start: Int | None = setting(
+        None, "First step of the decay, not before the end of the warm-up, where null begins."
+    )
     min_lr: Float = setting(0.0, "Learning rate at the end of the decay.", ge=0)
     cycles: Int = setting(1, "Number of decays of cosine_with_restarts.", ge=1)
     power: Float = setting(1.0, "Exponent of polynomial.", gt=0)
@@ -247,7 +256,7 @@ class Optim:
 class Ema:
     """Exponential moving average of the weights."""
 
-    decay: Float = setting(0.999, "0: no EMA.", ge=0, lt=1)
+    decay: Float = setting(0.999, "Share of the average that an update keeps. 0: no EMA.", ge=0, lt=1)
     warmup: bool = setting(True, "Limit the decay to (1 + step) / (10 + step).")
     every: Int = setting(1, "Steps between updates.", ge=1)
     device: Literal["model", "cpu"] = setting("model", "model: on the weights' device; cpu: in pinned host memory.")
@@ -275,7 +284,7 @@ class Validation:
     metrics: Strings = setting(lambda: ["psnr", "ssim"], "Scores of the held-out clips; docs/score.md lists them.")
     slow_metrics: Strings = setting(list, "Metrics computed less often, such as rfid.")
     slow_metrics_every: Int = setting(
-        0, "Steps between these, a multiple of `every`. 0: after the last step only.", ge=0
+        0, "Steps between `slow_metrics`, a multiple of `every`. 0: after the last step only.", ge=0
     )
     videos: Int = setting(4, "Clips shown in the logger: original, 2D VAE alone, reconstruction, latent, errors.", ge=0)
     roll: bool = setting(False, "Also compare the reconstruction of a rotated panorama to the rotated reconstruction.")
@@ -287,7 +296,7 @@ class Publish:
     state), <prefix>_ema_step<N>.pt and <prefix>_final_ema.pt (averaged weights)."""
 
     prefix: FolderName | None = setting(None, "Start of their names. null: no such files.")
-    layout: str = setting("videox_fun", "Key layout of averaged weights: FLAT_LAYOUTS of vae3d/checkpoints/export.py.")
+    layout: str = setting("videox_fun", "Key layout of averaged weights: native, videox_fun or diffusers.")
     measure_scale: Int = setting(0, "Training clips to measure the exports' latent scale on. 0: the model's own.", ge=0)
     final_model: bool = setting(False, "TAEHV: write final_model.pth, final_model.safetensors, model.json at the end.")
 
@@ -302,7 +311,7 @@ class Limits:
 
 @dataclass(config=STRICT)
 class Robust(Limits):
-    """Fault tolerance. Limits are failures in a row after which the run stops, 0: no limit."""
+    """Fault tolerance. The first three are limits: failures in a row after which the run stops, 0: no limit."""
 
     zero_gradient: Int = setting(10, "Steps with a gradient of zero.", ge=0)
     compact_gib: Float | None = setting(None, "Release cached GPU memory when more GiB are unused. null: never.", ge=0)
@@ -344,7 +353,9 @@ class Steps:
     accumulate: Int = setting(1, "Micro-batches per optimizer step.", ge=1)
     log_every: Int = setting(10, "Steps between log lines.", ge=1)
     save_every: Int = setting(1000, "Steps between checkpoints. 0: none.", ge=0)
-    keep: Int = setting(3, "Newest checkpoints, exports and named files kept, at least two. 0: all.", ge=0)
+    keep: Int = setting(
+        3, "Newest checkpoints, exports and files of `publish` that are kept; 1 keeps two. 0: all.", ge=0
+    )
     async_mode: Literal["disabled", "async"] = setting(
         "disabled", "async: checkpoints are copied to host memory, and written while training goes on."
     )
@@ -371,14 +382,14 @@ class Trainer(Steps):
 class TensorBoard:
     """TensorBoard, in RUN/tensorboard: `tensorboard --logdir runs`."""
 
-    enabled: bool = setting(False, "As logger=tensorboard sets it.")
+    enabled: bool = setting(False, "Whether to track there; logger=tensorboard sets it.")
 
 
 @dataclass(config=STRICT)
 class WandB:
     """Weights & Biases: `pip install -e '.[wandb]'`, `wandb login`. Local files in RUN/wandb."""
 
-    enabled: bool = setting(False, "As logger=wandb sets it.")
+    enabled: bool = setting(False, "Whether to track there; logger=wandb sets it.")
     project: str = setting("vae3d", "Project.")
     entity: str | None = setting(None, "User or team. null: the default of the account.")
     name: str | None = setting(None, "Name of the run. null: that of its folder.")
@@ -395,7 +406,7 @@ class WandB:
 class MLflow:
     """MLflow: `pip install -e '.[mlflow]'`. MLFLOW_EXPERIMENT_NAME and MLFLOW_RUN_ID, if set, replace the settings."""
 
-    enabled: bool = setting(False, "As logger=mlflow sets it.")
+    enabled: bool = setting(False, "Whether to track there; logger=mlflow sets it.")
     tracking_uri: str | None = setting(
         None, "Server or store. null: MLFLOW_TRACKING_URI, or sqlite:///ROOT/mlflow.db, ROOT being `run.root`."
     )
@@ -409,7 +420,7 @@ class MLflow:
 class Trackio:
     """trackio, in TRACKIO_DIR: `pip install -e '.[trackio]'`, `trackio show`. Needs accelerate>=1.9."""
 
-    enabled: bool = setting(False, "As logger=trackio sets it.")
+    enabled: bool = setting(False, "Whether to track there; logger=trackio sets it.")
     project: str = setting("vae3d", "Project.")
     name: str | None = setting(
         None, "Name of the run. null: that of its folder. An existing name is continued on resume."
@@ -494,7 +505,7 @@ class FilesConfig:
         None, "Pixels of overlap, blended linearly. null: exact, for networks that can be.", ge=0
     )
     device: str | None = setting(None, "Where to compute. null: cuda if there is a GPU, else cpu.")
-    seed: Int = setting(0, "Seed of the samples.", ge=0)
+    seed: Int = setting(0, "Seed of sampled latents.", ge=0)
 
 
 @dataclass(config=STRICT)

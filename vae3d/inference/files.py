@@ -35,7 +35,10 @@ log = logging.getLogger("vae3d")
 
 def select_rows(source: str, root: str | None, split: str | None, count: int | None) -> pd.DataFrame:
     """The table of a source: all rows or those of one split, at most the first `count`. Raises DataError if empty."""
-    table = open_source(source, root).table()
+    opened = open_source(source, root)
+    table = opened.table()
+    for note in getattr(opened, "notes", ()):
+        log.info(note)
     if split is not None:
         unknown = table.loc[~table["split"].isin(SPLITS), "row"]
         if len(unknown):

@@ -138,13 +138,11 @@ def make_tiling(model: Model, tile: int, overlap: int | None) -> Tiling:
     """Raises UserError for sizes that are no multiples of the model's stride, for a model that does not use `tiling`,
     and for exact tiles of a model whose results depend on whole frames."""
     stride = model.spec.space_stride
-    where = f"tile={tile}, tile_overlap={overlap}"
+    where = f"tile={tile}" if overlap is None else f"tile={tile}, tile_overlap={overlap}"
     if tile < stride or tile % stride:
-        raise UserError(f"{where}: tile is {tile}; use a multiple of the model's space stride {stride}")
+        raise UserError(f"{where}: tile must be a multiple of the model's space stride {stride}")
     if overlap is not None and (overlap < 2 * stride or overlap % (2 * stride) or 2 * overlap > tile):
-        raise UserError(
-            f"{where}: overlap is {overlap}; use a multiple of {2 * stride} of at most half the tile's {tile}"
-        )
+        raise UserError(f"{where}: tile_overlap must be a multiple of {2 * stride} of at most half the tile's {tile}")
     reach, why = model.tile_reach()
     if whole := [part for part in PARTS if part not in reach]:
         raise UserError(

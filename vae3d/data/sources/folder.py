@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from glob import escape, glob
@@ -24,7 +23,8 @@ from vae3d.data.storage.stores import find_objects, list_urls
 from vae3d.data.table.rows import Listing, absolute_paths
 
 ARCHIVES = (".zip", ".gz", ".7z", ".rar")
-UNREAD_IMAGES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef", ".arw")
+HIDDEN = re.compile(r"(^|/)\.")
+UNREAD_IMAGES = (".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef")
 UNREAD_VIDEOS = (".mxf", ".f4v", ".rm", ".rmvb", ".divx", ".y4m", ".yuv", ".h264", ".264", ".hevc", ".265", ".ivf")
 
 
@@ -39,6 +39,7 @@ class Folder:
     def __init__(self, path: str | Path) -> None:
         path = local_name(str(path)) or path
         self.path = path if is_stored(path) else Path(path)
+        self.notes: list[str] = []
 
     def table(self) -> pd.DataFrame:
         """Raises DataError as `listing` does."""
@@ -47,7 +48,8 @@ class Folder:
     def listing(self) -> Listing:
         """Raises DataError if there is no such folder or file, or it holds no video or image."""
         if is_stored(self.path):
-            return Listing(*objects_under(str(self.path)))
+            paths, names, self.notes = objects_under(str(self.path))
+            return Listing(paths, names)
         if is_sequence(self.path):
             top = next(parent for parent in self.path.parents if "*" not in str(parent))
             names = [str(path.relative_to(top)) for path in sequences(self.path)]
@@ -64,7 +66,7 @@ class Folder:
         elif self.path.is_dir():
             files, top = files_under(self.path), self.path
             names = [name for name in files if is_media(name)]
-            report_unread(self.path, files)
+            self.notes = unread_note(files)
         else:
             raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
         if not names:
@@ -72,18 +74,18 @@ class Folder:
         return Listing(absolute_paths(top, names), names)
 
 
-def report_unread(top: str | Path, names: Iterable[str]) -> None:
-    """Warn of images and videos of kinds that nothing here reads, such as .heic: they are left out."""
-    kinds = Counter(suffix for name in names if (suffix := suffix_of(name)) in UNREAD_IMAGES + UNREAD_VIDEOS)
-    if kinds:
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        warnings.warn(f"{top}: left out, because nothing here reads such files: {counts}; convert them", stacklevel=2)
+def unread_note(names: Iterable[str]) -> list[str]:
+    """What is said of images and videos of kinds that nothing here reads, such as .heic; [] if there are none."""
+    shown = [name for name in names if not HIDDEN.search(name)]
+    kinds = Counter(suffix for name in shown if (suffix := suffix_of(name)) in UNREAD_IMAGES + UNREAD_VIDEOS)
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return [f"skipped, because nothing here reads such files: {counts}; convert them"] if kinds else []
 
 
-def objects_under(url: str) -> tuple[list[str], list[str]]:
-    """URLs of the videos and images that a URL lists, and their names, relative to it. Raises DataError."""
+def objects_under(url: str) -> tuple[list[str], list[str], list[str]]:
+    """URLs of the videos and images that a URL lists, their names, relative to it, and notes. Raises DataError."""
     if split_member(url) is not None:
-        return [url], [url]
+        return [url], [url], []
     try:
         if "*" in url or "{" in url:
             top, found = re.split(r"[^/]*[*{]", url, maxsplit=1)[0].rstrip("/"), list_urls(url)
@@ -94,13 +96,12 @@ def objects_under(url: str) -> tuple[list[str], list[str]]:
     except MediaError as error:
         raise DataError(str(error)) from error
     names = [path.removeprefix(f"{top}/") for path in found]
-    chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not re.search(r"(^|/)\.", name)]
-    report_unread(url, found)
+    chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not HIDDEN.search(name)]
     if not chosen:
         hint = "; of its tars, which have no index.arrow, give a pattern, such as {000..999}.tar"
         tars = hint if any(map(is_tar, found)) else ""
         raise DataError(f"{url} lists no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}){tars}")
-    return [found[i] for i in chosen], [names[i] for i in chosen]
+    return [found[i] for i in chosen], [names[i] for i in chosen], unread_note(names)
 
 
 def sequences(path: Path) -> list[Path]:
