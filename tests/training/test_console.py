@@ -17,7 +17,7 @@ from vae3d.checkpoints.state import latest_state, load_state
 from vae3d.commands import closing as end
 from vae3d.commands import train
 from vae3d.commands.closing import closing, longer
-from vae3d.commands.summary import data_summary, loss_summary, never_reached
+from vae3d.commands.summary import data_summary, held_out_lines, loss_summary, never_reached
 from vae3d.config.check import read
 from vae3d.config.issues import ConfigError
 from vae3d.config.schema import TrainConfig
@@ -190,6 +190,12 @@ def test_a_run_of_one_validation_ends_with_its_scores_alone(videos, tmp_path):
     assert head.fullmatch(closing(t, 4, 0.1, []).splitlines()[0])[1]
     metrics.write_text("".join(line for line in metrics.read_text().splitlines(True) if json.loads(line)["step"] == 0))
     assert head.fullmatch(closing(t, 4, 0.1, []).splitlines()[0])[1] is None
+
+
+def test_a_held_out_file_is_told_in_one_line_whatever_its_name():
+    clip = SimpleNamespace(paths=["a\n\x1b[0m.mp4"])
+    [line] = held_out_lines(SimpleNamespace(held_out=[clip], errors=[]))
+    assert line.endswith(r": a\n\x1b[0m.mp4")
 
 
 def test_files_that_are_too_short_are_no_training_files(videos, tmp_path):

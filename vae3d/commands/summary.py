@@ -16,6 +16,7 @@ from vae3d.data.batches.clips import Stream
 from vae3d.data.batches.streaming import StreamingData
 from vae3d.data.loader import TrainingData
 from vae3d.data.media import DataError
+from vae3d.errors import escape
 from vae3d.models.diffusers_vae import DiffusersVAE
 from vae3d.report import text_table
 from vae3d.text import epoch_text, plural
@@ -158,7 +159,7 @@ def held_out_lines(data: TrainingData | StreamingData) -> list[str]:
     held_out = [path for clip in data.held_out for path in clip.paths]
     lines = []
     if held_out:
-        names = ", ".join(held_out[:SHOWN_FILES]) + (", ..." if len(held_out) > SHOWN_FILES else "")
+        names = ", ".join(map(escape, held_out[:SHOWN_FILES])) + (", ..." if len(held_out) > SHOWN_FILES else "")
         lines.append(f"held out on this rank: {names}")
     if data.errors:
         lines.append(f"skipped: {plural(len(data.errors), 'file')} that cannot be read")

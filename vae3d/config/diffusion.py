@@ -123,7 +123,7 @@ class SampleConfig:
     method: Method | None = setting(None, "ddpm or ddim for Gaussian diffusion, euler for flow. null: the first.")
     steps: Int = setting(50, "Steps of the sampler.", ge=1)
     guidance: Float = setting(1.0, "Scale of classifier-free guidance. 1: off.", ge=0)
-    interval: Interval = setting(lambda: [0.0, 1.0], "Noise levels with guidance.")
+    interval: Interval = setting(lambda: [0.0, 1.0], "Noise levels with guidance, from 0, none, to 1, noise alone.")
     clip: Float | None = setting(None, "Bound of predicted latents, in standard deviations. null: none.", gt=0)
     tile: Int | None = setting(None, "Side of tiles that frames are decoded in, in pixels. null: no tiles.", ge=1)
     tile_overlap: Int | None = setting(
