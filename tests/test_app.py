@@ -153,6 +153,8 @@ def test_models_are_coded_in_tiles_and_say_so(tmp_path, checkpoint):
     [facts] = runner.describe()["checkpoints"]
     assert facts["facts"].endswith("coded in blended tiles of 32 x 32, overlapping by 16")
     assert runner.model(0).tiling.tile == 32
+    with pytest.raises(UserError, match=f"^{checkpoint}: tile=7: "):
+        worker.Runner([checkpoint], "cpu", (7, None), Limits(), lambda *_: None).describe()
 
 
 def test_noise_needs_the_decoder_alone_and_grows_with_its_strength(tmp_path, videos, checkpoint, monkeypatch):

@@ -151,7 +151,10 @@ class Runner:
             path = self.checkpoints[index] if self.checkpoints else default_checkpoint()
             model = api.from_pretrained(path).to(self.device())
             require_file_channels(model, path)
-            model.set_tiles(*self.tiles)
+            try:
+                model.set_tiles(*self.tiles)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
             self.models[index] = model.requires_grad_(False)
         return self.models[index]
 
