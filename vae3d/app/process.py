@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from vae3d.app.settings import READING, Limits
+from vae3d.app.settings import LESS_MEMORY, READING, Limits
 from vae3d.errors import UserError
 
 POLL = 0.1  # seconds
@@ -134,10 +134,7 @@ class Worker:
         code = self._process.exitcode
         self.close()
         if code == -signal.SIGKILL:
-            return (
-                "the process that runs the models was killed, which happens when memory runs out; choose fewer frames, "
-                "a smaller height or fewer checkpoints, or start with --tile"
-            )
+            return f"the process that runs the models was killed, which happens when memory runs out; {LESS_MEMORY}"
         if code < 0:
             return f"the file crashed its decoder, or the model failed ({signal.Signals(-code).name})"
         return UNEXPECTED

@@ -10,6 +10,7 @@ from vae3d.text import plural
 READING = "reading"  # the stage of a job in which its file is decoded
 LATENTS = ("none", "grey", "colours")  # how latents are shown
 MAX_NOISE = 3.0  # standard deviations of the latents
+LESS_MEMORY = "choose fewer frames, a smaller height or fewer checkpoints, or start with --tile"
 
 
 @dataclass(frozen=True)

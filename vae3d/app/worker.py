@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vae3d import api
-from vae3d.app.settings import READING, Limits, Settings, check_pixels
+from vae3d.app.settings import LESS_MEMORY, READING, Limits, Settings, check_pixels
 from vae3d.commands.try_video import default_checkpoint, default_metrics, reduced_size, score
 from vae3d.data.batches.clips import read_resized, to_video
 from vae3d.data.decoding.images import IMAGE_SUFFIXES
@@ -55,7 +55,6 @@ CHUNK = 8  # frames that are read at once
 LATENT_HEIGHT = 144  # pixels of a picture of a channel, about
 SPREAD = 3.0  # standard deviations of a channel from its mean to black or white
 DIVERGING = "coolwarm"
-MEMORY = "out of memory; choose fewer frames, a smaller height or fewer checkpoints, or start with --tile"
 
 
 def serve(
@@ -97,7 +96,7 @@ def _answer(runner: Runner, request: Mapping[str, Any]) -> dict[str, Any]:
     except (RuntimeError, MemoryError, OSError) as error:
         if is_out_of_memory(error):
             runner.forget()
-            return {"error": f"{MEMORY} ({first_line(error)[:200]})"}
+            return {"error": f"out of memory; {LESS_MEMORY} ({first_line(error)[:200]})"}
         if is_disk_error(error):
             return {"error": f"the result cannot be written: {getattr(error, 'strerror', None) or first_line(error)}"}
         raise

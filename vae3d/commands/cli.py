@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vae3d.config.issues import ConfigIssue
     from vae3d.config.schema import TrainConfig
 
+HELP_FLAGS = ("-h", "--help")
 # The check of a VAE's training on the meta device needs these.
 MODEL_KEYS = ("model", "loss", "teacher", "adversary", "stage.train", "data.frames", "data.height", "data.width")
 MODEL_KEYS += ("data.buckets", "data.sources")
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         spec = sys.modules["__main__"].__spec__
         program = [*(["-m", spec.name.removesuffix(".__main__")] if spec else program), arguments[0]]
     name, *rest = arguments
-    if name in ("-h", "--help"):
+    if name in HELP_FLAGS:
         print(usage())
         return 0
     if name == "--version" or (name in COMMANDS and rest == ["--version"]):  # Hydra would answer with its own
@@ -305,13 +306,13 @@ def run_with_hydra(name: str, program: list[str], arguments: Sequence[str]) -> N
 def print_help(name: str, arguments: Sequence[str]) -> bool:
     """Print the help that `--help` asks for; for a wrong choice exit with status 2. False if it does not, or if there
     are other flags, which are Hydra's."""
+    flags = {a for a in arguments if a.startswith("-")}
+    if flags.isdisjoint(HELP_FLAGS) or not flags <= {*HELP_FLAGS, "-m", "--multirun"}:
+        return False
     from hydra.errors import HydraException
 
-    from vae3d.commands.help import FLAGS, help_text
+    from vae3d.commands.help import help_text
 
-    flags = {a for a in arguments if a.startswith("-")}
-    if not flags & {*FLAGS} or flags - {*FLAGS, "-m", "--multirun"}:
-        return False
     command = COMMANDS[name]
     try:
         settings = help_text(command.config_name, [a for a in arguments if a not in flags])

@@ -18,7 +18,6 @@ from pydantic.fields import FieldInfo
 from vae3d.config.fields import allowed, bare, fields_of, nested_schema
 from vae3d.config.schema import CONF, SCHEMAS
 
-FLAGS = ("--help", "-h")
 WIDTH = 100
 
 

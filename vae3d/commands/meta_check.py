@@ -168,8 +168,11 @@ def _other_columns(config: TrainConfig) -> dict[str, Better]:
     """Scores that the validation gives beside those of its metrics, and which values are better."""
     channels, depth = pixel_channels(config.model), config.data.depth.mapping is not None
     given = {
-        **{"roll_psnr": config.validation.roll, "abs_rel": depth, "delta1": depth},
-        **{"alpha_psnr": channels == 4, "other_psnr": channels > 4},
+        "roll_psnr": config.validation.roll,
+        "abs_rel": depth,
+        "delta1": depth,
+        "alpha_psnr": channels == 4,
+        "other_psnr": channels > 4,
     }
     return {name: BETTER[name] for name, there in given.items() if there}
 

@@ -23,7 +23,6 @@ from vae3d.data.storage.stores import find_objects, list_urls
 from vae3d.data.table.rows import Listing, absolute_paths
 
 ARCHIVES = (".zip", ".gz", ".7z", ".rar")
-HIDDEN = re.compile(r"(^|/)\.")
 UNREAD_IMAGES = (".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".dng", ".cr2", ".nef")
 UNREAD_VIDEOS = (".mxf", ".f4v", ".rm", ".rmvb", ".divx", ".y4m", ".yuv", ".h264", ".264", ".hevc", ".265", ".ivf")
 
@@ -64,9 +63,10 @@ class Folder:
                 )
             names, top = [self.path.name], self.path.parent
         elif self.path.is_dir():
-            files, top = files_under(self.path), self.path
-            names = [name for name in files if is_media(name)]
-            self.notes = unread_note(files)
+            names, others, top = [], [], self.path
+            for name in files_under(self.path):
+                (names if is_media(name) else others).append(name)
+            self.notes = unread_notes(others)
         else:
             raise DataError(f"{self.path}: no such file or folder{how_to_download(self.path)}")
         if not names:
@@ -74,10 +74,9 @@ class Folder:
         return Listing(absolute_paths(top, names), names)
 
 
-def unread_note(names: Iterable[str]) -> list[str]:
+def unread_notes(names: Iterable[str]) -> list[str]:
     """What is said of images and videos of kinds that nothing here reads, such as .heic; [] if there are none."""
-    shown = [name for name in names if not HIDDEN.search(name)]
-    kinds = Counter(suffix for name in shown if (suffix := suffix_of(name)) in UNREAD_IMAGES + UNREAD_VIDEOS)
+    kinds = Counter(suffix for name in names if (suffix := suffix_of(name)) in UNREAD_IMAGES + UNREAD_VIDEOS)
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     return [f"skipped, because nothing here reads such files: {counts}; convert them"] if kinds else []
 
@@ -96,12 +95,15 @@ def objects_under(url: str) -> tuple[list[str], list[str], list[str]]:
     except MediaError as error:
         raise DataError(str(error)) from error
     names = [path.removeprefix(f"{top}/") for path in found]
-    chosen = [i for i, name in enumerate(names) if is_media(found[i]) and not HIDDEN.search(name)]
+    chosen, others = [], []
+    for i, name in enumerate(names):
+        if not re.search(r"(^|/)\.", name):
+            (chosen if is_media(found[i]) else others).append(i)
     if not chosen:
         hint = "; of its tars, which have no index.arrow, give a pattern, such as {000..999}.tar"
         tars = hint if any(map(is_tar, found)) else ""
         raise DataError(f"{url} lists no video or image ({' '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)}){tars}")
-    return [found[i] for i in chosen], [names[i] for i in chosen], unread_note(names)
+    return [found[i] for i in chosen], [names[i] for i in chosen], unread_notes(found[i] for i in others)
 
 
 def sequences(path: Path) -> list[Path]:
